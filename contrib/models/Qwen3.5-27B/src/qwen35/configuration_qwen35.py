@@ -1,0 +1,452 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of a Qwen3.5 decoder: the checkpoint's fields, flat, beside NxDI's run settings.
+
+Letters: D hidden, H value heads, Hk key heads, K key head dim, V value head dim (all of the DeltaNet layers).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .nxdi import InferenceConfig, NeuronConfig
+
+LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
+MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
+_LAYER_TYPES = {LINEAR_ATTENTION, FULL_ATTENTION}
+
+_COMMON = dict(
+    model_type="qwen3_5_text", vocab_size=248320, head_dim=256, hidden_act="silu", max_position_embeddings=262144,
+    rms_norm_eps=1e-6, tie_word_embeddings=False, full_attention_interval=4, linear_num_key_heads=16,
+    linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4, rope_theta=1e7,
+    partial_rotary_factor=0.25, mrope_section=[11, 11, 10], mrope_interleaved=True, eos_token_id=248044,
+)  # fmt: skip
+QWEN35_PRESETS: dict[str, dict[str, Any]] = {
+    "27B": _COMMON | dict(
+        hidden_size=5120, intermediate_size=17408, num_hidden_layers=64, num_attention_heads=24, num_key_value_heads=4,
+        linear_num_value_heads=48,
+    ),
+    "9B": _COMMON | dict(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4,
+        linear_num_value_heads=32,
+    ),
+}  # fmt: skip
+"""Text configs of published checkpoints: `Qwen35InferenceConfig(neuron_config, **QWEN35_PRESETS["27B"])`."""
+
+_SHARDED_SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "linear_num_key_heads",
+    "linear_num_value_heads",
+)  # fmt: skip
+_NEURON_SIZES = (
+    "tp_degree", "seq_len", "max_context_length", "max_length", "batch_size", "ctx_batch_size", "tkg_batch_size",
+    "max_batch_size", "kv_cache_batch_size",
+)  # fmt: skip
+_ROPE_FIELDS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved", "rope_type")
+# What transformers' configuration class assumes when config.json is silent.
+_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "layer_types": None,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": None,
+    "mrope_interleaved": True,
+    "rope_type": "default",
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+# Fields whose only legal value is the one the modules implement.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "hidden_act": ("silu", "the MLP and the DeltaNet gates are written for SiLU"),
+    "attention_bias": (False, "the projections have no bias"),
+    "attn_output_gate": (True, "q_proj is read as query and gate"),
+    "mrope_interleaved": (True, "frequencies are dealt to the three axes in turn"),
+    "rope_type": ("default", "only unscaled rotary embeddings are implemented; drop the rope scaling"),
+    "quantization_config": (None, "quantised checkpoints are not read; use the bf16 checkpoint"),
+}
+_NO_ROLLBACK = "a rejected token cannot be taken out of the DeltaNet state again"
+_ONE_ROW = "the DeltaNet state is one row per sequence, compiled for one batch size, never paged, shared or windowed"
+_PLAIN_ATTENTION = "the full-attention layers take NxDI's plain path (heads of 256 dims, an output gate)"
+_ONE_DTYPE = "weights and caches are kept in torch_dtype"
+_TP_ONLY = "of the parallel modes only tp_degree is implemented"
+# NeuronConfig features that Qwen3.5 does without: (fields, the only value supported, why). None and False are the same.
+_NEURON_FIXED: tuple[tuple[str, Any, str], ...] = (
+    ("padding_side", "right", "the DeltaNet state is read after the last real token of a right-padded row"),
+    ("is_block_kv_layout is_prefix_caching is_chunked_prefill", False, _ONE_ROW),
+    ("chunked_prefill_config windowed_context_encoding_size token_generation_batches", None, _ONE_ROW),
+    ("is_medusa enable_fused_speculation enable_eagle_speculation", False, _NO_ROLLBACK),
+    ("token_tree_config", None, _NO_ROLLBACK),
+    ("speculation_length", 0, _NO_ROLLBACK),
+    ("fused_qkv flash_decoding_enabled k_cache_transposed attn_kernel_enabled", False, _PLAIN_ATTENTION),
+    ("attn_tkg_nki_kernel_enabled attn_tkg_builtin_kernel_enabled", False, _PLAIN_ATTENTION),
+    ("attn_block_tkg_nki_kernel_enabled attn_block_cte_nki_kernel_enabled", False, _PLAIN_ATTENTION),
+    ("qkv_kernel_enabled qkv_nki_kernel_enabled out_proj_kernel_enabled", False, _PLAIN_ATTENTION),
+    ("mlp_kernel_enabled mlp_tkg_nki_kernel_enabled", False, "the MLP takes the compiler's path"),
+    ("quantized kv_cache_quant quantized_mlp_kernel_enabled", False, _ONE_DTYPE),
+    ("kv_quant_config activation_quantization_type", None, _ONE_DTYPE),
+    ("cp_degree mlp_cp_degree attention_dp_degree pp_degree ep_degree", 1, _TP_ONLY),
+    ("sequence_parallel_enabled vocab_parallel", False, _TP_ONLY),
+    ("layer_boundary_markers", False, "the marker calls have no CPU form"),
+    ("lora_config tensor_capture_config tensor_replacement_config", None, "the layers have no hooks for it"),
+)
+
+
+class Qwen35ConfigError(ValueError):
+    """A configuration that cannot run; `problems` holds one line for each reason."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("this Qwen3.5 configuration cannot run:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+class Qwen35NeuronConfig(NeuronConfig):
+    """NxDI's settings with the one default that Qwen3.5 needs changed; `enable_bucketing` stays False as in NxDI."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("cast_type", "as-declared")
+        super().__init__(**kwargs)
+
+
+class Qwen35InferenceConfig(InferenceConfig):
+    """The text config of a checkpoint, flat and under its own field names, plus `neuron_config`.
+
+    A nested `text_config` and rope dictionary are flattened and dropped, whoever loaded them. Precedence: keyword
+    arguments over what `load_config` loaded; within that, nested over top-level. The exception is
+    `tie_word_embeddings`, where transformers obeys the top level.
+
+    Raises:
+        Qwen35ConfigError: naming every field that is missing, wrong or unsupported.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    full_attention_interval: int = 4
+    layer_types: list[str]  # one a layer; every interval-th is full attention when the checkpoint has no list
+    hidden_act: str
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope_theta: float
+    partial_rotary_factor: float
+    mrope_section: list[int]  # rotated frequencies of the time, height and width axes; dealt in turn when absent
+    mrope_interleaved: bool
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    # Unset for text-only checkpoints. Class attributes stay out of the JSON, where NxDI would expect a dict.
+    vision_config: dict[str, Any] | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
+
+    def __init__(
+        self,
+        neuron_config: NeuronConfig,
+        fused_spec_config: Any = None,
+        load_config: Callable[[Any], None] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        def load_flat(config: Qwen35InferenceConfig) -> None:
+            assert load_config is not None
+            load_config(config)
+            config._flatten()  # before the keyword arguments, so that they win over nested values
+
+        super().__init__(neuron_config, fused_spec_config, load_flat if load_config else None, metadata, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, neuron_config: NeuronConfig | None = None, **kwargs: Any
+    ) -> Qwen35InferenceConfig:
+        """Read `path`/config.json, of a text-only or a vision-language checkpoint; `kwargs` override its fields."""
+        file = Path(path) / "config.json"
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise Qwen35ConfigError([f"{file} does not exist; pass a downloaded checkpoint's directory"]) from None
+        except ValueError as error:
+            raise Qwen35ConfigError([f"{file} is not valid JSON ({error}); download it again"]) from error
+        if not isinstance(fields, dict):
+            raise Qwen35ConfigError([f"{file} holds a {type(fields).__name__}, not an object; download it again"])
+        fields.setdefault("model_type", None)
+        neuron_config = Qwen35NeuronConfig() if neuron_config is None else neuron_config
+        return cls(neuron_config, load_config=lambda config: vars(config).update(fields), **kwargs)
+
+    @classmethod
+    def get_neuron_config_cls(cls) -> type[NeuronConfig]:
+        return Qwen35NeuronConfig
+
+    def get_required_attributes(self) -> list[str]:
+        return [*_SIZES, "rope_theta", *_DEFAULTS]
+
+    def _flatten(self) -> None:
+        """Lift nested fields to the top level. Doing it twice changes nothing."""
+        fields = vars(self)
+        text = _as_dict(fields.pop("text_config", None))
+        dtypes = [place.pop(name, None) for place in (text, fields) for name in ("dtype", "torch_dtype")]
+        declared = next((dtype for dtype in dtypes if dtype is not None), None)
+        if declared is not None and self.neuron_config is not None and not self.neuron_config.overrides_torch_dtype:
+            name = str(declared).removeprefix("torch.")
+            dtype: Any = getattr(torch, name, name)  # a name that torch lacks is refused by validate_config
+            self.neuron_config.torch_dtype = dtype
+        own = {"model_type", "architectures", "transformers_version", "_name_or_path"}
+        own |= {"tie_word_embeddings"} & fields.keys()
+        fields.update({name: value for name, value in text.items() if name not in own})
+        for place in ("rope_scaling", "rope_parameters"):
+            rope = _as_dict(fields.pop(place, None))
+            if "type" in rope:
+                rope.setdefault("rope_type", rope["type"])
+            fields.update({name: rope[name] for name in _ROPE_FIELDS if name in rope})
+        if fields.get("rope_type") == "mrope":  # the name that older dumps give to the default frequencies
+            self.rope_type = "default"
+        vision = _as_dict(fields.pop("vision_config", None))
+        if vision:
+            self.vision_config = vision
+
+    def add_derived_config(self) -> None:
+        """Bring whatever was set into the flat form and fill in defaults; a saved config passes unchanged."""
+        self.num_cores_per_group = 1
+        self._flatten()
+        for name, default in _DEFAULTS.items():
+            if name not in vars(self):
+                setattr(self, name, default)
+        layers: Any = getattr(self, "num_hidden_layers", None)
+        interval: Any = self.full_attention_interval
+        if self.layer_types is None and _is_size(layers) and _is_size(interval):
+            self.layer_types = [LINEAR_ATTENTION if (i + 1) % interval else FULL_ATTENTION for i in range(layers)]
+        head_dim, factor = getattr(self, "head_dim", None), self.partial_rotary_factor
+        if self.mrope_section is None and _is_size(head_dim) and _is_number(factor) and 0 < factor <= 1:
+            self.mrope_section = [(self.rotary_dim // 2 + 2 - axis) // 3 for axis in range(3)]
+        if self.neuron_config is not None:
+            # NxDI's "config" casts every floating parameter, buffer and checkpoint tensor to torch_dtype. A_log,
+            # dt_bias, the norms and the recurrent state must stay float32, so each module's declared dtype has to win.
+            self.neuron_config.cast_type = "as-declared"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dims of each attention head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def key_dim(self) -> int:
+        """Hk * K, the width of q and of k in a DeltaNet layer."""
+        return int(self.linear_num_key_heads * self.linear_key_head_dim)
+
+    @property
+    def value_dim(self) -> int:
+        """H * V, the width of v and of z in a DeltaNet layer."""
+        return int(self.linear_num_value_heads * self.linear_value_head_dim)
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: q | k | v."""
+        return 2 * self.key_dim + self.value_dim
+
+    @property
+    def full_attention_layers(self) -> list[int]:
+        return [i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION]
+
+    @property
+    def linear_attention_layers(self) -> list[int]:
+        return [i for i, kind in enumerate(self.layer_types) if kind == LINEAR_ATTENTION]
+
+    def padded_num_attention_heads(self, tp_degree: int) -> int:
+        """Attention heads once NxDI has added zero heads, as many to each KV group, to fill `tp_degree` ranks."""
+        return int(self.num_attention_heads + -self.num_attention_heads % tp_degree)
+
+    def valid_tp_degrees(self) -> list[int]:
+        """Every `tp_degree` that this checkpoint can be sharded to."""
+        return [tp for tp in range(1, self.linear_num_key_heads + 1) if _tp_obstacle(self, tp) is None]
+
+    def validate_config(self) -> None:
+        """Check everything and report it at once.
+
+        Raises:
+            Qwen35ConfigError: one line for each problem, with field, value and remedy.
+        """
+        if getattr(self, "model_type", MODEL_TYPES[0]) not in MODEL_TYPES:
+            # Alone: the fields of another architecture would only bury it.
+            raise Qwen35ConfigError([_model_type_problem(self.model_type)])
+        malformed = dict(_malformed_fields(self))
+        problems = [*malformed.values(), *_structure_problems(self, malformed.keys())]
+        if self.neuron_config is None:
+            problems.append("neuron_config=None: pass a Qwen35NeuronConfig")
+        else:
+            problems += _neuron_problems(self, malformed.keys())
+        if problems:
+            raise Qwen35ConfigError(problems)
+        super().validate_config()
+
+
+_SIZES = [name for name, kind in Qwen35InferenceConfig.__annotations__.items() if kind == "int"]
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    """A copy of a nested config, which transformers, NxDI and JSON hold as object, namespace and dict."""
+    return {} if value is None else dict(value if isinstance(value, dict) else vars(value))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _model_type_problem(model_type: Any) -> str:
+    hint = "this package runs the dense Qwen3.5 and Qwen3.6 checkpoints"
+    if str(model_type).startswith("qwen3_5_moe"):
+        hint = "the mixture-of-experts models are not supported yet; use a dense Qwen3.5 checkpoint"
+    return f"model_type={model_type!r} is not one of {', '.join(MODEL_TYPES)}; {hint}"
+
+
+def _malformed_fields(config: Qwen35InferenceConfig) -> Iterator[tuple[str, str]]:
+    """(field, problem) for each architecture field that is missing, ill-typed or out of its range."""
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **{name: (_is_size, "must be a positive integer") for name in _SIZES},
+        "rms_norm_eps": (lambda v: _is_number(v) and v > 0, "must be a positive number"),
+        "rope_theta": (lambda v: _is_number(v) and v > 0, "must be a positive number, in rope_parameters"),
+        "partial_rotary_factor": (lambda v: _is_number(v) and 0 < v <= 1, "must be a number in (0, 1]"),
+        "tie_word_embeddings": (lambda v: isinstance(v, bool), "must be true or false"),
+        "mrope_section": (
+            lambda v: (
+                v is None or (isinstance(v, list | tuple) and len(v) == 3 and all(n == 0 or _is_size(n) for n in v))
+            ),
+            "must be three integers of 0 or more, or absent",
+        ),
+        "layer_types": (
+            # None is left when the list could not be derived, for a reason that has its own line.
+            lambda v: v is None or (isinstance(v, list | tuple) and {*map(str, v)} <= _LAYER_TYPES),
+            f"must be a list of '{LINEAR_ATTENTION}' and '{FULL_ATTENTION}', or absent",
+        ),
+        "pad_token_id": (lambda v: v is None or (_is_number(v) and v >= 0), "must be a token id or null"),
+    }
+    for name, (accepts, remedy) in rules.items():
+        if not hasattr(config, name):
+            yield name, f"{name} is missing: it {remedy}; take it from the checkpoint's config.json"
+        elif not accepts(getattr(config, name)):
+            yield name, f"{name}={getattr(config, name)!r} {remedy}; take it from the checkpoint's config.json"
+
+
+def _structure_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[str]:
+    """Problems between well-formed fields, and unsupported architectures."""
+
+    def formed(*names: str) -> bool:
+        return malformed.isdisjoint(names)
+
+    for name, (value, reason) in _FIXED.items():
+        if getattr(config, name, value) != value:
+            yield f"{name}={getattr(config, name)!r} is not supported, only {value!r}: {reason}"
+    groups = (("linear_num_value_heads", "linear_num_key_heads"), ("num_attention_heads", "num_key_value_heads"))
+    for many, few in groups:
+        if formed(many, few) and getattr(config, many) % getattr(config, few):
+            yield (
+                f"{many}={getattr(config, many)} is not a multiple of {few}={getattr(config, few)}; "
+                "each of the latter serves the same number of the former, correct config.json"
+            )
+    kinds, layers = config.layer_types, getattr(config, "num_hidden_layers", None)
+    if formed("layer_types", "num_hidden_layers") and kinds is not None and len(kinds) != layers:
+        yield (
+            f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}; "
+            "give one entry per layer (to cut layers, cut both)"
+        )
+    if formed("linear_conv_kernel_dim") and config.linear_conv_kernel_dim < 2:
+        yield f"linear_conv_kernel_dim={config.linear_conv_kernel_dim} must be 2 or more, to leave a state to carry"
+    if formed("pad_token_id", "vocab_size") and config.pad_token_id is not None:
+        if config.pad_token_id >= config.vocab_size:
+            yield f"pad_token_id={config.pad_token_id} is outside vocab_size={config.vocab_size}; set it to null"
+    if formed("head_dim", "partial_rotary_factor"):
+        rotated = config.head_dim * config.partial_rotary_factor
+        if rotated != int(rotated) or rotated % 2 or not rotated:
+            yield (
+                f"partial_rotary_factor={config.partial_rotary_factor} of head_dim={config.head_dim} is {rotated} "
+                "dims; choose a factor that gives a positive even integer"
+            )
+        elif formed("mrope_section") and config.mrope_section and sum(config.mrope_section) != rotated // 2:
+            yield (
+                f"mrope_section={list(config.mrope_section)} sums to {sum(config.mrope_section)}; it must sum to "
+                f"{int(rotated // 2)}, half of the {int(rotated)} rotated dims"
+            )
+
+
+def _tp_obstacle(config: Qwen35InferenceConfig, tp: int) -> str | None:
+    """Why the checkpoint cannot be split over `tp` ranks, if it cannot."""
+    for count, what in (
+        (config.linear_num_key_heads, "key heads"),
+        (config.linear_num_value_heads, "value heads"),
+        (config.intermediate_size, "intermediate_size columns"),
+        (config.hidden_size, "hidden_size columns"),
+    ):
+        if count % tp:
+            return f"does not divide the {count} {what}"
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if kv_heads % tp and tp % kv_heads:
+        return f"neither divides the {kv_heads} KV heads nor is a multiple of them"
+    if heads % tp and (tp % kv_heads or (config.padded_num_attention_heads(tp) - heads) % kv_heads):
+        return f"does not divide the {heads} attention heads, even padded by KV group"
+    return None
+
+
+def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[str]:
+    """Problems of the run settings, by themselves and against the checkpoint."""
+    neuron = config.neuron_config
+    for names, supported, reason in _NEURON_FIXED:
+        for name in names.split():
+            value = getattr(neuron, name, supported)  # absent: this NxDI has no such feature
+            if value != supported and not (value in (None, False) and supported in (None, False)):
+                yield f"{name}={value!r} is not supported: {reason}; set {name}={supported!r}"
+    if config.fused_spec_config is not None:
+        yield f"fused_spec_config is not supported: {_NO_ROLLBACK}; leave it out"
+    if neuron.torch_dtype not in (torch.float32, torch.bfloat16):
+        reason = "gates and decays overflow float16; " if neuron.torch_dtype == torch.float16 else ""
+        yield f"torch_dtype={neuron.torch_dtype} is not supported: {reason}set torch_dtype to bfloat16 or float32"
+    if neuron.attention_dtype not in (None, neuron.torch_dtype):
+        yield f"attention_dtype={neuron.attention_dtype} differs from torch_dtype={neuron.torch_dtype}; leave it unset"
+
+    ill = [name for name in _NEURON_SIZES if not _is_size(getattr(neuron, name))]
+    yield from (f"{name}={getattr(neuron, name)!r} must be a positive integer" for name in ill)
+    for small, large, remedy in (
+        ("max_context_length", "seq_len", "lower it or raise seq_len"),
+        ("ctx_batch_size", "kv_cache_batch_size", "raise kv_cache_batch_size: each sequence needs a cache line"),
+        ("tkg_batch_size", "kv_cache_batch_size", "raise kv_cache_batch_size: each sequence needs a cache line"),
+    ):
+        if small not in ill and large not in ill and getattr(neuron, small) > getattr(neuron, large):
+            yield f"{small}={getattr(neuron, small)} exceeds {large}={getattr(neuron, large)}; {remedy}"
+    if neuron.ctx_batch_size != neuron.tkg_batch_size and not neuron.is_continuous_batching:
+        yield (
+            f"ctx_batch_size={neuron.ctx_batch_size} differs from tkg_batch_size={neuron.tkg_batch_size}; "
+            "set is_continuous_batching=True, so that state lines are found by sequence id"
+        )
+    for name in ("seq_len", "max_length"):
+        if name not in ill and "max_position_embeddings" not in malformed:
+            if getattr(neuron, name) > config.max_position_embeddings:
+                yield (
+                    f"{name}={getattr(neuron, name)} exceeds max_position_embeddings={config.max_position_embeddings} "
+                    f"of this checkpoint; lower {name}"
+                )
+    if "tp_degree" not in ill and malformed.isdisjoint(_SHARDED_SIZES):
+        obstacle = _tp_obstacle(config, neuron.tp_degree)
+        if obstacle:
+            valid = ", ".join(map(str, config.valid_tp_degrees()))
+            yield f"tp_degree={neuron.tp_degree} {obstacle} of this checkpoint; valid degrees: {valid}"

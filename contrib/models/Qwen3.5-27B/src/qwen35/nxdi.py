@@ -1,0 +1,84 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The seam to NxDI: the only module that imports `neuronx_distributed*`.
+
+Where the Neuron SDK is missing, the same names come from the CPU stand-ins in `nxdi_cpu`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+
+def _nxdi_is_installed() -> bool:
+    # The wheels of that name on the public package index are empty: look for a module, not for the distribution.
+    try:
+        return find_spec("neuronx_distributed_inference.models.model_base") is not None
+    except ImportError:
+        return False
+
+
+NXDI_AVAILABLE = _nxdi_is_installed()
+"""True when the real NxDI is importable, on a Neuron machine or with its sources on the path."""
+
+if TYPE_CHECKING or not NXDI_AVAILABLE:
+    from nxdi_cpu.attention import NeuronAttentionBase, NeuronAttentionBaseOutput
+    from nxdi_cpu.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
+    from nxdi_cpu.hf_adapter import HuggingFaceGenerationAdapter, load_pretrained_config
+    from nxdi_cpu.kv_cache import KVCacheManager
+    from nxdi_cpu.layers import (
+        BaseParallelLinear,
+        ColumnParallelLinear,
+        ParallelEmbedding,
+        RowParallelLinear,
+        set_tensor_model_parallel_attributes,
+    )
+    from nxdi_cpu.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+    from nxdi_cpu.model_wrapper import CONTEXT_ENCODING_MODEL_TAG, DecoderModelInstance, ModelWrapper
+    from nxdi_cpu.parallel_state import get_tensor_model_parallel_size
+else:
+    from neuronx_distributed.parallel_layers.layers import (
+        BaseParallelLinear,
+        ColumnParallelLinear,
+        ParallelEmbedding,
+        RowParallelLinear,
+    )
+    from neuronx_distributed.parallel_layers.parallel_state import get_tensor_model_parallel_size
+    from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
+    from neuronx_distributed_inference.models.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
+    from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+    from neuronx_distributed_inference.models.model_wrapper import (
+        CONTEXT_ENCODING_MODEL_TAG,
+        DecoderModelInstance,
+        ModelWrapper,
+    )
+    from neuronx_distributed_inference.modules.attention.attention_base import (
+        NeuronAttentionBase,
+        NeuronAttentionBaseOutput,
+    )
+    from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
+    from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter, load_pretrained_config
+
+__all__ = [
+    "CONTEXT_ENCODING_MODEL_TAG",
+    "NXDI_AVAILABLE",
+    "BaseParallelLinear",
+    "ColumnParallelLinear",
+    "DecoderModelInstance",
+    "HuggingFaceGenerationAdapter",
+    "InferenceConfig",
+    "KVCacheManager",
+    "ModelWrapper",
+    "NeuronAttentionBase",
+    "NeuronAttentionBaseOutput",
+    "NeuronBaseForCausalLM",
+    "NeuronBaseModel",
+    "NeuronConfig",
+    "OnDeviceSamplingConfig",
+    "ParallelEmbedding",
+    "RowParallelLinear",
+    "get_tensor_model_parallel_size",
+    "load_pretrained_config",
+    "set_tensor_model_parallel_attributes",
+]
