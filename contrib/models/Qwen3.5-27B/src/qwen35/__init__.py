@@ -1,0 +1,35 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3.5 for AWS Trainium on NxDI, and on any CPU through stand-ins of the same classes."""
+
+from .attention import NeuronQwen35Attention
+from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
+from .gated_deltanet import NeuronGatedDeltaNet
+from .modeling_qwen35 import (
+    NeuronQwen35DecoderLayer,
+    NeuronQwen35ForCausalLM,
+    NeuronQwen35Model,
+    Qwen35DecoderModelInstance,
+    Qwen35MLP,
+    Qwen35ModelWrapper,
+)
+from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HuggingFaceGenerationAdapter",
+    "NeuronConfig",
+    "NeuronGatedDeltaNet",
+    "NeuronQwen35Attention",
+    "NeuronQwen35DecoderLayer",
+    "NeuronQwen35ForCausalLM",
+    "NeuronQwen35Model",
+    "OnDeviceSamplingConfig",
+    "Qwen35ConfigError",
+    "Qwen35DecoderModelInstance",
+    "Qwen35InferenceConfig",
+    "Qwen35MLP",
+    "Qwen35ModelWrapper",
+    "Qwen35NeuronConfig",
+]

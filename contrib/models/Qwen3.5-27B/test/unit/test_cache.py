@@ -1,0 +1,92 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept between steps, and where it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import load_neuron, random_prompts, right_padded, save_reference
+from qwen35.cache import _write_lines
+
+
+def cache_of(path: Path, **options: Any) -> tuple[Any, list[torch.Tensor]]:
+    model = load_neuron(path, **options)
+    return model, list(model.models[0].model.kv_mgr.past_key_values)
+
+
+def test_deltanet_layers_hold_state_and_attention_layers_hold_keys_and_values(tmp_path: Path) -> None:
+    save_reference(tmp_path)
+    _, cache = cache_of(tmp_path, batch_size=3, seq_len=96, torch_dtype=torch.bfloat16)
+    recurrent, conv = ((3, 8, 16, 16), torch.float32), ((3, 256, 3), torch.bfloat16)
+    key_value = ((3, 2, 96, 32), torch.bfloat16)
+    expected = [recurrent, conv] * 3 + [key_value] * 2
+    assert [(tuple(entry.shape), entry.dtype) for entry in cache] == expected
+
+
+def test_a_longer_context_costs_deltanet_layers_nothing(tmp_path: Path) -> None:
+    save_reference(tmp_path)
+    sizes = [[entry.numel() for entry in cache_of(tmp_path, seq_len=length)[1]] for length in (64, 512)]
+    assert sizes[0][:6] == sizes[1][:6]
+    assert [8 * n for n in sizes[0][6:]] == sizes[1][6:]
+
+
+def test_context_encoding_of_one_line_leaves_the_others_alone(tmp_path: Path) -> None:
+    save_reference(tmp_path)
+    model, _ = cache_of(tmp_path, batch_size=3, ctx_batch_size=1, is_continuous_batching=True)
+
+    def encode(line: int, prompt: list[int]) -> None:
+        ids, mask = right_padded([prompt])
+        positions = torch.arange(len(prompt)).unsqueeze(0)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, seq_ids=torch.tensor([line]))
+
+    def line(index: int) -> list[torch.Tensor]:
+        return [entry[index].clone() for entry in model.models[0].model.kv_mgr.past_key_values]
+
+    prompts = random_prompts([7, 5, 9])
+    for index in (2, 0, 1):
+        encode(index, prompts[index])
+    before = [line(0), line(2)]
+    assert all(entry.any() for entry in before[0] + before[1])
+    encode(1, random_prompts([4], seed=5)[0])
+    for kept, index in zip(before, (0, 2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(kept, line(index), strict=True))
+
+
+def test_a_new_prompt_starts_from_an_empty_state(tmp_path: Path) -> None:
+    save_reference(tmp_path)
+    model, _ = cache_of(tmp_path)
+    ids, mask = right_padded(random_prompts([6]))
+    positions = torch.arange(6).unsqueeze(0)
+
+    def state() -> list[torch.Tensor]:
+        model(input_ids=ids, attention_mask=mask, position_ids=positions)
+        return [entry.clone() for entry in model.models[0].model.kv_mgr.past_key_values][:6]
+
+    first, second = state(), state()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@given(st.integers(1, 6), st.data())
+def test_lines_are_written_by_id_and_ids_out_of_range_write_nowhere(lines: int, data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(-1, lines + 1), min_size=1, max_size=lines, unique=True))
+    if len(ids) == lines:
+        # A full batch comes in line order; a masked row keeps its place with the id -1.
+        ids = [i if data.draw(st.booleans()) else -1 for i in range(lines)]
+    cache = torch.zeros(lines, 2, 3)
+    rows = torch.arange(1.0, len(ids) + 1).view(-1, 1, 1).expand(-1, 2, 3)
+    written = _write_lines(cache, rows, torch.tensor(ids))
+    for line in range(lines):
+        expected = ids.index(line) + 1 if line in ids else 0
+        assert (written[line] == expected).all(), (line, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_rows_take_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
+    assert _write_lines(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), torch.arange(2)).dtype == dtype
