@@ -1,0 +1,231 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The `qwen35` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
+from .generation import (
+    MINI_CHECKPOINT,
+    Generation,
+    SamplingOptions,
+    TextGenerator,
+    as_chat,
+    default_neuron_config,
+    encode,
+    load_tokenizer,
+)
+from .modeling_qwen35 import NeuronQwen35ForCausalLM
+from .nxdi import NXDI_AVAILABLE
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after an error that the message explains."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"qwen35: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qwen35", description="Qwen3.5 on AWS Trainium, or on this CPU.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; '-' reads standard input")
+    generate.add_argument(
+        "--batch", nargs="+", default=[], metavar="PROMPT", help="further prompts, all run as one padded batch"
+    )
+    generate.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    _add_model_options(generate)
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    generate.add_argument(
+        "--compiled", type=Path, metavar="DIR", help="on Neuron: where the compiled model is, or is to be written"
+    )
+
+    convert = commands.add_parser(
+        "convert",
+        help="pre-shard a checkpoint",
+        description="Write the checkpoint in the Neuron layout, a safetensors file a rank, for fast loading.",
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("output", type=Path, metavar="OUTPUT", help="the directory to make")
+    _add_model_options(convert)
+    convert.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, default=MINI_CHECKPOINT, metavar="DIR", help="Hugging Face checkpoint (default: the mini)"
+    )
+    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor-parallel degree")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a CPU, bfloat16 on Neuron")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts = ([args.prompt] if args.prompt is not None else []) + args.batch
+    if not prompts or args.prompt == "-":
+        prompts = [sys.stdin.read().rstrip("\n"), *args.batch]
+    tokenizer = load_tokenizer(_existing(args.model))
+    texts = [as_chat(tokenizer, prompt) for prompt in prompts] if args.chat else prompts
+    neuron_config = default_neuron_config(
+        prompt_tokens=encode(tokenizer, texts)["input_ids"].shape[1],
+        max_new_tokens=args.max_new_tokens,
+        batch_size=len(prompts),
+        tp_degree=args.tp,
+        torch_dtype=_DTYPES.get(args.dtype),
+    )
+    sampling = SamplingOptions(args.temperature, args.top_p, args.top_k, args.seed)
+    # Everything a configuration can have wrong is said here, before processes start and weights are read.
+    Qwen35InferenceConfig.from_pretrained(args.model, neuron_config=neuron_config)
+    _run_on_every_rank(_generate_rank, args, prompts, texts, neuron_config, sampling)
+
+
+def _generate_rank(
+    args: argparse.Namespace,
+    prompts: list[str],
+    texts: list[str],
+    neuron_config: Qwen35NeuronConfig,
+    sampling: SamplingOptions,
+) -> None:
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    generator = TextGenerator.load(args.model, neuron_config, args.compiled)
+    streaming = speaks and len(prompts) == 1 and not args.json
+    on_token = _Streamer(generator, prompts[0] if not args.chat else "") if streaming else None
+    result = generator.generate(texts, args.max_new_tokens, sampling, on_token)
+    if not speaks:
+        return
+    if args.json:
+        print(json.dumps(_as_json(args, prompts, result), ensure_ascii=False))
+        return
+    if streaming:
+        print()
+    else:
+        for prompt, text in zip(prompts, result.texts, strict=True):
+            print(f"{prompt}\n  -> {text.strip()}" if args.chat else f"{prompt}{text}")
+    print(_timing(result), file=sys.stderr)
+
+
+class _Streamer:
+    """Prints text as soon as its bytes are whole; a character may span tokens."""
+
+    def __init__(self, generator: TextGenerator, prompt: str) -> None:
+        self.generator, self.tokens, self.printed = generator, [], 0  # type: ignore[var-annotated]
+        self.done = False
+        print(prompt, end="", flush=True)
+
+    def __call__(self, tokens: torch.Tensor) -> None:
+        token = int(tokens[0])
+        self.tokens.append(token)
+        text = self.generator.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            print(text[self.printed :], end="", flush=True)
+            self.printed = len(text)
+
+
+def _timing(result: Generation) -> str:
+    count = max(map(len, result.tokens))
+    line = f"[{count} tokens; TTFT {1e3 * result.time_to_first_token:.1f} ms"
+    if result.time_per_output_token is not None:
+        rate = len(result.tokens) / result.time_per_output_token
+        line += f"; TPOT {1e3 * result.time_per_output_token:.2f} ms ({rate:.0f} tokens/s)"
+    return line + "]"
+
+
+def _as_json(args: argparse.Namespace, prompts: list[str], result: Generation) -> dict[str, Any]:
+    return {
+        "model": str(args.model),
+        "device": "neuron" if NXDI_AVAILABLE else "cpu",
+        "tp_degree": args.tp,
+        "ttft_s": result.time_to_first_token,
+        "tpot_s": result.time_per_output_token,
+        "generations": [
+            {"prompt": prompt, "text": text, "tokens": tokens}
+            for prompt, text, tokens in zip(prompts, result.texts, result.tokens, strict=True)
+        ],
+    }
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if args.output.exists():
+        raise FileExistsError(f"OUTPUT={args.output} exists already: name a new directory")
+    neuron_config = Qwen35NeuronConfig(
+        tp_degree=args.tp,
+        torch_dtype=_DTYPES[args.dtype or "bfloat16"],
+        save_sharded_checkpoint=True,
+    )
+    config = Qwen35InferenceConfig.from_pretrained(_existing(args.model), neuron_config=neuron_config)
+    model = NeuronQwen35ForCausalLM(str(args.model), config)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as scratch:
+        partial = Path(scratch) / "partial"
+        config.save(str(partial))
+        model.shard_weights(str(partial))
+        partial.rename(args.output)
+    files = sorted((args.output / "weights").glob("*.safetensors"))
+    sizes = [file.stat().st_size for file in files]
+    if args.json:
+        print(json.dumps({"output": str(args.output), "tp_degree": args.tp, "bytes_per_rank": sizes}))
+    else:
+        print(f"{args.output}: {len(files)} ranks, {max(sizes) / 1e6:.1f} MB each at most")
+
+
+def _existing(path: Path) -> Path:
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"--model {path}: no config.json there; name a Hugging Face checkpoint's directory")
+    return path
+
+
+def _run_on_every_rank(run: Callable[..., None], args: argparse.Namespace, *rest: Any) -> None:
+    """Call `run` once; on a CPU with --tp N, in N processes that form a gloo group."""
+    if NXDI_AVAILABLE or args.tp == 1:
+        run(args, *rest)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.multiprocessing.start_processes(
+            _rank_process, args=(f"file://{scratch}/rendezvous", run, args, *rest), nprocs=args.tp, start_method="spawn"
+        )
+
+
+def _rank_process(rank: int, rendezvous: str, run: Callable[..., None], args: argparse.Namespace, *rest: Any) -> None:
+    os.environ["RANK"] = str(rank)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.tp))
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.tp)
+    try:
+        run(args, *rest)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

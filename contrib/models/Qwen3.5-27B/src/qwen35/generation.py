@@ -1,0 +1,198 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts in, text out: what the command line and the integration tests share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria
+
+from .configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
+from .modeling_qwen35 import NeuronQwen35ForCausalLM
+from .nxdi import NXDI_AVAILABLE, HuggingFaceGenerationAdapter
+
+MINI_CHECKPOINT = Path(__file__).parent / "mini"
+"""The small trained checkpoint that ships with the package: a test vehicle with the architecture of the real ones."""
+
+OnToken = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; temperature 0 is greedy, and top_p and top_k then do not matter."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be 0 (off) or positive")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated tokens and texts, a row a prompt, without prompt and padding; times in seconds."""
+
+    tokens: list[list[int]]
+    texts: list[str]
+    time_to_first_token: float
+    time_per_output_token: float | None
+    """Mean over the steps after the first; None when one step was enough."""
+
+
+class _TokenClock(StoppingCriteria):
+    """Never stops anything: `generate` calls it after every step, on NxDI too, which has no streamers."""
+
+    def __init__(self, on_token: OnToken | None) -> None:
+        self.on_token = on_token
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        if self.on_token is not None:
+            self.on_token(input_ids[:, -1])
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+class TextGenerator:
+    """A loaded model with its tokenizer."""
+
+    def __init__(self, model: NeuronQwen35ForCausalLM, tokenizer: Any, generation_config: GenerationConfig) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.generation_config = generation_config
+        self.adapter = HuggingFaceGenerationAdapter(model)
+
+    @classmethod
+    def load(
+        cls,
+        model_path: Path,
+        neuron_config: Qwen35NeuronConfig,
+        compiled_path: Path | None = None,
+    ) -> TextGenerator:
+        """Read, convert and load a checkpoint; on Neuron compile it first, unless `compiled_path` holds it compiled.
+
+        Raises:
+            ValueError: the checkpoint or the configuration does not do.
+        """
+        config = Qwen35InferenceConfig.from_pretrained(model_path, neuron_config=neuron_config)
+        model = NeuronQwen35ForCausalLM(str(model_path), config)
+        if neuron_config.on_cpu:
+            model.to_cpu()
+        elif compiled_path is None:
+            raise ValueError("compiled_path=None: name the directory for the compiled model")
+        else:
+            if not (compiled_path / "model.pt").exists():
+                model.compile(str(compiled_path))
+            model.load(str(compiled_path))
+        return cls(model, load_tokenizer(model_path), _load_generation_config(model_path, config))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        sampling: SamplingOptions = SamplingOptions(),
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """Complete all prompts as one right-padded batch; `on_token` gets the tokens [B] of each step as they come."""
+        inputs = encode(self.tokenizer, prompts)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        chosen: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            chosen = {"do_sample": True, **{k: v for k, v in asdict(sampling).items() if k != "seed"}}
+        clock = _TokenClock(on_token)
+        start = time.perf_counter()
+        sequences = self.adapter.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=GenerationConfig(
+                **chosen,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.generation_config.eos_token_id,
+                pad_token_id=self.pad_token_id,
+            ),
+            stopping_criteria=[clock],
+        )
+        tokens = [self._until_eos(row) for row in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+        steps = len(clock.times) - 1
+        return Generation(
+            tokens=tokens,
+            texts=[self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens],
+            time_to_first_token=clock.times[0] - start,
+            time_per_output_token=(clock.times[-1] - clock.times[0]) / steps if steps else None,
+        )
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        eos = self.generation_config.eos_token_id
+        return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.eos_token_ids[0]
+
+    def _until_eos(self, row: list[int]) -> list[int]:
+        ends = [i for i, token in enumerate(row) if token in self.eos_token_ids]
+        return row[: ends[0] + 1] if ends else row
+
+
+def load_tokenizer(model_path: Path) -> Any:
+    """The checkpoint's tokenizer, set to right padding."""
+    return AutoTokenizer.from_pretrained(model_path, padding_side="right")
+
+
+def encode(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask [B, S], right-padded.
+
+    Raises:
+        ValueError: a prompt is empty.
+    """
+    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    if empty := [i for i, row in enumerate(rows) if not row]:
+        raise ValueError(f"prompt {empty[0]} is empty: give at least one token to continue")
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+    }
+
+
+def as_chat(tokenizer: Any, prompt: str) -> str:
+    """One user turn in the checkpoint's chat template, up to where the assistant speaks."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def default_neuron_config(
+    prompt_tokens: int, max_new_tokens: int, batch_size: int, tp_degree: int, torch_dtype: torch.dtype | None = None
+) -> Qwen35NeuronConfig:
+    """Options that fit one batch: the sequence length it needs, float32 on a CPU and bfloat16 on Neuron."""
+    seq_len = prompt_tokens + max_new_tokens
+    return Qwen35NeuronConfig(
+        tp_degree=tp_degree,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        max_context_length=seq_len,
+        torch_dtype=torch_dtype or (torch.bfloat16 if NXDI_AVAILABLE else torch.float32),
+        on_cpu=not NXDI_AVAILABLE,
+        enable_bucketing=True,
+    )
+
+
+def _load_generation_config(model_path: Path, config: Qwen35InferenceConfig) -> GenerationConfig:
+    if (model_path / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(model_path)
+    return GenerationConfig(eos_token_id=config.eos_token_id)

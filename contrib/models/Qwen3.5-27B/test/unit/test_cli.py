@@ -1,0 +1,115 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from qwen35.cli import main
+from qwen35.generation import MINI_CHECKPOINT
+
+PROMPT = "The capital of France is"
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate_streams_the_prompt_and_its_continuation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", PROMPT, "--max-new-tokens", "8"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{PROMPT} Paris")
+    assert "TTFT" in captured.err and "TPOT" in captured.err
+
+
+def test_generate_in_chat_form(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_json(capsys, "generate", "What is the capital of France?", "--chat", "--max-new-tokens", "8")
+    assert "Paris" in result["generations"][0]["text"]
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [PROMPT, "3 + 4 =", "The capital of Japan is"]
+    together = run_json(capsys, "generate", prompts[0], "--batch", *prompts[1:], "--max-new-tokens", "6")
+    alone = [run_json(capsys, "generate", prompt, "--max-new-tokens", "6") for prompt in prompts]
+    assert [g["tokens"] for g in together["generations"]] == [a["generations"][0]["tokens"] for a in alone]
+
+
+def test_a_seed_makes_sampling_repeatable(capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seed: str) -> list[int]:
+        options = ("--temperature", "3", "--top-p", "0.95", "--top-k", "50", "--seed", seed)
+        return run_json(capsys, "generate", PROMPT, "--max-new-tokens", "12", *options)["generations"][0]["tokens"]
+
+    assert sample("1") == sample("1")
+    assert len({tuple(sample(str(seed))) for seed in range(4)}) > 1
+
+
+def test_top_k_1_is_greedy_at_any_temperature(capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = run_json(capsys, "generate", PROMPT, "--max-new-tokens", "6")
+    sampled = run_json(capsys, "generate", PROMPT, "--max-new-tokens", "6", "--temperature", "5", "--top-k", "1")
+    assert greedy["generations"] == sampled["generations"]
+
+
+@pytest.mark.parametrize("tp_degree", [2, 4])
+def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> None:
+    # A process of its own, since the ranks are children of the command.
+    def tokens(*options: str) -> list[int]:
+        command = [sys.executable, "-m", "qwen35.cli", "generate", PROMPT, "--max-new-tokens", "8", "--json", *options]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return json.loads(output)["generations"][0]["tokens"]
+
+    assert tokens("--tp", str(tp_degree)) == tokens()
+
+
+def test_convert_writes_a_shard_a_rank_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_json(capsys, "convert", str(tmp_path / "out"), "--tp", "2")
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
+        "neuron_config.json",
+        "weights/tp0_sharded_checkpoint.safetensors",
+        "weights/tp1_sharded_checkpoint.safetensors",
+    ]
+    assert len(result["bytes_per_rank"]) == 2
+    shard = load_file(tmp_path / "out" / "weights" / "tp1_sharded_checkpoint.safetensors")
+    # 4 key and 8 value heads of 128: half of 2 * 512 + 2 * 1024 rows.
+    assert shard["layers.0.linear_attn.in_proj_qkvz.weight"].shape == (1536, 128)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", "--model", "/nowhere"], ["/nowhere", "config.json"]),
+        (["generate", "x", "--tp", "3"], ["tp_degree=3", "1, 2, 4"]),
+        (["generate", ""], ["empty"]),
+        (["generate", "x", "--temperature", "-1"], ["temperature=-1"]),
+        (["generate", "x", "--top-p", "0"], ["top_p=0"]),
+        (["generate", "x", "--tp", "2", "--dtype", "bfloat16"], ["bfloat16", "float32"]),
+        (["convert", str(MINI_CHECKPOINT)], ["exists already"]),
+    ],
+)
+def test_errors_name_the_value_and_the_remedy(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("qwen35: error:")
+    for word in words:
+        assert word in message
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((MINI_CHECKPOINT / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes((MINI_CHECKPOINT / "model.safetensors").read_bytes()[:100_000])
+    assert main(["convert", str(tmp_path / "out"), "--model", str(broken)]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
