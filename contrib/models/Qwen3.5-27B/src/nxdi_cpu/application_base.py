@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .config import InferenceConfig, NeuronConfig
+from .layers import ColumnParallelLinear
 from .parallel_state import as_rank, get_tensor_model_parallel_rank, initialize_model_parallel
 from .sharding import get_sharded_checkpoint, write_safetensors
 
@@ -200,5 +201,8 @@ def _assign_weights(module: nn.Module, checkpoint: MutableMapping[str, torch.Ten
             )
         else:
             parameter.data = tensor
+    for child in module.modules():
+        if isinstance(child, ColumnParallelLinear):
+            child.lay_out_for_decoding()
     if problems:
         raise ValueError("the weights do not fit the modules:\n  " + "\n  ".join(sorted(problems)))

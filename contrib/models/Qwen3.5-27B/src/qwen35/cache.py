@@ -69,15 +69,16 @@ class Qwen35CacheManager(KVCacheManager):
         """The caches of layer `idx` with the rows of `kv_per_layer` written at the lines `seq_ids`."""
         if not self.is_linear[idx]:
             return super().update_kv_by_layer_id(idx, *args, **kwargs)
-        caches = self._fetch_cache(idx, kwargs.get("kvcache_buffer"))
-        recurrent, conv = (
-            _write_lines(cache, rows, kwargs["seq_ids"])
-            for cache, rows in zip(caches, kwargs["kv_per_layer"], strict=True)
+        caches, (recurrent, conv) = self._fetch_cache(idx, kwargs.get("kvcache_buffer")), kwargs["kv_per_layer"]
+        if recurrent.shape[0] == caches[0].shape[0] and not self.neuron_config.apply_seq_ids_mask:
+            return recurrent, conv.to(caches[1].dtype)  # a full batch without masked rows is the new cache
+        return (
+            write_lines(caches[0], recurrent, kwargs["seq_ids"]),
+            write_lines(caches[1], conv, kwargs["seq_ids"]),
         )
-        return recurrent, conv
 
 
-def _write_lines(cache: torch.Tensor, rows: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
+def write_lines(cache: torch.Tensor, rows: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
     """cache [L, ...] with rows [B, ...] at lines seq_ids [B]; an id outside 0..L-1 writes nowhere.
 
     Selection instead of a scatter, which the Neuron compiler does not take.

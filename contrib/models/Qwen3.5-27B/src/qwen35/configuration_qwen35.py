@@ -189,6 +189,7 @@ class Qwen35InferenceConfig(InferenceConfig):
         if not isinstance(fields, dict):
             raise Qwen35ConfigError([f"{file} holds a {type(fields).__name__}, not an object; download it again"])
         fields.setdefault("model_type", None)
+        fields["_name_or_path"] = str(path)  # where a compiled model finds its checkpoint again
         neuron_config = Qwen35NeuronConfig() if neuron_config is None else neuron_config
         return cls(neuron_config, load_config=lambda config: vars(config).update(fields), **kwargs)
 

@@ -175,6 +175,12 @@ class Qwen35ModelWrapper(ModelWrapper):
         attention_mask, position_ids = padded[1], padded[2]
         return (*padded[:2], torch.where(attention_mask > 0, position_ids, 0), *padded[3:])
 
+    def _forward(self, *args: torch.Tensor) -> Any:
+        if not self.is_neuron():
+            # Tracing sets the bucket once in each traced copy; the one module of a CPU serves every bucket.
+            self.model.n_positions = args[1].shape[1]
+        return super()._forward(*args)
+
     def forward(self, *args: Any, pad_type: str = "first_fit") -> Any:
         """Run the rows in ascending order of seq_ids, in which NxDI pairs them with cache lines, and put them back."""
         seq_ids = args[3]

@@ -9,6 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last axis, in float32.
+
+    Written out: for the one row of a decoding step PyTorch's `rms_norm` takes three times as long on a CPU.
+    """
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
 class Qwen35RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis.
 
@@ -22,12 +31,11 @@ class Qwen35RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps).to(x.dtype)
 
 
 class Qwen35GatedRMSNorm(Qwen35RMSNorm):
     """The output norm of a DeltaNet layer: x / rms(x) * weight * silu(gate); its weight has no 1 added."""
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        normed = F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
-        return (normed * F.silu(gate.float())).to(gate.dtype)
+        return (rms_norm(x, self.weight, self.eps) * F.silu(gate.float())).to(gate.dtype)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import load_neuron, random_prompts, right_padded, save_reference
-from qwen35.cache import _write_lines
+from qwen35.cache import write_lines
 
 
 def cache_of(path: Path, **options: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -81,7 +81,7 @@ def test_lines_are_written_by_id_and_ids_out_of_range_write_nowhere(lines: int, 
         ids = [i if data.draw(st.booleans()) else -1 for i in range(lines)]
     cache = torch.zeros(lines, 2, 3)
     rows = torch.arange(1.0, len(ids) + 1).view(-1, 1, 1).expand(-1, 2, 3)
-    written = _write_lines(cache, rows, torch.tensor(ids))
+    written = write_lines(cache, rows, torch.tensor(ids))
     for line in range(lines):
         expected = ids.index(line) + 1 if line in ids else 0
         assert (written[line] == expected).all(), (line, ids)
@@ -89,4 +89,4 @@ def test_lines_are_written_by_id_and_ids_out_of_range_write_nowhere(lines: int, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_written_rows_take_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
-    assert _write_lines(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), torch.arange(2)).dtype == dtype
+    assert write_lines(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), torch.arange(2)).dtype == dtype

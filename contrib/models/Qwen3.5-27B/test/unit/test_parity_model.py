@@ -122,6 +122,14 @@ def test_prompts_around_the_conv_window_and_the_chunk(length: int, tmp_path: Pat
     )
 
 
+def test_generation_crosses_from_bucket_to_bucket(tmp_path: Path) -> None:
+    reference = save_reference(tmp_path)
+    prompts = random_prompts([120, 10])
+    model = load_neuron(tmp_path, batch_size=2, seq_len=512, enable_bucketing=True)
+    assert model.token_generation_model.neuron_config.buckets == [128, 256, 512]
+    check(neuron_greedy(model, prompts, STEPS), reference_greedy(reference, prompts, STEPS))
+
+
 def test_padding_is_found_in_the_mask_not_in_the_token_ids(tmp_path: Path) -> None:
     reference = save_reference(tmp_path, eos_token_id=7, pad_token_id=7)
     reference.generation_config.eos_token_id = None

@@ -1,0 +1,133 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling, sharding and loading: the life of an application without a device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qwen35
+from models import load_neuron, neuron_greedy, random_prompts, save_reference
+from nxdi_cpu.parallel_state import as_rank
+from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.configuration_qwen35 import QWEN35_PRESETS
+from qwen35.generation import MINI_CHECKPOINT
+
+PACKAGE = Path(qwen35.__file__).parent
+MODEL_ROOT = PACKAGE.parents[1]
+
+
+def options(**more: Any) -> Qwen35NeuronConfig:
+    return Qwen35NeuronConfig(torch_dtype=torch.float32, on_cpu=True, seq_len=128, **more)
+
+
+@pytest.mark.parametrize("save_sharded_checkpoint", [False, True])
+def test_a_compiled_model_is_found_by_its_path_alone(save_sharded_checkpoint: bool, tmp_path: Path) -> None:
+    checkpoint, compiled = tmp_path / "checkpoint", tmp_path / "compiled"
+    save_reference(checkpoint)
+    neuron_config = options(save_sharded_checkpoint=save_sharded_checkpoint)
+    config = Qwen35InferenceConfig.from_pretrained(checkpoint, neuron_config=neuron_config)
+    NeuronQwen35ForCausalLM(str(checkpoint), config).compile(str(compiled))
+    if save_sharded_checkpoint:
+        (checkpoint / "model.safetensors").unlink()
+    model = NeuronQwen35ForCausalLM(str(compiled))
+    model.load(str(compiled))
+    tokens, _ = neuron_greedy(model, random_prompts([5]), 4)
+    assert tokens.shape == (1, 4)
+    if not save_sharded_checkpoint:
+        assert torch.equal(tokens, neuron_greedy(load_neuron(checkpoint), random_prompts([5]), 4)[0])
+
+
+def greedy_of_shards(compiled: str, prompts: list[list[int]]) -> torch.Tensor:
+    model = NeuronQwen35ForCausalLM(compiled)
+    model.load(compiled)
+    return neuron_greedy(model, prompts, 8)[0]
+
+
+def test_shards_written_by_one_process_are_what_each_rank_loads(rank_pool: Any, tmp_path: Path) -> None:
+    checkpoint, compiled = tmp_path / "checkpoint", tmp_path / "compiled"
+    # 159 words and 2 ranks: the vocabulary is padded by one.
+    save_reference(checkpoint, vocab_size=159)
+    prompts = random_prompts([9], vocab_size=159)
+    expected = neuron_greedy(load_neuron(checkpoint), prompts, 8)[0]
+    config = Qwen35InferenceConfig.from_pretrained(
+        checkpoint, neuron_config=options(tp_degree=2, save_sharded_checkpoint=True)
+    )
+    NeuronQwen35ForCausalLM(str(checkpoint), config).compile(str(compiled))
+    for tokens in rank_pool(2).call(greedy_of_shards, str(compiled), prompts):
+        assert torch.equal(tokens, expected)
+
+
+def test_more_ranks_than_processes_is_an_error_that_names_the_launcher(tmp_path: Path) -> None:
+    save_reference(tmp_path)
+    with pytest.raises(RuntimeError, match="torchrun --nproc-per-node 2"):
+        load_neuron(tmp_path, tp_degree=2)
+
+
+def test_calling_before_loading_is_an_error_that_names_the_remedy() -> None:
+    config = Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, neuron_config=options())
+    model = NeuronQwen35ForCausalLM(str(MINI_CHECKPOINT), config)
+    with pytest.raises(RuntimeError, match="to_cpu"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), position_ids=torch.arange(3).unsqueeze(0))
+
+
+def test_a_prompt_longer_than_the_context_is_an_error_that_names_both_lengths(tmp_path: Path) -> None:
+    save_reference(tmp_path)
+    model = load_neuron(tmp_path, seq_len=64)
+    with pytest.raises(ValueError, match=r"65 tokens.*64"):
+        neuron_greedy(model, random_prompts([65]), 1)
+
+
+@pytest.mark.parametrize(("tp_degree", "gigabytes"), [(1, 54), (4, 13.6)])
+def test_27b_is_sharded_without_replicated_weights(tp_degree: int, gigabytes: float) -> None:
+    neuron_config = Qwen35NeuronConfig(tp_degree=tp_degree, seq_len=128)
+    config = Qwen35InferenceConfig(neuron_config, **QWEN35_PRESETS["27B"])
+    with as_rank(0, tp_degree), torch.device("meta"):
+        module = NeuronQwen35ForCausalLM._model_cls(config)
+    weights = {n: p for n, p in module.named_parameters() if "past_key_values" not in n}
+    replicated = {n for n, p in weights.items() if not getattr(p, "tensor_model_parallel", False)}
+    assert all("norm" in name.split(".")[-2] for name in replicated), replicated
+    assert sum(p.nbytes for p in weights.values()) <= 1e9 * gigabytes
+
+
+def test_27b_on_4_ranks_keeps_half_a_gigabyte_for_32k_tokens() -> None:
+    neuron_config = Qwen35NeuronConfig(tp_degree=4, seq_len=32768)
+    config = Qwen35InferenceConfig(neuron_config, **QWEN35_PRESETS["27B"])
+    with as_rank(0, 4), torch.device("meta"):
+        module = NeuronQwen35ForCausalLM._model_cls(config)
+    # 16 layers of K and V, one KV head of 256 dims in bfloat16; 48 of 12 states of 128 x 128 float32 and 3 conv inputs.
+    key_value = 16 * 2 * 32768 * 256 * 2
+    state = 48 * (12 * 128 * 128 * 4 + 3 * 2560 * 2)
+    assert sum(p.nbytes for p in module.kv_mgr.past_key_values) == key_value + state <= 0.6e9
+
+
+def test_the_usage_example_of_the_readme_runs(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", (MODEL_ROOT / "README.md").read_text(), re.DOTALL)
+    assert example is not None
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-c", example[1]]
+    output = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert "The capital of France is Paris" in output
+
+
+def test_only_the_seam_imports_neuron_packages() -> None:
+    importing = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"^\s*(from|import) (neuronx_distributed|torch_neuronx|torch_xla|nki)\b", path.read_text(), re.M)
+    }
+    assert importing <= {"nxdi.py", "nki_seam.py"}
+
+
+def test_the_runtime_does_not_need_transformers_own_model() -> None:
+    for package in (PACKAGE, PACKAGE.parent / "nxdi_cpu"):
+        for path in package.rglob("*.py"):
+            assert not re.search(r"import.*Qwen3_5|transformers\.models\.qwen3_5", path.read_text()), path
