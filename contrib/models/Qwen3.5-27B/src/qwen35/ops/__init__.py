@@ -1,0 +1,21 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Operators of the DeltaNet layer in plain PyTorch: the specification of the NKI kernels and the CPU path."""
+
+from .causal_conv import causal_conv
+from .gated_delta_rule import (
+    CHUNK_SIZE,
+    chunk_gated_delta_rule,
+    decay_and_beta,
+    l2norm,
+    recurrent_gated_delta_rule,
+)
+
+__all__ = [
+    "CHUNK_SIZE",
+    "causal_conv",
+    "chunk_gated_delta_rule",
+    "decay_and_beta",
+    "l2norm",
+    "recurrent_gated_delta_rule",
+]
