@@ -4,7 +4,9 @@
 
 import os
 
-# Before torch and tokenizers start their pools: small tensors gain nothing from threads, and processes would fight.
+# Before torch and tokenizers start their pools, and for child processes too: small tensors gain nothing from threads,
+# and threads that wait for each other on a busy machine cost a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -38,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError, NotImplementedError) as error:
-        print(f"qwen35: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        message = str(error)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        message = str(error).strip().splitlines()[-1]  # of the rank's traceback: what it raised
+    else:
+        return 0
+    print(f"qwen35: error: {message}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

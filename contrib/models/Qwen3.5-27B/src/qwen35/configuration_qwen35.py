@@ -422,6 +422,8 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
     if neuron.torch_dtype not in (torch.float32, torch.bfloat16):
         reason = "gates and decays overflow float16; " if neuron.torch_dtype == torch.float16 else ""
         yield f"torch_dtype={neuron.torch_dtype} is not supported: {reason}set torch_dtype to bfloat16 or float32"
+    elif neuron.on_cpu and neuron.torch_dtype == torch.bfloat16 and neuron.tp_degree != 1:
+        yield f"torch_dtype=bfloat16 with tp_degree={neuron.tp_degree} on a CPU: gloo reduces float32, set it to that"
     if neuron.attention_dtype not in (None, neuron.torch_dtype):
         yield f"attention_dtype={neuron.attention_dtype} differs from torch_dtype={neuron.torch_dtype}; leave it unset"
 

@@ -58,9 +58,11 @@ def random_reference(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM:
             normal(parameter, 0.3)
             parameter.data += 1.0 if "linear_attn.norm" in name else 0.0
         elif parameter.dim() >= 2:
-            # Branches half as strong as the stream they join, so that rounding is not doubled at every layer.
+            # Branches are half as strong as the stream they join, as in a trained model; when each layer swamps what
+            # came before it, rounding grows with every one of them.
             branch = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
-            normal(parameter, (0.5 if branch else 1.0) / math.sqrt(parameter.shape[-1]))
+            fan_in = 1 if "embed_tokens" in name else parameter.shape[-1]
+            normal(parameter, (0.5 if branch else 1.0) / math.sqrt(fan_in))
     for module in model.modules():
         if hasattr(module, "in_proj_qkv"):
             _look_for_own_keys(module)
@@ -128,6 +130,7 @@ def neuron_greedy(
 @torch.no_grad()
 def reference_greedy(model: Any, prompts: Sequence[Sequence[int]], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of transformers, each prompt alone and unpadded."""
+    model.generation_config.eos_token_id = None
     tokens, logits = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])

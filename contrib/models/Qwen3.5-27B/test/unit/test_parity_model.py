@@ -132,7 +132,6 @@ def test_generation_crosses_from_bucket_to_bucket(tmp_path: Path) -> None:
 
 def test_padding_is_found_in_the_mask_not_in_the_token_ids(tmp_path: Path) -> None:
     reference = save_reference(tmp_path, eos_token_id=7, pad_token_id=7)
-    reference.generation_config.eos_token_id = None
     prompts = [[7, 3, 7, 7, 5, 7], [7], [9, 7, 1, 7, 7, 7, 7, 7, 7]]
     check(
         neuron_greedy(load_neuron(tmp_path, batch_size=3), prompts, STEPS),

@@ -1,0 +1,148 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whole-model speed on this CPU, ours against transformers', on the same weights, threads and tokens.
+
+Prefill is one forward pass over the prompt that fills the caches and gives the last token's logits; decoding is one
+pass a token from there. The two sides run in turn, so that a busy machine slows both; the ratio is the median of the
+pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
+
+from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.generation import MINI_CHECKPOINT
+
+# The smallest published size at half its width: half the hidden size, heads and MLP, all of its 24 layers.
+CONFIG_100M = dict(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1280,
+    num_hidden_layers=24,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=256,
+    linear_num_key_heads=8,
+    linear_num_value_heads=8,
+)
+
+
+class Side:
+    """One implementation: `prefill` starts a sequence, `decode` continues it by a token; both return logits [1, V]."""
+
+    def __init__(self, prefill: Callable[[torch.Tensor], torch.Tensor], decode: Callable[..., torch.Tensor]) -> None:
+        self.prefill, self.decode = prefill, decode
+
+
+def ours(path: Path, tokens: int, steps: int) -> Side:
+    neuron_config = Qwen35NeuronConfig(
+        torch_dtype=torch.float32, on_cpu=True, seq_len=tokens + steps, max_context_length=tokens
+    )
+    config = Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config)
+    model = NeuronQwen35ForCausalLM(str(path), config)
+    model.to_cpu()
+
+    def prefill(ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits[:, -1]
+
+    def decode(token: torch.Tensor, position: int) -> torch.Tensor:
+        mask = torch.ones(1, position, dtype=torch.long)
+        return model(input_ids=token, attention_mask=mask, position_ids=torch.tensor([[position]])).logits[:, -1]
+
+    return Side(prefill, decode)
+
+
+def transformers_side(model: Any) -> Side:
+    cache: list[Any] = [None]
+
+    def prefill(ids: torch.Tensor) -> torch.Tensor:
+        output = model(ids, use_cache=True, logits_to_keep=1)
+        cache[0] = output.past_key_values
+        return output.logits[:, -1]
+
+    def decode(token: torch.Tensor, position: int) -> torch.Tensor:
+        return model(token, past_key_values=cache[0], use_cache=True).logits[:, -1]
+
+    return Side(prefill, decode)
+
+
+def time_once(side: Side, ids: torch.Tensor, steps: int) -> tuple[float, float, list[int]]:
+    """(prefill seconds, seconds a decoded token, greedy tokens)."""
+    start = time.perf_counter()
+    logits = side.prefill(ids)
+    filled = time.perf_counter()
+    tokens = [int(logits.argmax())]
+    for step in range(steps):
+        logits = side.decode(torch.tensor([tokens[-1:]]), ids.shape[1] + step)
+        tokens.append(int(logits.argmax()))
+    return filled - start, (time.perf_counter() - filled) / steps, tokens
+
+
+@torch.inference_mode()
+def compare(name: str, path: Path, reference: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    vocabulary = reference.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocabulary, (1, args.tokens), generator=torch.Generator().manual_seed(0))
+    sides = (ours(path, args.tokens, args.steps + 1), transformers_side(reference))
+    for side in sides:
+        time_once(side, ids, 2)
+    pairs = [[time_once(side, ids, args.steps) for side in sides] for _ in tqdm(range(args.repeats), desc=name)]
+    rows = []
+    for index, what in enumerate((f"prefill of {args.tokens} tokens", "decoding, per token")):
+        rows.append(
+            {
+                "model": name,
+                "what": what,
+                "ours_ms": 1e3 * statistics.median(mine[index] for mine, _ in pairs),
+                "transformers_ms": 1e3 * statistics.median(theirs[index] for _, theirs in pairs),
+                "ratio": statistics.median(theirs[index] / mine[index] for mine, theirs in pairs),
+                "same_tokens": all(mine[2] == theirs[2] for mine, theirs in pairs),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help="length of the prompt")
+    parser.add_argument("--steps", type=int, default=32, help="tokens decoded after it")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    mini = Qwen3_5ForConditionalGeneration.from_pretrained(MINI_CHECKPOINT, dtype=torch.float32).eval()
+    rows = compare("mini", MINI_CHECKPOINT, mini, args)
+    with tempfile.TemporaryDirectory() as path:
+        random_model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**CONFIG_100M)).eval()
+        random_model.save_pretrained(path)
+        parameters = sum(p.numel() for p in random_model.parameters()) / 1e6
+        rows += compare(f"random, {parameters:.0f} M", Path(path), random_model, args)
+
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"{'model':<16} {'what':<24} {'ours':>10} {'transformers':>13} {'ratio':>7}  same greedy tokens")
+    for row in rows:
+        print(
+            f"{row['model']:<16} {row['what']:<24} {row['ours_ms']:>7.2f} ms {row['transformers_ms']:>10.2f} ms "
+            f"{row['ratio']:>6.2f}x  {row['same_tokens']}"
+        )
+
+
+if __name__ == "__main__":
+    main()
