@@ -54,7 +54,7 @@ class Qwen35MLP(nn.Module):
         self.down_proj = RowParallelLinear(inner, hidden, bias=False, input_is_parallel=True, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # In place, here and below: on a CPU fresh memory for a whole prompt costs as much as the arithmetic.
+        # In place: on a CPU, fresh memory for a whole prompt costs as much as the arithmetic.
         return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
 
 
@@ -80,8 +80,8 @@ class NeuronQwen35DecoderLayer(nn.Module):
         """
         mixer = self.linear_attn if self.is_linear else self.self_attn
         mixed = mixer(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = mixed.hidden_states.add_(hidden_states)
-        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states)).add_(hidden_states)
+        hidden_states = hidden_states + mixed.hidden_states
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states, mixed.present_key_value, mixed.cos_cache, mixed.sin_cache, None
 
 
