@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_qwen35 import Qwen35InferenceConfig
+from . import deltanet_kernels
+from .configuration_qwen35 import DeltaNetKernel, Qwen35InferenceConfig
 from .norms import Qwen35GatedRMSNorm
 from .nxdi import (
     BaseParallelLinear,
@@ -43,6 +44,7 @@ class NeuronGatedDeltaNet(nn.Module):
         super().__init__()
         ranks = get_tensor_model_parallel_size()
         dtype = config.neuron_config.torch_dtype
+        self.kernel, self.cores = config.resolve_deltanet_kernel(), config.neuron_config.logical_nc_config
         self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.key_dim, self.value_dim = config.key_dim // ranks, config.value_dim // ranks
         self.num_value_heads = config.linear_num_value_heads // ranks
@@ -79,6 +81,12 @@ class NeuronGatedDeltaNet(nn.Module):
         recurrent_state, conv_state = past_key_value if past_key_value is not None else (None, None)
         qkv, z = self.in_proj_qkvz(hidden_states).split((2 * self.key_dim + self.value_dim, self.value_dim), dim=-1)
         b, a = self.in_proj_ba(hidden_states).split(self.num_value_heads, dim=-1)
+        if recurrent_state is not None and conv_state is not None and self.kernel is not DeltaNetKernel.TORCH:
+            weights = (self.conv1d.weight, conv_state, self.A_log.weight, self.dt_bias.weight, self.norm.weight)
+            output, recurrent_state, conv_state = deltanet_kernels.decode(
+                self.cores, self.norm.eps, qkv, z, a, b, *weights, recurrent_state
+            )
+            return NeuronAttentionBaseOutput(self.out_proj(output), (recurrent_state, conv_state), cos_cache, sin_cache)
         qkv, conv_state = causal_conv(qkv, self.conv1d.weight, conv_state, padding_mask)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
         g, beta = decay_and_beta(a, b, self.A_log.weight, self.dt_bias.weight)
@@ -87,14 +95,16 @@ class NeuronGatedDeltaNet(nn.Module):
             real = padding_mask.unsqueeze(-1)
             g, beta = torch.where(real, g, 0.0), torch.where(real, beta, 0.0)
 
-        delta_rule = recurrent_gated_delta_rule if hidden_states.shape[1] == 1 else chunk_gated_delta_rule
-        output, recurrent_state = delta_rule(
-            q.unflatten(-1, (-1, self.key_head_dim)),
-            k.unflatten(-1, (-1, self.key_head_dim)),
-            v.unflatten(-1, (-1, self.value_head_dim)),
-            g,
-            beta,
-            recurrent_state,
+        q, k, v = (
+            x.unflatten(-1, (-1, dim))
+            for x, dim in ((q, self.key_head_dim), (k, self.key_head_dim), (v, self.value_head_dim))
         )
+        if self.kernel is DeltaNetKernel.TORCH:
+            delta_rule = recurrent_gated_delta_rule if hidden_states.shape[1] == 1 else chunk_gated_delta_rule
+            output, recurrent_state = delta_rule(q, k, v, g, beta, recurrent_state)
+        else:
+            output, recurrent_state = deltanet_kernels.prefill(
+                self.kernel, self.cores, q, k, v, g, beta, recurrent_state
+            )
         output = self.norm(output, z.unflatten(-1, (-1, self.value_head_dim))).flatten(2)
         return NeuronAttentionBaseOutput(self.out_proj(output), (recurrent_state, conv_state), cos_cache, sin_cache)

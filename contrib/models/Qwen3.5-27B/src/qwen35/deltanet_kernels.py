@@ -1,0 +1,81 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Launching the DeltaNet kernels from the model, on a device or in the emulator.
+
+Letters: B batch, S or T tokens, H value heads, Hk key heads, K key dim, V value dim, Ch conv channels, W conv kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .configuration_qwen35 import DeltaNetKernel
+from .nki_kernels.chunked import deltanet_chunk_step
+from .nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer
+from .nki_kernels.recurrent import deltanet_decode_layer, deltanet_recurrent_fwd_state
+from .ops import l2norm
+
+MAX_DECODE_TOKENS = 8
+"""Most tokens of one decoding launch; enough to verify what a draft model speculates."""
+
+
+def prefill(
+    kernel: DeltaNetKernel,
+    cores: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract of `ops.chunk_gated_delta_rule`, by a kernel on `cores` physical cores (LNC)."""
+    if kernel is DeltaNetKernel.FUSED:
+        return deltanet_fused_chunked_layer[cores](q, k, v, g, beta, initial_state=state)
+    if state is None:
+        state = q.new_zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    if kernel is DeltaNetKernel.CHUNKED:
+        return _by_chunks(cores, q, k, v, g, beta, state)
+    return _by_heads(q, k, v, g, beta, state)
+
+
+def _by_chunks(cores: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    *tokens, state = tensors
+    length = tokens[0].shape[1]
+    outputs = []
+    # Tokens that fill the last chunk up have g = 0 and beta = 0: the state passes through them.
+    padded = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, -length % CHUNK)) for x in tokens]
+    for chunk in zip(*(x.split(CHUNK, dim=1) for x in padded), strict=True):
+        output, state = deltanet_chunk_step[cores](*(x.contiguous() for x in chunk), state)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1)[:, :length], state
+
+
+def _by_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, g, beta, state = tensors
+    sharing = v.shape[2] // q.shape[2]
+    q, k = l2norm(q) * q.shape[-1] ** -0.5, l2norm(k)
+    outputs, states = torch.empty(v.shape, dtype=torch.float32), torch.empty_like(state)
+    for b in range(v.shape[0]):
+        for h in range(v.shape[2]):
+            outputs[b, :, h], states[b, h] = deltanet_recurrent_fwd_state(
+                q[b, :, h // sharing].contiguous(),
+                k[b, :, h // sharing].contiguous(),
+                v[b, :, h].float(),
+                g[b, :, h : h + 1].contiguous(),
+                beta[b, :, h : h + 1].contiguous(),
+                state[b, h],
+            )
+    return outputs.to(v.dtype), states
+
+
+def decode(cores: int, norm_eps: float, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A whole layer between its projections; `tensors` as the first ten arguments of `deltanet_decode_layer`.
+
+    Returns the normed output [B, T, H V], the recurrent state [B, H, K, V] and the conv state [B, Ch, W - 1].
+    """
+    outputs: Any = deltanet_decode_layer[cores](*(x.contiguous() for x in tensors), norm_eps=norm_eps)
+    return outputs

@@ -1,0 +1,83 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which DeltaNet kernel runs, and that the model says the same with each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import load_neuron, neuron_greedy, save_reference
+from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.configuration_qwen35 import KERNEL_ENVIRONMENT, QWEN35_PRESETS, DeltaNetKernel
+from qwen35.generation import MINI_CHECKPOINT, encode, load_tokenizer
+
+
+def config(**options: object) -> Qwen35InferenceConfig:
+    return Qwen35InferenceConfig(Qwen35NeuronConfig(**options), **QWEN35_PRESETS["27B"])
+
+
+@pytest.fixture(autouse=True)
+def _no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KERNEL_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_auto_is_fused_on_a_device_and_torch_on_a_cpu() -> None:
+    assert config().resolve_deltanet_kernel() is DeltaNetKernel.FUSED
+    assert config(on_cpu=True).resolve_deltanet_kernel() is DeltaNetKernel.TORCH
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in DeltaNetKernel if kernel is not DeltaNetKernel.AUTO])
+def test_a_configured_kernel_is_taken_and_survives_saving(kernel: DeltaNetKernel, tmp_path: Path) -> None:
+    for given in (kernel, kernel.value):
+        config(deltanet_kernel=given).save(tmp_path)
+        assert Qwen35InferenceConfig.load(tmp_path).resolve_deltanet_kernel() is kernel
+
+
+@pytest.mark.parametrize(("name", "kernel"), KERNEL_ENVIRONMENT.items())
+def test_the_environment_overrides_the_configuration(
+    name: str, kernel: DeltaNetKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert config(deltanet_kernel="chunked").resolve_deltanet_kernel() is kernel
+    monkeypatch.setenv(name, "0")
+    assert config(deltanet_kernel="chunked").resolve_deltanet_kernel() is DeltaNetKernel.CHUNKED
+
+
+def test_two_overrides_at_once_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USE_NKI", "1")
+    monkeypatch.setenv("USE_NKI_FUSED", "1")
+    with pytest.raises(Qwen35ConfigError, match="USE_NKI_FUSED and USE_NKI are all set"):
+        config()
+
+
+def test_an_unknown_kernel_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(Qwen35ConfigError, match=r"deltanet_kernel='fast' is unknown; set it to auto, fused"):
+        config(deltanet_kernel="fast")
+
+
+def test_a_kernel_for_other_head_sizes_is_an_error(tmp_path: Path) -> None:
+    save_reference(tmp_path)
+    with pytest.raises(Qwen35ConfigError, match="128 dims, not 16 and 16; use 'torch'"):
+        load_neuron(tmp_path, deltanet_kernel="fused")
+
+
+def mini_tokens(kernel: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    encoded = encode(load_tokenizer(MINI_CHECKPOINT), ["The capital of France is", "3 + 4 ="])
+    prompts = [
+        ids[: int(n)].tolist() for ids, n in zip(encoded["input_ids"], encoded["attention_mask"].sum(1), strict=True)
+    ]
+    model = load_neuron(MINI_CHECKPOINT, batch_size=2, seq_len=16, deltanet_kernel=kernel)
+    return neuron_greedy(model, prompts, steps)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "chunked", "recurrent"])
+def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str) -> None:
+    tokens, logits = mini_tokens(kernel, 3)
+    expected_tokens, expected_logits = mini_tokens("torch", 3)
+    assert torch.equal(tokens, expected_tokens)
+    # float32 kernels: 5e-7 of the largest output of a layer, through six of them.
+    torch.testing.assert_close(logits, expected_logits, atol=1e-3, rtol=0)
