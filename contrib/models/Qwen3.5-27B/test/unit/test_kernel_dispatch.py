@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from models import load_neuron, neuron_greedy, save_reference
-from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig, gated_deltanet, ops
 from qwen35.configuration_qwen35 import KERNEL_ENVIRONMENT, QWEN35_PRESETS, DeltaNetKernel
 from qwen35.generation import MINI_CHECKPOINT, encode, load_tokenizer
+from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
 
 
 def config(**options: object) -> Qwen35InferenceConfig:
@@ -81,3 +82,27 @@ def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str)
     assert torch.equal(tokens, expected_tokens)
     # float32 kernels: 5e-7 of the largest output of a layer, through six of them.
     torch.testing.assert_close(logits, expected_logits, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_fused_kernel_is_right_on_what_the_mini_computes(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def record(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(tensors)
+        return ops.chunk_gated_delta_rule(*tensors)
+
+    monkeypatch.setattr(gated_deltanet, "chunk_gated_delta_rule", record)
+    text = " ".join(["The capital of France is Paris. 3 + 4 = 7. The largest planet is Jupiter."] * 6)
+    ids = encode(load_tokenizer(MINI_CHECKPOINT), [text])
+    model = load_neuron(MINI_CHECKPOINT, seq_len=256)
+    model(**ids, position_ids=torch.arange(ids["input_ids"].shape[1]).unsqueeze(0))
+    assert len(calls) == 6 and min(float(g.min()) for _, _, _, g, *_ in calls) < -20
+    for q, k, v, g, beta, _ in calls:
+        # The oracle gets the rounded operands: what is measured is the kernel, not the rounding of its input.
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        expected = ops.recurrent_gated_delta_rule(*(x.double() for x in (q, k, v, g, beta)))
+        for actual, reference in zip(deltanet_fused_chunked_layer(q, k, v, g, beta), expected, strict=True):
+            assert (actual.double() - reference).abs().max() <= tolerance * reference.abs().max()

@@ -138,7 +138,7 @@ def _segment(
     R = v.shape[2] // Hk
 
     # What needs no state, for all chunks at once. K K^T and Q K^T are one product, once per key head.
-    q, k = l2norm(q) * K**-0.5, l2norm(k)
+    q, k = l2norm(q).mul_(K**-0.5), l2norm(k)
     kq = torch.cat((_chunks(k, C, Hk, 1), _chunks(q, C, Hk, 1)), dim=-2)  # [n, B, Hk, 1, 2C, K]
     k = kq[..., :C, :]
     kk, qk = (kq @ k.mT).split(C, dim=-2)  # [n, B, Hk, 1, C, C]
