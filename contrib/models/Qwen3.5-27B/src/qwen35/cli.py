@@ -26,6 +26,7 @@ from .generation import (
     encode,
     load_tokenizer,
 )
+from .kernel_report import add_kernels_command
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .nxdi import NXDI_AVAILABLE
 
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="the directory to make")
     _add_model_options(convert)
     convert.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_kernels_command(commands)
     return parser
 
 

@@ -1,0 +1,391 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""`qwen35 kernels`: accuracy and modelled cost of a DeltaNet kernel, run in `nki_emulator` on synthetic inputs.
+
+No time in here was measured on a device: all of them are modelled by the emulator.
+
+Letters: B batch, T tokens, H value heads, Hk key heads, D = 128 the dimension of keys and values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import causal_conv, recurrent_gated_delta_rule
+
+if TYPE_CHECKING:
+    from nki_emulator.report import EngineUse, Report
+
+HEAD_DIM = 128
+"""D of every Qwen3.5 checkpoint of the dense family (linear_key_head_dim, linear_value_head_dim)."""
+
+CONV_WIDTH = 4
+"""Taps of the convolution (linear_conv_kernel_dim)."""
+
+NORM_EPS = 1e-6
+"""rms_norm_eps of the checkpoints, and the default of the decoding kernel."""
+
+HBM_BYTES_PER_US = 0.36e6
+"""Of one physical core: Trainium2 has 2.9 TB/s for eight (about-neuron/arch/neuron-hardware/trainium2.rst)."""
+
+SEED = 0
+
+
+class KernelName(str, Enum):
+    """The kernels that the model launches."""
+
+    RECURRENT = "recurrent"  # deltanet_decode_layer: a layer between its projections, 1 to 8 tokens
+    CHUNKED = "chunked"  # deltanet_chunk_step: the delta rule over one chunk of 32, 64 or 128 tokens
+    FUSED = "fused"  # deltanet_fused_chunked_layer: the delta rule over whole sequences
+
+
+class Gates(str, Enum):
+    """How hard the synthetic gates and keys are."""
+
+    MILD = "mild"  # log-decay g of 0 to about -1 per token, write strength beta around 1/2
+    STRONG = "strong"  # g from 0 to below -200: exp(g) underflows
+    EQUAL_KEYS = "equal-keys"  # one key for all tokens, no decay, beta = 1: each token erases the one before it
+
+
+DEFAULT_TOKENS = {KernelName.RECURRENT: 1, KernelName.CHUNKED: 128, KernelName.FUSED: 512}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One launch. The default heads are those of a rank of the 27B model at TP=4.
+
+    Attributes:
+        kernel: which kernel.
+        batch, tokens: B and T.
+        heads, key_heads: H and Hk of the rank.
+        dtype: of activations; gates and states are float32.
+        cores: 1, or 2 for LNC=2.
+        gates: how hard the inputs are.
+
+    Raises:
+        ValueError: the kernel does not take this shape.
+    """
+
+    kernel: KernelName = KernelName.RECURRENT
+    batch: int = 1
+    tokens: int = 1
+    heads: int = 12
+    key_heads: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    cores: int = 2
+    gates: Gates = Gates.MILD
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "tokens", "heads", "key_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.heads % self.key_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of key_heads={self.key_heads}")
+        if self.cores not in (1, 2):
+            raise ValueError(f"cores={self.cores}: 1, or 2 with LNC=2")
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype={self.dtype}: one of {', '.join(DTYPES)} is needed")
+        if self.kernel is KernelName.RECURRENT and self.tokens > 8:
+            raise ValueError(f"tokens={self.tokens}: the recurrent kernel takes 1 to 8 tokens")
+        if self.kernel is KernelName.CHUNKED and self.tokens not in (32, 64, 128):
+            raise ValueError(f"tokens={self.tokens}: the chunked kernel takes 32, 64 or 128 tokens")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel.value} B={self.batch} T={self.tokens} H={self.heads} Hk={self.key_heads} "
+            f"{_name(self.dtype)} cores={self.cores} gates={self.gates.value}"
+        )
+
+
+@dataclass(frozen=True)
+class KernelFigures:
+    """What a launch gave. Errors are computed from real arithmetic; every time is modelled.
+
+    Attributes:
+        output_error, state_error: largest absolute error over the largest magnitude, against float64.
+        modelled_us: makespan of the launch.
+        hbm_bound_us: `hbm_bound_us` of the case.
+        engines: modelled use by engine name, of the core that finishes last.
+        hbm_bytes_read, hbm_bytes_written: DMA payload of all cores.
+        peak_sbuf_bytes: largest live allocation per partition on any core.
+        peak_psum_banks: most live PSUM banks on any core.
+    """
+
+    output_error: float
+    state_error: float
+    modelled_us: float
+    hbm_bound_us: float
+    engines: dict[str, EngineUse]
+    hbm_bytes_read: int
+    hbm_bytes_written: int
+    peak_sbuf_bytes: int
+    peak_psum_banks: int
+
+    @property
+    def bound_ratio(self) -> float:
+        """Modelled time over the HBM bound."""
+        return self.modelled_us / self.hbm_bound_us
+
+    @property
+    def max_error(self) -> float:
+        """The larger of the two errors."""
+        return max(self.output_error, self.state_error)
+
+
+def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
+    """Run the kernel in the emulator on seeded inputs and compare it with float64.
+
+    Returns:
+        The figures, and the emulator's report behind them (tables, trace, critical path).
+
+    Raises:
+        ValueError: the kernel refuses the case, or an installed Neuron SDK has taken the emulator's place.
+    """
+    import nki_emulator
+
+    from .nki_kernels.chunked import deltanet_chunk_step
+    from .nki_kernels.fused_chunked import deltanet_fused_chunked_layer
+    from .nki_kernels.nki_seam import EMULATED
+    from .nki_kernels.recurrent import deltanet_decode_layer
+
+    if not EMULATED:
+        raise ValueError("the Neuron SDK's nki is installed here: kernel reports need an environment without it")
+    kernel = {
+        KernelName.RECURRENT: deltanet_decode_layer,
+        KernelName.CHUNKED: deltanet_chunk_step,
+        KernelName.FUSED: deltanet_fused_chunked_layer,
+    }[case.kernel]
+    inputs = _make_inputs(case)
+    try:
+        result = nki_emulator.emulate(kernel, *inputs, grid=case.cores)
+    except (AssertionError, nki_emulator.NkiValidationError) as error:
+        raise ValueError(f"the kernel refuses {case}: {error}") from error
+    exact = [x.double() for x in inputs]
+    expected = _decode_step(*exact) if case.kernel is KernelName.RECURRENT else recurrent_gated_delta_rule(*exact)
+    report = result.report
+    return (
+        KernelFigures(
+            output_error=_relative_error(result.outputs[0], expected[0]),
+            state_error=_relative_error(result.outputs[1], expected[1]),
+            modelled_us=report.makespan_ns / 1e3,
+            hbm_bound_us=hbm_bound_us(case),
+            engines=max(report.cores, key=lambda core: core.makespan_ns).engines,
+            hbm_bytes_read=sum(core.hbm_bytes_read for core in report.cores),
+            hbm_bytes_written=sum(core.hbm_bytes_written for core in report.cores),
+            peak_sbuf_bytes=max(core.peak_sbuf_bytes for core in report.cores),
+            peak_psum_banks=max(core.peak_psum_banks for core in report.cores),
+        ),
+        report,
+    )
+
+
+def hbm_bytes(case: KernelCase) -> int:
+    """Bytes of all inputs and outputs of the launch, each counted once."""
+    B, T, H, Hk = case.batch, case.tokens, case.heads, case.key_heads
+    size, channels = case.dtype.itemsize, (2 * Hk + H) * HEAD_DIM
+    activations = B * T * (channels + H * HEAD_DIM) * size  # q, k, v and the output
+    states = 4 * B * H * HEAD_DIM**2 * (1 if case.kernel is KernelName.FUSED else 2)  # a sequence starts from zero
+    if case.kernel is not KernelName.RECURRENT:
+        return activations + states + 2 * 4 * B * T * H  # g and beta
+    gates = B * T * H * (HEAD_DIM + 2) * size  # z, a and b
+    conv = channels * (CONV_WIDTH + 2 * B * (CONV_WIDTH - 1)) * size  # weights, and the state in and out
+    return activations + states + gates + conv + 4 * (2 * H + HEAD_DIM)  # A_log, dt_bias and the norm
+
+
+def hbm_bound_us(case: KernelCase) -> float:
+    """Least time of the launch in microseconds: its `hbm_bytes` at 0.36 TB/s for each core."""
+    return hbm_bytes(case) / (case.cores * HBM_BYTES_PER_US)
+
+
+def write_timeline_png(report: Report, path: str | Path) -> None:
+    """Draw the modelled timeline: a row for each engine of each core, a bar for each instruction.
+
+    Bars of DMA are whole transfers, with the 2 us of latency that `EngineUse.busy_ns` leaves out; they overlap, and are
+    darker where more are under way.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a timeline needs matplotlib: pip install 'qwen35-neuron[plot]'") from error
+
+    engines = list(report.cores[0].engines)
+    rows = [(core, engine) for core in range(len(report.cores)) for engine in engines]
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = {row: [] for row in rows}
+    names: dict[tuple[int, int], str] = {}
+    for event in report.trace_events():  # the name of a thread comes before its bars
+        thread = (event["pid"], event.get("tid", -1))
+        if event["name"] == "thread_name":
+            names[thread] = event["args"]["name"].split()[0]  # without the lane: 'dma 3' is the row of 'dma'
+        elif event["ph"] == "X":
+            bars[event["pid"], names[thread]].append((event["ts"], event["dur"]))
+
+    figure = Figure(figsize=(12, 1.2 + 0.4 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for y, (core, engine) in enumerate(rows):
+        axes.broken_barh(bars[core, engine], (y - 0.4, 0.8), facecolors=f"C{engines.index(engine)}", alpha=0.7)
+    axes.set_yticks(range(len(rows)), [f"core {core} {engine}" for core, engine in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, report.makespan_ns / 1e3)
+    axes.set_xlabel("modelled time, us")
+    axes.set_title(f"{report.kernel}: {report.makespan_ns / 1e3:.2f} us (modelled, not measured on a device)")
+    figure.savefig(path, format="png", dpi=120)
+
+
+# --- Synthetic inputs and their float64 results ----------------------------------------------------------------------
+def _make_inputs(case: KernelCase) -> list[Tensor]:
+    """The kernel's arguments in its order; the same case gives the same numbers."""
+    rng = torch.Generator().manual_seed(SEED)
+    B, T, H, Hk, D = case.batch, case.tokens, case.heads, case.key_heads, HEAD_DIM
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    a, b, rates = normal(B, T, H), normal(B, T, H), 0.02 + 0.5 * torch.rand(H, generator=rng)
+    qkv, history = normal(B, T, 2 * Hk + H, D), normal(B, CONV_WIDTH - 1, 2 * Hk + H, D)
+    state = normal(B, H, D, D) / 10
+    if case.gates is Gates.STRONG:
+        a, rates = 5 * a, torch.full_like(rates, 16.0)  # A reaches 16 in checkpoints
+    elif case.gates is Gates.EQUAL_KEYS:
+        a, b = torch.full_like(a, -30.0), torch.full_like(b, 20.0)
+        qkv[:, :, : 2 * Hk] = history[:, :, : 2 * Hk] = normal(1, 1, 1, D)
+
+    if case.kernel is KernelName.RECURRENT:
+        channels = (2 * Hk + H) * D
+        # One filter for all heads keeps equal keys equal.
+        weight = (normal(1, D, CONV_WIDTH) / 2).expand(2 * Hk + H, D, CONV_WIDTH).reshape(channels, CONV_WIDTH)
+        activations = (qkv.flatten(2), normal(B, T, H * D), a, b, weight, history.flatten(2).mT.contiguous())
+        rest = [rates.log(), torch.zeros(H), 1 + normal(D) / 10, state]
+        return [x.to(case.dtype) for x in activations] + rest
+    q, k, v = (x.contiguous().to(case.dtype) for x in qkv.split((Hk, Hk, H), dim=2))
+    gated = [q, k, v, -rates * F.softplus(a), b.sigmoid()]
+    return [*gated, state] if case.kernel is KernelName.CHUNKED else gated
+
+
+def _decode_step(
+    qkv: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H D] and state [B, H, D, D] of `deltanet_decode_layer`'s arguments, in their precision."""
+    H = a.shape[2]
+    mixed = causal_conv(qkv, conv_weight, conv_state)[0].unflatten(-1, (-1, HEAD_DIM))
+    Hk = (mixed.shape[2] - H) // 2
+    q, k, v = mixed.split((Hk, Hk, H), dim=2)
+    o, new_state = recurrent_gated_delta_rule(
+        q, k, v, -A_log.exp() * F.softplus(a + dt_bias), b.sigmoid(), initial_state=state
+    )
+    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + NORM_EPS) * norm_weight
+    return normed.flatten(2) * F.silu(z), new_state
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute error over the largest expected magnitude; infinite where a result is not a number."""
+    error = (actual.double() - expected).abs().nan_to_num(nan=torch.inf).max()
+    return float(error / expected.abs().max())
+
+
+# --- Presentation ----------------------------------------------------------------------------------------------------
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def as_table(case: KernelCase, figures: KernelFigures) -> str:
+    """Text for people."""
+    return "\n".join(
+        (
+            str(case),
+            f"  {'error of output, of largest':28} {figures.output_error:.1e} (against float64)",
+            f"  {'error of state, of largest':28} {figures.state_error:.1e} (against float64)",
+            f"  {'modelled time':28} {figures.modelled_us:.2f} us",
+            f"  {'HBM bound':28} {figures.hbm_bound_us:.2f} us "
+            f"(modelled time is {figures.bound_ratio:.2f} times that; {hbm_bytes(case):,} B needed)",
+            f"  {'HBM read, written':28} {figures.hbm_bytes_read:,} B, {figures.hbm_bytes_written:,} B",
+            f"  {'peak SBUF, PSUM':28} {figures.peak_sbuf_bytes:,} B per partition, {figures.peak_psum_banks} banks",
+            f"  {'engine':8} {'instructions':>12} {'modelled us':>12} {'modelled cycles':>16} {'utilisation':>12}",
+            *(
+                f"  {name:8} {use.instructions:12,d} {use.busy_ns / 1e3:12.2f} "
+                f"{f'{use.busy_cycles:,.0f}' if use.busy_cycles else '-':>16} {use.utilisation:12.1%}"
+                for name, use in figures.engines.items()
+            ),
+        )
+    )
+
+
+def as_json(case: KernelCase, figures: KernelFigures) -> dict[str, Any]:
+    """One JSON object; its times are modelled, as it says."""
+    described = {**asdict(case), "kernel": case.kernel.value, "gates": case.gates.value, "dtype": _name(case.dtype)}
+    return {"modelled": True, "case": described, "figures": asdict(figures)}
+
+
+def add_kernels_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `kernels` to the commands of `qwen35`."""
+    parser = commands.add_parser(
+        "kernels",
+        help="accuracy and modelled time of a DeltaNet kernel",
+        description="Run a DeltaNet kernel in the emulator: its error against float64, and its modelled cost.",
+    )
+    default = KernelCase()
+    parser.set_defaults(run=_run)
+    parser.add_argument("--kernel", choices=_values(KernelName), default=default.kernel.value)
+    parser.add_argument("--batch", type=int, default=default.batch, metavar="B")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="T",
+        help="default: " + ", ".join(f"{tokens} ({kernel.value})" for kernel, tokens in DEFAULT_TOKENS.items()),
+    )
+    parser.add_argument("--heads", type=int, default=default.heads, metavar="H", help="value heads of a rank")
+    parser.add_argument("--key-heads", type=int, default=default.key_heads, metavar="Hk", help="key heads of a rank")
+    parser.add_argument("--dtype", choices=DTYPES, default=_name(default.dtype))
+    parser.add_argument("--cores", type=int, choices=(1, 2), default=default.cores, help="physical cores (LNC)")
+    parser.add_argument("--gates", choices=_values(Gates), default=default.gates.value)
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev (JSON)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the modelled timeline (PNG)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _values(choices: Iterable[Enum]) -> list[str]:
+    return [choice.value for choice in choices]
+
+
+def _run(args: argparse.Namespace) -> None:
+    kernel = KernelName(args.kernel)
+    case = KernelCase(
+        kernel,
+        args.batch,
+        DEFAULT_TOKENS[kernel] if args.tokens is None else args.tokens,
+        args.heads,
+        args.key_heads,
+        DTYPES[args.dtype],
+        args.cores,
+        Gates(args.gates),
+    )
+    figures, report = measure(case)
+    if args.trace:
+        report.write_trace(args.trace)
+    if args.png:
+        write_timeline_png(report, args.png)
+    print(json.dumps(as_json(case, figures)) if args.json else as_table(case, figures))
