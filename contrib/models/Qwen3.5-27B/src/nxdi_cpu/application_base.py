@@ -201,8 +201,8 @@ def _assign_weights(module: nn.Module, checkpoint: MutableMapping[str, torch.Ten
             )
         else:
             parameter.data = tensor
+    if problems:
+        raise ValueError("the weights do not fit the modules:\n  " + "\n  ".join(sorted(problems)))
     for child in module.modules():
         if isinstance(child, ColumnParallelLinear):
             child.lay_out_for_decoding()
-    if problems:
-        raise ValueError("the weights do not fit the modules:\n  " + "\n  ".join(sorted(problems)))

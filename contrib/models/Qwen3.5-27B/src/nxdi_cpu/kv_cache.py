@@ -159,10 +159,3 @@ class KVCacheManager(nn.Module):
                 index = position_ids.long()[:, None, :, None].expand_as(latest)
                 cache[: latest.shape[0]].scatter_(2, index, latest)
         return caches
-
-    def get_cache_update_index_for_seq_ids(self, seq_ids: torch.Tensor) -> torch.Tensor:
-        """Cache line of each sequence id; ids out of range go to the last padding line, where there is one."""
-        if self.kv_cache_padding_size:
-            garbage = self.kv_cache_batch_size + self.kv_cache_padding_size - 1
-            seq_ids = torch.where(seq_ids < self.kv_cache_batch_size, seq_ids, garbage)
-        return seq_ids

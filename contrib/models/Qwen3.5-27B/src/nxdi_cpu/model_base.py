@@ -401,6 +401,3 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
 
     def get_required_kwargs(self) -> list[str]:
         return []
-
-    def get_generation_model(self) -> ModelWrapper:
-        return self.token_generation_model

@@ -146,8 +146,9 @@ class _Streamer:
     """Prints text as soon as its bytes are whole; a character may span tokens."""
 
     def __init__(self, generator: TextGenerator, prompt: str) -> None:
-        self.generator, self.tokens, self.printed = generator, [], 0  # type: ignore[var-annotated]
-        self.done = False
+        self.generator = generator
+        self.tokens: list[int] = []
+        self.printed = 0
         print(prompt, end="", flush=True)
 
     def __call__(self, tokens: torch.Tensor) -> None:
