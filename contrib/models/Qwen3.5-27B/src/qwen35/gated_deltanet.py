@@ -81,7 +81,8 @@ class NeuronGatedDeltaNet(nn.Module):
         recurrent_state, conv_state = past_key_value if past_key_value is not None else (None, None)
         qkv, z = self.in_proj_qkvz(hidden_states).split((2 * self.key_dim + self.value_dim, self.value_dim), dim=-1)
         b, a = self.in_proj_ba(hidden_states).split(self.num_value_heads, dim=-1)
-        if recurrent_state is not None and conv_state is not None and self.kernel is not DeltaNetKernel.TORCH:
+        few = hidden_states.shape[1] <= deltanet_kernels.MAX_DECODE_TOKENS  # more with a state is a prompt going on
+        if few and recurrent_state is not None and conv_state is not None and self.kernel is not DeltaNetKernel.TORCH:
             weights = (self.conv1d.weight, conv_state, self.A_log.weight, self.dt_bias.weight, self.norm.weight)
             output, recurrent_state, conv_state = deltanet_kernels.decode(
                 self.cores, self.norm.eps, qkv, z, a, b, *weights, recurrent_state

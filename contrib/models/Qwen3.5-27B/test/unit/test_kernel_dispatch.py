@@ -84,6 +84,21 @@ def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str)
     torch.testing.assert_close(logits, expected_logits, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_a_layer_goes_on_from_a_state_by_kernel_as_by_torch(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    hidden = torch.randn(1, tokens, 128, generator=generator)
+    state = (torch.randn(1, 8, 128, 128, generator=generator), torch.randn(1, 2048, 3, generator=generator))
+    for kernel in ("fused", "torch"):
+        model = load_neuron(MINI_CHECKPOINT, deltanet_kernel=kernel)
+        with torch.no_grad():
+            output = model.models[0].model.layers[0].linear_attn(hidden, past_key_value=state)
+        outputs.append((output.hidden_states, *output.present_key_value))
+    for actual, expected in zip(*outputs, strict=True):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_fused_kernel_is_right_on_what_the_mini_computes(
     dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
