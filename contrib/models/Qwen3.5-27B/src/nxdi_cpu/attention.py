@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import InferenceConfig
-from .layers import ColumnParallelLinear, RowParallelLinear, SPMDRank, divide, get_padding_length
+from .layers import ColumnParallelLinear, RowParallelLinear, SPMDRank, divide, get_padding_length, require_inert
 from .parallel_state import (
     TensorParallelGroup,
     get_tensor_model_parallel_group,
@@ -140,8 +140,21 @@ class GroupQueryAttention_QKV(BaseGroupQueryAttention):
         bias: bool = False,
         desired_sharding_strategy: GQA | None = None,
         gather_output: bool = True,
+        fused_qkv: bool = False,
+        clip_qkv: float | None = None,
+        sequence_parallel_enabled: bool = False,
+        sequence_dimension: int | None = None,
         tensor_model_parallel_group: TensorParallelGroup | None = None,
-        **unused: Any,
+        rms_norm_eps: float = 1e-6,
+        qkv_kernel_enabled: bool = False,
+        qkv_nki_kernel_enabled: bool = False,
+        fused_rmsnorm_skip_gamma: bool = False,
+        tiling_factor: int = 1,
+        seq_len_threshold_for_cc_tiling: int = 16834,
+        logical_nc_config: int = 1,
+        qkv_kernel_nbsd_layout: bool = False,
+        on_cpu: bool = False,
+        rank_ordering: list[int] | None = None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -153,6 +166,15 @@ class GroupQueryAttention_QKV(BaseGroupQueryAttention):
             bias,
             desired_sharding_strategy,
             tensor_model_parallel_group,
+        )
+        require_inert(
+            "GroupQueryAttention_QKV",
+            fused_qkv=fused_qkv,
+            clip_qkv=clip_qkv,
+            sequence_parallel_enabled=sequence_parallel_enabled,
+            qkv_kernel_enabled=qkv_kernel_enabled,
+            qkv_nki_kernel_enabled=qkv_nki_kernel_enabled,
+            rank_ordering=rank_ordering,
         )
 
         def column(heads: int) -> ColumnParallelLinear:
@@ -210,9 +232,14 @@ class GroupQueryAttention_O(BaseGroupQueryAttention):
         desired_sharding_strategy: GQA | None = None,
         input_is_parallel: bool = False,
         layer_name: str = "o_proj",
+        sequence_parallel_enabled: bool = False,
+        sequence_dimension: int | None = None,
         tensor_model_parallel_group: TensorParallelGroup | None = None,
         rpl_reduce_dtype: torch.dtype | None = None,
-        **unused: Any,
+        out_proj_kernel_enabled: bool = False,
+        logical_nc_config: int = 1,
+        rank_ordering: list[int] | None = None,
+        tiling_factor: int = 1,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -224,6 +251,12 @@ class GroupQueryAttention_O(BaseGroupQueryAttention):
             bias,
             desired_sharding_strategy,
             tensor_model_parallel_group,
+        )
+        require_inert(
+            "GroupQueryAttention_O",
+            sequence_parallel_enabled=sequence_parallel_enabled,
+            out_proj_kernel_enabled=out_proj_kernel_enabled,
+            rank_ordering=rank_ordering,
         )
         self.layer_name = layer_name
         self.o_proj = RowParallelLinear(
@@ -261,8 +294,8 @@ class NeuronAttentionBaseOutput:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.hidden_states, self.present_key_value, self.cos_cache, self.sin_cache))
 
-    def __getitem__(self, index: int) -> Any:
-        return getattr(self, fields(self)[index].name)
+    def __getitem__(self, i: int) -> Any:
+        return getattr(self, fields(self)[i].name)
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -271,7 +304,12 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary_pos_emb(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    unsqueeze_dim: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate-half position embedding of q and k [B, heads, S, E] by cos and sin [B, S, E]."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)

@@ -134,6 +134,7 @@ class HuggingFaceGenerationAdapter(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         sampling_params: torch.Tensor | None = None,
         adapter_ids: torch.Tensor | None = None,
+        divergence_idx: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The prompt with positions counted over its real tokens, then one token a row at the next position."""

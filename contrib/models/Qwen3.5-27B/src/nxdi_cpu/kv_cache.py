@@ -30,6 +30,7 @@ class KVCacheManager(nn.Module):
         sliding_window: int | None = None,
         windowed_context_encoding_size: int | None = None,
         layer_to_cache_size_mapping: list[int] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.config, self.neuron_config, self.num_kv_head = config, config.neuron_config, num_kv_head

@@ -60,7 +60,12 @@ def set_tensor_model_parallel_attributes(
         setattr(tensor, name, value)
 
 
-def _require_inert(owner: str, **arguments: Any) -> None:
+def require_inert(owner: str, **arguments: Any) -> None:
+    """Refuse arguments that are there for the signature only.
+
+    Raises:
+        NotImplementedError: one of `arguments` is not false, zero, None or empty; all such are named.
+    """
     active = [f"{name}={value!r}" for name, value in arguments.items() if value]
     if active:
         raise NotImplementedError(f"{owner}: the CPU stand-in does not implement {', '.join(active)}")
@@ -108,7 +113,7 @@ class ColumnParallelLinear(BaseParallelLinear):
         rank_ordering: list[int] | None = None,
     ) -> None:
         super().__init__(device)
-        _require_inert(
+        require_inert(
             "ColumnParallelLinear",
             bias=bias,
             sequence_parallel_enabled=sequence_parallel_enabled,
@@ -175,7 +180,7 @@ class RowParallelLinear(BaseParallelLinear):
         rank_ordering: list[int] | None = None,
     ) -> None:
         super().__init__(device)
-        _require_inert(
+        require_inert(
             "RowParallelLinear",
             bias=bias,
             sequence_parallel_enabled=sequence_parallel_enabled,
@@ -228,7 +233,7 @@ class ParallelEmbedding(BaseParallelLayer):
         collect_output: bool = True,
     ) -> None:
         super().__init__(device)
-        _require_inert(
+        require_inert(
             "ParallelEmbedding",
             max_norm=max_norm,
             sparse=sparse,

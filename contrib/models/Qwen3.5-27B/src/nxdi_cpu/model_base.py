@@ -85,8 +85,7 @@ class NeuronBaseModel(nn.Module):
         """Real tokens of a padded prompt, for layers that need them; a hook."""
         return None
 
-    @staticmethod
-    def set_none_if_empty(param: torch.Tensor | None) -> torch.Tensor | None:
+    def set_none_if_empty(self, param: torch.Tensor | None) -> torch.Tensor | None:
         return None if param is None or param.numel() == 0 else param
 
     def forward(
@@ -160,7 +159,7 @@ class NeuronBaseModel(nn.Module):
 
     def get_model_output(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         seq_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -283,7 +282,12 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
         )
         self.models.append(self.token_generation_model)
 
-    def _infer_attention_mask(self, position_ids: torch.Tensor) -> torch.Tensor:
+    def _infer_attention_mask(
+        self,
+        position_ids: torch.Tensor,
+        full_context_lens: torch.Tensor | None = None,
+        computed_context_lens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Real tokens of a prompt whose padding positions are below their index; the cached tokens of a step."""
         if position_ids.shape[-1] > 1:
             return (position_ids >= torch.arange(position_ids.shape[-1])).to(position_ids.dtype)
@@ -292,7 +296,7 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
     @torch.no_grad()
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         seq_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -307,7 +311,7 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
         adapter_ids: torch.Tensor | None = None,
         medusa_args: Any = None,
         return_dict: bool | None = None,
-        llava_args: list[torch.Tensor] | None = None,
+        llava_args: list[torch.Tensor] = [],  # noqa: B006 - NxDI's signature; never written
         input_capture_hook: Any = None,
         tensor_capture_hook: Any = None,
         slot_mapping: torch.Tensor | None = None,
@@ -321,6 +325,8 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
         input_ids [B, S]; attention_mask [B, S] of a prompt, [B, cached tokens] of a decoding step; position_ids [B, S].
         Returns `logits` [B, 1, V] float32 (None with on-device sampling and no output_logits) and `tokens`.
         """
+        if input_ids is None:
+            raise ValueError("input_ids is None: NxDI's forward takes token ids, inputs_embeds only beside them")
         if position_ids is None:
             raise ValueError("position_ids is None: NxDI's forward needs them; the prompt's count from 0")
         if attention_mask is None:
@@ -341,7 +347,7 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
             prev_hidden,
             adapter_ids,
             medusa_args,
-            llava_args or [],
+            llava_args,
         )
         self._copy_past_key_values(outputs)
         return self._get_constructed_outputs(outputs, is_run_on_neuron)

@@ -168,8 +168,8 @@ class ModelWrapper(torch.nn.Module):
         pieces = []
         for start in range(0, rows, batch):
             piece = tuple(arg[start : start + batch] for arg in args)
-            run = self._forward if piece[3].shape[0] == batch else self._forward_with_pad
-            pieces.append(run(*piece))
+            is_full = piece[3].shape[0] == batch
+            pieces.append(self._forward(*piece) if is_full else self._forward_with_pad(*piece))
             for cache, updated in zip(self.model.kv_mgr.past_key_values, pieces[-1][kept:], strict=True):
                 cache.data = updated.data
         return [torch.cat(parts) for parts in zip(*(p[:kept] for p in pieces), strict=True)] + pieces[-1][kept:]

@@ -43,17 +43,20 @@ _group: TensorParallelGroup | None = None
 def initialize_model_parallel(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     skip_collective_init: bool = False,
+    lnc_size: int = 1,
+    mesh_only: bool = False,
 ) -> None:
     """Make the tensor-parallel group of this process: the whole torch.distributed world, or a lone rank.
 
     Raises:
-        ValueError: pipeline or expert parallelism is asked for, or the world is not `tensor_model_parallel_size` wide.
+        ValueError: another kind of parallelism is asked for, or the world is not `tensor_model_parallel_size` wide.
     """
     global _group
-    if pipeline_model_parallel_size != 1 or expert_model_parallel_size != 1:
-        raise ValueError("the CPU stand-ins know tensor parallelism only: set pp_degree=1 and ep_degree=1")
+    if {pipeline_model_parallel_size, context_parallel_size, expert_model_parallel_size} != {1}:
+        raise ValueError("the CPU stand-ins know tensor parallelism only: set pp_degree=1, cp_degree=1 and ep_degree=1")
     if tensor_model_parallel_size == 1:
         _group = _StaticGroup(1, 0)
         return

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from .config import NeuronConfig, OnDeviceSamplingConfig
+from .layers import require_inert
 
 # Pushed below every real logit, so that its probability is zero.
 _IGNORED_LOGIT = -3000.0
 
 
 def prepare_sampling_params(
-    batch_size: int, top_k: Any = (1,), top_p: Any = (1.0,), temperature: Any = (1.0,)
+    batch_size: int,
+    top_k: Any = [1],  # noqa: B006 - NxDI's signature; never written
+    top_p: Any = [1.0],  # noqa: B006
+    temperature: Any = [1.0],  # noqa: B006
 ) -> torch.Tensor:
     """[batch_size, 3] float32: top_k, top_p, temperature; a single value is meant for every row."""
 
@@ -71,9 +75,14 @@ class Sampler(nn.Module):
         self.dynamic, self.deterministic, self.global_topk = config.dynamic, config.deterministic, config.global_topk
 
     def forward(
-        self, token_logits: torch.Tensor, sampling_params: torch.Tensor, rank_id: torch.Tensor | None = None
+        self,
+        token_logits: torch.Tensor,
+        sampling_params: torch.Tensor,
+        return_values: bool = False,
+        rank_id: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Tokens [B] from logits [B, V] and sampling_params [B, 3]."""
+        require_inert("Sampler", return_values=return_values)
         if not self.do_sample and not self.dynamic:
             return token_logits.argmax(dim=-1)
         top_k, top_p, temperature = sampling_params.unsqueeze(-1).unbind(dim=1)

@@ -30,14 +30,14 @@ def invoke_preshard_hook(module: nn.Module, checkpoint: Checkpoint, prefix: str)
         invoke_preshard_hook(child, checkpoint, f"{prefix}{name}.")
 
 
-def shard_children(module: nn.Module, checkpoint: Checkpoint, prefix: str, rank: int) -> None:
+def _shard_children(module: nn.Module, checkpoint: Checkpoint, prefix: str, rank: int) -> None:
     """Replace each sharded tensor of `checkpoint` by the block of `rank`, a copy that does not keep the whole alive.
 
     Raises:
         ValueError: a block has not the shape of its parameter.
     """
     for name, child in module.named_children():
-        shard_children(child, checkpoint, f"{prefix}{name}.", rank)
+        _shard_children(child, checkpoint, f"{prefix}{name}.", rank)
     if not isinstance(module, _SHARDED_MODULES):
         return
     for name, parameter in module.named_parameters(recurse=False):
@@ -65,7 +65,7 @@ def get_sharded_checkpoint(
         known = set(model.state_dict())
         for name in [name for name in checkpoint if name not in known]:
             del checkpoint[name]
-    shard_children(model, checkpoint, "", rank)
+    _shard_children(model, checkpoint, "", rank)
 
 
 def write_safetensors(
