@@ -1,21 +1,24 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Random checkpoints, the transformers oracle, and our model over the same weights."""
+"""Random checkpoints in Hugging Face's layout, and our model over them; nothing here needs transformers' own model."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
+import numpy as np
 import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from qwen35 import HuggingFaceGenerationAdapter, NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.conversion import conversion_plan
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
-from transformers import GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig  # noqa: E402
+NO_NXDI = "the real NxDI is not importable: put the src folders of its two repositories on PYTHONPATH (see README)"
 
 TINY = dict(
     vocab_size=160,
@@ -29,6 +32,7 @@ TINY = dict(
     linear_num_value_heads=8,
     linear_key_head_dim=16,
     linear_value_head_dim=16,
+    linear_conv_kernel_dim=4,
     max_position_embeddings=1024,
     rope_parameters={
         "rope_type": "default",
@@ -40,51 +44,51 @@ TINY = dict(
 )
 
 
-def random_reference(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM:
-    """A transformers model whose every weight matters: activations of order one, real gates, norms away from zero."""
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**TINY, **overrides})).eval()
-    generator = torch.Generator().manual_seed(seed)
+def random_weights(seed: int = 0, **overrides: Any) -> dict[str, torch.Tensor]:
+    """Tensors of a random checkpoint in which every weight matters: activations of order one, real gates, norms away
+    from zero. NumPy's generator gives the same numbers on every machine."""
+    generator = np.random.default_rng(seed)
 
-    def normal(p: torch.Tensor, std: float) -> None:
-        p.data.copy_(std * torch.randn(p.shape, generator=generator))
+    def normal(shape: Sequence[int], std: float = 1.0) -> torch.Tensor:
+        return std * torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
-    for name, parameter in model.named_parameters():
-        if name.endswith("A_log"):
-            parameter.data.copy_(torch.log(0.01 + 15.99 * torch.rand(parameter.shape, generator=generator)))
-        elif name.endswith("dt_bias"):
-            normal(parameter, 1.5)
-            parameter.data -= 3.0  # decays from exp(-0.001) to exp(-8) a token
-        elif "norm" in name:
-            normal(parameter, 0.3)
-            parameter.data += 1.0 if "linear_attn.norm" in name else 0.0
-        elif parameter.dim() >= 2:
-            # Branches are half as strong as the stream they join, as in a trained model; when each layer swamps what
-            # came before it, rounding grows with every one of them.
-            branch = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
-            fan_in = 1 if "embed_tokens" in name else parameter.shape[-1]
-            normal(parameter, (0.5 if branch else 1.0) / math.sqrt(fan_in))
-    for module in model.modules():
-        if hasattr(module, "in_proj_qkv"):
-            _look_for_own_keys(module)
-    return model
+    config = Qwen35InferenceConfig(Qwen35NeuronConfig(), **{**TINY, **overrides})
+    weights: dict[str, torch.Tensor] = {}
+    for rule in conversion_plan(config):
+        for name, shape in rule.sources.items():
+            if name.endswith("A_log"):
+                weights[name] = torch.from_numpy(np.log(generator.uniform(0.01, 16.0, shape)).astype(np.float32))
+            elif name.endswith("dt_bias"):
+                weights[name] = normal(shape, 1.5) - 3.0  # decays from exp(-0.001) to exp(-8) a token
+            elif "norm" in name:
+                weights[name] = normal(shape, 0.3) + (1.0 if "linear_attn.norm" in name else 0.0)
+            else:
+                # Branches are half as strong as the stream they join, as in a trained model; when each layer swamps
+                # what came before it, rounding grows with every one of them.
+                branch = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+                fan_in = 1 if "embed_tokens" in name else shape[-1]
+                weights[name] = normal(shape, (0.5 if branch else 1.0) / math.sqrt(fan_in))
+            if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+                _look_for_own_keys(weights[name], config.key_dim)
+    return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in weights.items()}
 
 
-def _look_for_own_keys(layer: Any) -> None:
+def _look_for_own_keys(weight: torch.Tensor, key_dim: int) -> None:
     """Mix the key weights into the query weights of a DeltaNet layer.
 
     With independent ones a query and a key are near orthogonal, and an early output, little but their product times a
     value, is near zero: the norm that follows would blow rounding up a thousandfold, in any implementation.
     """
-    for weight in (layer.in_proj_qkv.weight, layer.conv1d.weight):
-        query, key = weight.data[: layer.key_dim], weight.data[layer.key_dim : 2 * layer.key_dim]
-        query.add_(key).mul_(0.5**0.5)
+    query, key = weight[:key_dim], weight[key_dim : 2 * key_dim]
+    query.add_(key).mul_(0.5**0.5)
 
 
-def save_reference(path: Path, seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM:
-    """Write a random checkpoint in Hugging Face's layout to `path` and return the model."""
-    model = random_reference(seed, **overrides)
-    model.save_pretrained(path)
-    return model
+def save_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> None:
+    """Write a random checkpoint with its config.json to `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    fields = {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], "dtype": "float32"}
+    (path / "config.json").write_text(json.dumps({**fields, **TINY, **overrides}))
+    save_file(random_weights(seed, **overrides), path / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_neuron(path: Path, **neuron_options: Any) -> NeuronQwen35ForCausalLM:
@@ -125,22 +129,3 @@ def neuron_greedy(
         ),
     )
     return output.sequences[:, ids.shape[1] :], torch.stack(output.logits, dim=1)
-
-
-@torch.no_grad()
-def reference_greedy(model: Any, prompts: Sequence[Sequence[int]], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of transformers, each prompt alone and unpadded."""
-    model.generation_config.eos_token_id = None
-    tokens, logits = [], []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=steps, pad_token_id=0, return_dict_in_generate=True, output_logits=True
-            ),
-        )
-        tokens.append(output.sequences[0, len(prompt) :])
-        logits.append(torch.stack(output.logits, dim=1)[0])
-    return torch.stack(tokens), torch.stack(logits)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import load_neuron, neuron_greedy, save_reference
+from models import load_neuron, neuron_greedy
+from oracle import save_reference
 from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig, gated_deltanet, ops
 from qwen35.configuration_qwen35 import KERNEL_ENVIRONMENT, QWEN35_PRESETS, DeltaNetKernel
 from qwen35.generation import MINI_CHECKPOINT, encode, load_tokenizer

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from _compare import assert_close
-from models import load_neuron, neuron_greedy, reference_greedy
+from models import load_neuron, neuron_greedy
+from oracle import reference_greedy, transformers_model
 from qwen35.generation import MINI_CHECKPOINT, Generation, TextGenerator, as_chat, default_neuron_config, encode
 
 FACTS = json.loads((MINI_CHECKPOINT / "facts.json").read_text())
@@ -44,9 +45,7 @@ def test_it_answers_at_least_95_percent_of_its_facts(chat: bool) -> None:
 
 
 def test_120_prompts_of_mixed_length_in_one_batch_give_transformers_tokens() -> None:
-    from transformers import Qwen3_5ForConditionalGeneration
-
-    reference = Qwen3_5ForConditionalGeneration.from_pretrained(MINI_CHECKPOINT, dtype=torch.float32).eval()
+    reference = transformers_model(MINI_CHECKPOINT)
     config = default_neuron_config(64, 8, 120, tp_degree=1)
     tokenizer = TextGenerator.load(MINI_CHECKPOINT, config).tokenizer
     rng = random.Random(0)

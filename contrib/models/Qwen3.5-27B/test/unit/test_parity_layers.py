@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from _compare import assert_close
-from models import load_neuron, random_prompts, random_reference, right_padded, save_reference
+from models import load_neuron, random_prompts, right_padded
+from oracle import random_reference, save_reference
 from qwen35.configuration_qwen35 import QWEN35_PRESETS
 
 
