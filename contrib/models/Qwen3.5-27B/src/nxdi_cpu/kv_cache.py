@@ -80,10 +80,8 @@ class KVCacheManager(nn.Module):
         windowed_context_encoding_window_idx: int = -1,
         **kwargs: Any,
     ) -> KeyValue:
-        """K and V of layer `idx` up to `seq_len`, every cache line in order."""
-        lines = slice(0, self.kv_cache_batch_size)
-        k_cache, v_cache = self._fetch_cache(idx, kvcache_buffer)
-        return k_cache[lines, :, :seq_len], v_cache[lines, :, :seq_len]
+        """K and V of layer `idx` up to `seq_len`; the model's own job here."""
+        raise NotImplementedError("get_kv_by_layer_id is not implemented")
 
     def get_cache(
         self,
@@ -147,16 +145,5 @@ class KVCacheManager(nn.Module):
         is_valid_window_kv: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> KeyValue:
-        """Write the rows of `kv_per_layer` [B, heads, S, E] in place and return the caches."""
-        caches = self._fetch_cache(idx, kvcache_buffer)
-        if not is_for_context_encoding and self.neuron_config.apply_seq_ids_mask:
-            position_ids = position_ids.masked_fill(seq_ids.unsqueeze(1) < 0, self.neuron_config.max_length)
-        for cache, latest in zip(caches, kv_per_layer, strict=True):
-            if is_for_context_encoding and self.is_continuous_batching:
-                cache[seq_ids.long(), :, : latest.shape[2]] = latest
-            elif is_for_context_encoding:
-                cache[: latest.shape[0], :, : latest.shape[2]] = latest
-            else:
-                index = position_ids.long()[:, None, :, None].expand_as(latest)
-                cache[: latest.shape[0]].scatter_(2, index, latest)
-        return caches
+        """The caches of layer `idx` with the rows of `kv_per_layer` written; the model's own job here."""
+        raise NotImplementedError("update_kv_by_layer_id is not implemented")

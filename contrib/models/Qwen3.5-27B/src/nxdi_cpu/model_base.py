@@ -138,12 +138,15 @@ class NeuronBaseModel(nn.Module):
             last = position_ids.max(dim=1, keepdim=True).indices
             hidden_states = torch.gather(hidden_states, 1, last.unsqueeze(1).expand(-1, 1, hidden_states.shape[-1]))
         logits = self.lm_head(hidden_states).float()
-        if getattr(self.lm_head, "pad_size", 0) and not self.lm_head.gather_output:
-            logits = mask_padded_logits(
-                logits, self.rank_util.get_rank(), self.neuron_config.tp_degree, self.lm_head.pad_size
-            )
-        if not self.lm_head.gather_output:
-            logits = gather_from_tensor_model_parallel_region(logits)[..., : self.vocab_size]
+        gathered = self.lm_head.gather_output
+        logits = mask_padded_logits(
+            logits,
+            torch.tensor(0) if gathered else self.rank_util.get_rank(),
+            1 if gathered else self.neuron_config.tp_degree,
+            self.lm_head.pad_size,
+        )
+        if not gathered:
+            logits = gather_from_tensor_model_parallel_region(logits)
         if not self.on_device_sampling:
             return [logits, *updated_kv_cache]
         tokens = self.sampler(logits[:, -1, :], sampling_params, rank_id=self.rank_util.get_rank()).to(torch.int32)

@@ -63,7 +63,8 @@ class ModelWrapper(torch.nn.Module):
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
         self.model_cls, self.tag, self.compiler_args = model_cls, tag, compiler_args
-        self.model_init_kwargs = model_init_kwargs
+        self.priority_model_idx, self.model_init_kwargs = priority_model_idx, model_init_kwargs
+        self.async_mode = self.neuron_config.async_mode
         self.model: Any = None
 
     def is_neuron(self) -> bool:
@@ -135,41 +136,17 @@ class ModelWrapper(torch.nn.Module):
     def _forward(self, *args: torch.Tensor) -> list[torch.Tensor]:
         return self.model(*args)
 
-    def _forward_with_pad(self, *args: torch.Tensor) -> list[torch.Tensor]:
-        """Fill the batch with copies of its first row at the missing sequence ids, in ascending order of ids."""
-        seq_ids = args[3]
-        present = seq_ids.tolist()
-        missing = [i for i in range(self.neuron_config.batch_size) if i not in present]
-        all_ids, order = torch.sort(torch.tensor(present + missing, dtype=seq_ids.dtype))
-        rows = torch.cat([torch.arange(len(present)), torch.zeros(len(missing), dtype=torch.long)])[order]
-        padded = [arg.index_select(0, rows) for arg in args]
-        if self.neuron_config.apply_seq_ids_mask:
-            all_ids = all_ids.masked_fill(order >= len(present), -1)
-        padded[3] = all_ids
-        outputs = self._forward(*padded)
-        kept = 2 if self.neuron_config.output_logits else 1
-        back = torch.argsort(order)[: len(present)]
-        return [output.index_select(0, back) for output in outputs[:kept]] + list(outputs[kept:])
-
     def forward(self, *args: Any, pad_type: str = "first_fit") -> list[torch.Tensor]:
-        """[tokens or logits, (logits,) *caches] for any number of rows; a batch larger than compiled runs in pieces.
+        """[tokens or logits, (logits,) *caches] of one compiled batch; NxDI also splits and fills up batches.
 
         Raises:
             RuntimeError: no weights were loaded.
+            ValueError: another number of rows than was compiled.
         """
         if self.model is None:
             raise RuntimeError("forward called before the weights were loaded: call to_cpu() or load() first")
         args = tuple(self.convert_int64_to_int32(*self._process_args(*args)))
         args = self.pad_inputs(*args, pad_type=pad_type)
-        rows, batch = args[3].shape[0], self.neuron_config.batch_size
-        if rows == batch:
-            return self._forward(*args)
-        kept = 2 if self.neuron_config.output_logits else 1
-        pieces = []
-        for start in range(0, rows, batch):
-            piece = tuple(arg[start : start + batch] for arg in args)
-            is_full = piece[3].shape[0] == batch
-            pieces.append(self._forward(*piece) if is_full else self._forward_with_pad(*piece))
-            for cache, updated in zip(self.model.kv_mgr.past_key_values, pieces[-1][kept:], strict=True):
-                cache.data = updated.data
-        return [torch.cat(parts) for parts in zip(*(p[:kept] for p in pieces), strict=True)] + pieces[-1][kept:]
+        if args[3].shape[0] != self.neuron_config.batch_size:
+            raise ValueError(f"{args[3].shape[0]} rows for a batch of {self.neuron_config.batch_size}")
+        return self._forward(*args)

@@ -54,39 +54,87 @@ class Qwen35CacheManager(KVCacheManager):
             )
         )
 
-    def get_kv_by_layer_id(self, idx: int, *args: Any, **kwargs: Any) -> State:
-        """The pair of layer `idx` for the rows of the batch; row b of a full batch is cache line b."""
-        if not self.is_linear[idx]:
-            return super().get_kv_by_layer_id(idx, *args, **kwargs)
-        recurrent, conv = self._fetch_cache(idx, kwargs.get("kvcache_buffer"))
-        seq_ids = kwargs.get("seq_ids")
-        if seq_ids is None or seq_ids.shape[0] == recurrent.shape[0]:
-            return recurrent, conv
-        lines = seq_ids.long().clamp(0, recurrent.shape[0] - 1)
-        return recurrent.index_select(0, lines), conv.index_select(0, lines)
+    def get_kv_by_layer_id(  # type: ignore[override] # NxDI passes keywords, more than are needed
+        self,
+        idx: int,
+        seq_len: int,
+        kvcache_buffer: Any = None,
+        seq_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> State:
+        """The pair of layer `idx` for the rows of the batch, keys and values up to `seq_len`.
 
-    def update_kv_by_layer_id(self, idx: int, *args: Any, **kwargs: Any) -> State:
-        """The caches of layer `idx` with the rows of `kv_per_layer` written at the lines `seq_ids`."""
+        Row b of a full batch is cache line b, as everywhere in NxDI; a smaller batch is looked up by `seq_ids` [B].
+        """
+        pair = self._fetch_cache(idx, kvcache_buffer)
         if not self.is_linear[idx]:
-            return super().update_kv_by_layer_id(idx, *args, **kwargs)
-        caches, (recurrent, conv) = self._fetch_cache(idx, kwargs.get("kvcache_buffer")), kwargs["kv_per_layer"]
-        if recurrent.shape[0] == caches[0].shape[0] and not self.neuron_config.apply_seq_ids_mask:
-            return recurrent, conv.to(caches[1].dtype)  # a full batch without masked rows is the new cache
-        return (
-            write_lines(caches[0], recurrent, kwargs["seq_ids"]),
-            write_lines(caches[1], conv, kwargs["seq_ids"]),
+            pair = pair[0][:, :, :seq_len], pair[1][:, :, :seq_len]
+        if seq_ids is None or seq_ids.shape[0] == self.kv_cache_batch_size:
+            return pair[0][: self.kv_cache_batch_size], pair[1][: self.kv_cache_batch_size]
+        lines = seq_ids.clamp(0, self.kv_cache_batch_size - 1)
+        return pair[0].index_select(0, lines), pair[1].index_select(0, lines)
+
+    def update_kv_by_layer_id(  # type: ignore[override]
+        self,
+        idx: int,
+        is_for_context_encoding: bool,
+        seq_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        kv_per_layer: State,
+        kvcache_buffer: Any = None,
+        **kwargs: Any,
+    ) -> State:
+        """The caches of layer `idx` with the rows of `kv_per_layer` at lines `seq_ids` [B]; other lines as they were.
+
+        A row whose id is outside 0..kv_cache_batch_size - 1 fills the compiled batch up and is written nowhere.
+        """
+        caches = self._fetch_cache(idx, kvcache_buffer)
+        seq_ids = torch.where(seq_ids < self.kv_cache_batch_size, seq_ids, -1)
+        if not self.is_linear[idx]:
+            if is_for_context_encoding:  # token i of a prompt; position_ids hold 0 for padding
+                position_ids = torch.arange(kv_per_layer[0].shape[2], device=seq_ids.device).unsqueeze(0)
+            key, value = (
+                write_tokens(cache, rows, seq_ids, position_ids)
+                for cache, rows in zip(caches, kv_per_layer, strict=True)
+            )
+            return key, value
+        if caches[0].shape[0] == 1:
+            return kv_per_layer[0], kv_per_layer[1].to(caches[1].dtype)  # the only line, and a batch of one is full
+        if not is_for_context_encoding and seq_ids.shape[0] == caches[0].shape[0]:
+            row_of_line, written = None, seq_ids >= 0  # row b is line b, or is written nowhere
+        else:
+            hits = torch.arange(caches[0].shape[0], device=seq_ids.device).unsqueeze(1) == seq_ids
+            row_of_line = (hits * torch.arange(seq_ids.shape[0], device=seq_ids.device)).sum(dim=1)
+            written = hits.any(dim=1)
+        recurrent, conv = (
+            write_lines(cache, rows if row_of_line is None else rows.index_select(0, row_of_line), written)
+            for cache, rows in zip(caches, kv_per_layer, strict=True)
         )
+        return recurrent, conv
 
 
-def write_lines(cache: torch.Tensor, rows: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
-    """cache [L, ...] with rows [B, ...] at lines seq_ids [B]; an id outside 0..L-1 writes nowhere.
+def write_tokens(
+    cache: torch.Tensor, rows: torch.Tensor, seq_ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """cache [L, M, P, E] with rows [B, M, S, E] at lines seq_ids [B] and positions [B or 1, S].
 
-    Selection instead of a scatter, which the Neuron compiler does not take.
+    A row with a negative id goes to the last position of the last line, which nothing reads: NxDI lengthens the cache
+    when `apply_seq_ids_mask` is set. Whole rows of E are put, as NxDI's `update_cache_const_indices` does for a prompt;
+    its `torch.scatter` for a decoding step indexes every single element. In place on a CPU, where a new cache would be
+    a copy of the old; a cache that is traced must not change, because it serves the trace of every bucket.
     """
-    lines = torch.arange(cache.shape[0], device=seq_ids.device)
-    if rows.shape[0] == cache.shape[0]:
-        chosen, written = rows, seq_ids == lines
-    else:
-        hits = lines.unsqueeze(1) == seq_ids.unsqueeze(0)
-        chosen, written = rows.index_select(0, hits.int().argmax(dim=1)), hits.any(dim=1)
-    return torch.where(written.view(-1, *[1] * (cache.dim() - 1)), chosen.to(cache.dtype), cache)
+    last_line, last_position = cache.shape[0] - 1, cache.shape[2] - 1
+    real = (seq_ids >= 0).unsqueeze(1)
+    lines = torch.where(real, seq_ids.unsqueeze(1), last_line)
+    positions = torch.where(real, positions, last_position)
+    heads = torch.arange(cache.shape[1], device=seq_ids.device)
+    indices = (lines.unsqueeze(1).int(), heads.view(1, -1, 1).int(), positions.unsqueeze(1).int())
+    return (cache.index_put_ if cache.is_cpu else cache.index_put)(indices, rows.to(cache.dtype))
+
+
+def write_lines(cache: torch.Tensor, rows: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """cache [L, ...] with line l from rows [L, ...] where written [L] is true.
+
+    Selection instead of a scatter: a state is written whole, and the compiler fuses the choice with what computes it.
+    """
+    return torch.where(written.view(-1, *[1] * (cache.dim() - 1)), rows.to(cache.dtype), cache)

@@ -270,6 +270,12 @@ class Qwen35InferenceConfig(InferenceConfig):
             # NxDI's "config" casts every floating parameter, buffer and checkpoint tensor to torch_dtype. A_log,
             # dt_bias, the norms and the recurrent state must stay float32, so each module's declared dtype has to win.
             self.neuron_config.cast_type = "as-declared"
+            if self.neuron_config.attn_kernel_enabled is None:
+                # NxDI takes None for "where the length allows": a kernel for heads of at most 128 dims, on a CPU too.
+                self.neuron_config.attn_kernel_enabled = False
+            # A batch is compiled for a number of rows; with fewer, the rest must not write to the lines of sequences
+            # that wait. A single line is never idle in its own batch, and needs no room for what is masked.
+            self.neuron_config.apply_seq_ids_mask = self.neuron_config.kv_cache_batch_size > 1
 
     @property
     def rotary_dim(self) -> int:
@@ -478,6 +484,13 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
         yield (
             f"ctx_batch_size={neuron.ctx_batch_size} differs from tkg_batch_size={neuron.tkg_batch_size}; "
             "set is_continuous_batching=True, so that state lines are found by sequence id"
+        )
+    if neuron.async_mode and neuron.on_cpu:
+        yield "async_mode=True has no CPU form: the next step is queued on a device; set async_mode=False with on_cpu"
+    if neuron.async_mode and neuron.tkg_batch_size != neuron.kv_cache_batch_size:
+        yield (
+            f"async_mode=True with tkg_batch_size={neuron.tkg_batch_size} and kv_cache_batch_size="
+            f"{neuron.kv_cache_batch_size}: NxDI picks its outputs by cache line; make the two equal"
         )
     for name in ("seq_len", "max_length"):
         if name not in ill and "max_position_embeddings" not in malformed:

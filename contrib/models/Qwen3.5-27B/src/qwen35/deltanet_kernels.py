@@ -32,7 +32,13 @@ def prefill(
     beta: torch.Tensor,
     state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract of `ops.chunk_gated_delta_rule`, by a kernel on `cores` physical cores (LNC)."""
+    """The contract of `ops.chunk_gated_delta_rule`, by a kernel on `cores` physical cores (LNC).
+
+    On the meta device, where the traced calls are walked without a compiler, shapes and dtypes only.
+    """
+    if q.is_meta:
+        B, _, H, V = v.shape
+        return torch.empty_like(v), v.new_empty((B, H, q.shape[3], V), dtype=torch.float32)
     if kernel is DeltaNetKernel.FUSED:
         return deltanet_fused_chunked_layer[cores](q, k, v, g, beta, initial_state=state)
     if state is None:
@@ -75,7 +81,10 @@ def _by_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(cores: int, norm_eps: float, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A whole layer between its projections; `tensors` as the first ten arguments of `deltanet_decode_layer`.
 
-    Returns the normed output [B, T, H V], the recurrent state [B, H, K, V] and the conv state [B, Ch, W - 1].
+    Returns the normed output [B, T, H V], the recurrent state [B, H, K, V] and the conv state [B, Ch, W - 1]; on the
+    meta device, shapes and dtypes only.
     """
+    if tensors[0].is_meta:
+        return torch.empty_like(tensors[1]), torch.empty_like(tensors[9]), torch.empty_like(tensors[5])
     outputs: Any = deltanet_decode_layer[cores](*(x.contiguous() for x in tensors), norm_eps=norm_eps)
     return outputs

@@ -16,7 +16,7 @@ Letters: B batch, S tokens, D hidden.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .checkpoint import CheckpointReader
 from .configuration_qwen35 import Qwen35InferenceConfig
 from .conversion import convert_checkpoint
 from .gated_deltanet import NeuronGatedDeltaNet
+from .memory import RankBytes, count_bytes
 from .norms import Qwen35RMSNorm
 from .nxdi import (
     CONTEXT_ENCODING_MODEL_TAG,
@@ -39,7 +40,11 @@ from .nxdi import (
     NeuronBaseModel,
     ParallelEmbedding,
     RowParallelLinear,
+    as_rank,
 )
+
+FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
+"""Endings of the names of parameters that are float32 whatever `torch_dtype` is."""
 
 
 class Qwen35MLP(nn.Module):
@@ -115,8 +120,12 @@ class NeuronQwen35Model(NeuronBaseModel):
             pad=True,
             # On a device the sampler reduces over the ranks; on a CPU it wants whole rows.
             gather_output=not self.on_device_sampling or neuron_config.on_cpu,
+            # NxDI masks as many of the last columns as there is padding; without it they would be tokens.
+            keep_padded_output=True,
             dtype=neuron_config.torch_dtype,
         )
+        # The layers work in place, and NxDI turns autograd off neither when it traces nor when it is called.
+        self.requires_grad_(False)
 
     def init_inference_optimization(self, config: Qwen35InferenceConfig) -> None:
         super().init_inference_optimization(config)
@@ -140,39 +149,54 @@ class NeuronQwen35Model(NeuronBaseModel):
         return self
 
 
+def require_float32(module: NeuronQwen35Model) -> None:
+    """Check that no cast reached what must be float32: an error in a decay is exponentiated at every token.
+
+    Raises:
+        TypeError: a decay parameter, a norm or a recurrent state has another dtype.
+    """
+    state = module.kv_mgr.past_key_values
+    kept = {f"recurrent state of layer {i}": state[2 * i] for i in module.config.linear_attention_layers}
+    kept |= {n: p for n, p in module.named_parameters() if n.endswith(FLOAT32_SUFFIXES)}
+    cast = [f"{name} is {p.dtype}" for name, p in kept.items() if p.dtype != torch.float32]
+    if cast:
+        raise TypeError(f"float32 was lost: {', '.join(cast)}; set cast_type='as-declared'")
+
+
 class Qwen35DecoderModelInstance(DecoderModelInstance):
     """Makes the traced module, and checks that what must be float32 still is."""
 
     def load_module(self) -> None:
-        """Build the module.
-
-        Raises:
-            TypeError: a decay parameter or a recurrent state is not float32.
-        """
         super().load_module()
-        state = self.module.kv_mgr.past_key_values
-        recurrent = {f"recurrent state of layer {i}": state[2 * i] for i in self.config.linear_attention_layers}
-        decays = {n: p for n, p in self.module.named_parameters() if n.endswith(("A_log.weight", "dt_bias.weight"))}
-        cast = [name for name, p in {**recurrent, **decays}.items() if p.dtype != torch.float32]
-        if cast:
-            raise TypeError(f"float32 lost in tracing: {', '.join(cast)}; set cast_type='as-declared'")
+        require_float32(self.module)
 
 
 class Qwen35ModelWrapper(ModelWrapper):
-    """NxDI's wrapper with positions that tell padding from tokens, and rows in the order of their cache lines."""
+    """NxDI's wrapper, with positions that tell padding from tokens and with filling rows that write nowhere."""
 
     def get_model_instance(self) -> DecoderModelInstance:
         return Qwen35DecoderModelInstance(model_cls=self.model_cls, config=self.config, **self.model_init_kwargs)
 
+    def get_target_bucket(self, *args: torch.Tensor, strategy: str = "first_fit") -> int:
+        """The bucket for an attention mask args[1] [B, length]; a prompt may fill its bucket to the last token.
+
+        NxDI wants one token of room, which doubles the work on a prompt of exactly 512 tokens.
+        """
+        length, buckets = args[1].shape[1], self.neuron_config.buckets
+        if self.tag == CONTEXT_ENCODING_MODEL_TAG and strategy == "first_fit" and length in buckets:
+            return length
+        return super().get_target_bucket(*args, strategy=strategy)
+
     def pad_inputs(self, *args: torch.Tensor, pad_type: str = "first_fit") -> tuple[torch.Tensor, ...]:
-        """Pad to the bucket; padding gets position 0.
+        """Pad a prompt to the bucket of its longest row; padding gets position 0.
 
         NxDI gives padding position 1, which in a prompt of one token cannot be told from its second token: the state
         would take in padding, and the last token would be looked for one place too far.
         """
-        padded = super().pad_inputs(*args, pad_type=pad_type)
         if self.tag != CONTEXT_ENCODING_MODEL_TAG:
-            return padded
+            return super().pad_inputs(*args, pad_type=pad_type)
+        longest = int(args[1].sum(dim=1).max())
+        padded = super().pad_inputs(*(arg[:, :longest] for arg in args[:3]), *args[3:], pad_type=pad_type)
         attention_mask, position_ids = padded[1], padded[2]
         return (*padded[:2], torch.where(attention_mask > 0, position_ids, 0), *padded[3:])
 
@@ -183,18 +207,53 @@ class Qwen35ModelWrapper(ModelWrapper):
         return super()._forward(*args)
 
     def forward(self, *args: Any, pad_type: str = "first_fit") -> Any:
-        """Run the rows in ascending order of seq_ids, in which NxDI pairs them with cache lines, and put them back."""
-        seq_ids = args[3]
-        if seq_ids.shape[0] == 1 or bool((seq_ids[1:] > seq_ids[:-1]).all()):
+        """Run any number of rows, in ascending order of their seq_ids args[3], in pieces of the compiled batch."""
+        batch, rows = self.neuron_config.batch_size, args[3].shape[0]
+        if self.model is None or rows == batch:
             return super().forward(*args, pad_type=pad_type)
-        order = torch.argsort(seq_ids)
-        sorted_args = (a.index_select(0, order) if isinstance(a, torch.Tensor) and a.numel() else a for a in args)
-        outputs = super().forward(*sorted_args, pad_type=pad_type)
-        back = torch.argsort(order)
-        if isinstance(outputs, torch.Tensor):
-            return outputs.index_select(0, back)
-        rows = 2 if self.neuron_config.output_logits and self.neuron_config.on_device_sampling_config else 1
-        return [output.index_select(0, back) for output in outputs[:rows]] + list(outputs[rows:])
+        if self.async_mode:  # the outputs are still on the device; NxDI cuts the pieces and picks the rows later
+            return super().forward(*self._fill_up(args)[0], pad_type=pad_type)
+        pieces: list[list[torch.Tensor]] = []
+        for start in range(0, rows, batch):
+            filled, places = self._fill_up([_rows(arg, rows, slice(start, start + batch)) for arg in args])
+            outputs = super().forward(*filled, pad_type=pad_type)
+            if self.is_neuron():
+                outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+                pieces.append([output.index_select(0, places) for output in outputs])
+                continue
+            state = self.model.kv_mgr.past_key_values
+            first = len(outputs) - len(state)
+            pieces.append([output.index_select(0, places) for output in outputs[:first]])
+            for entry, new in zip(state, outputs[first:], strict=True):
+                entry.data = new.data  # for the next piece; a device aliases them
+        merged = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+        if not self.is_neuron():
+            return [*merged, *self.model.kv_mgr.past_key_values]
+        return merged if len(merged) > 1 else merged[0]
+
+    def _fill_up(self, args: Sequence[Any]) -> tuple[list[Any], torch.Tensor]:
+        """Arguments of whole compiled batches, and where in them each of the rows given sits.
+
+        The rows added are copies of the first under the id -1, which writes nowhere; NxDI's own would write to the
+        lines that are idle. In a decoding batch of all lines row b is line b.
+        """
+        batch, seq_ids = self.neuron_config.batch_size, args[3].long()
+        rows = seq_ids.shape[0]
+        by_line = self.tag != CONTEXT_ENCODING_MODEL_TAG and batch == self.neuron_config.kv_cache_batch_size
+        places = seq_ids if by_line else torch.arange(rows)
+        source = torch.zeros(-(-rows // batch) * batch, dtype=torch.long)
+        source[places] = torch.arange(rows)
+        filled = [_rows(arg, rows, source) for arg in args]
+        filled[3] = torch.full_like(source, -1)
+        filled[3][places] = seq_ids
+        return filled, places
+
+
+def _rows(value: Any, rows: int, chosen: torch.Tensor | slice) -> Any:
+    """The chosen rows of a tensor that has `rows` of them; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
+        return value[chosen]
+    return value
 
 
 class NeuronQwen35ForCausalLM(NeuronBaseForCausalLM):
@@ -208,6 +267,93 @@ class NeuronQwen35ForCausalLM(NeuronBaseForCausalLM):
 
     def get_model_wrapper_cls(self) -> type[ModelWrapper]:
         return Qwen35ModelWrapper
+
+    def get_compiler_args(self) -> None:
+        """None: NxDI composes the arguments for each submodel, and what it chooses is what this model needs.
+
+        From NxDI's `models/model_wrapper.py`, read at commit 4bcdc54 (July 2026):
+
+        - both: `--auto-cast=none`, without which the compiler may take float32 matrix products of the state and the
+          decays down to bfloat16; `--lnc` as configured; `--enable-ccop-compute-overlap`, which hides the all-reduce
+          after each output and down projection behind the next product.
+        - context encoding: `-O1` with `--modular-flow-mac-threshold=10`. The 64 layers are compiled as a few repeated
+          modules, even though most of their arithmetic is inside NKI kernels, where the partitioner cannot count it.
+          NxDI appends its hlo2tensorizer options to any string given here but not this threshold, so that a string of
+          our own would lose it.
+        - token generation: `-O2`, one graph, because the calls between modules cost more than they save on one token;
+          `--cc-pipeline-tiling-factor=1`, since a single row of activations is too small to pipeline.
+        - 32K tokens and more: `--disable-mixed-precision-accumulation` and no FMA on inputs and outputs, both of which
+          save copies of the long activations. The norms, gates and states here ask for float32 explicitly.
+        """
+
+    def compile(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """NxDI's compile, after the headers of the checkpoint were held against the configuration.
+
+        Raises:
+            CheckpointError, ConversionError: the weights would not load; known before minutes of compilation.
+        """
+        self.checkpoint_loader_fn()
+        super().compile(compiled_model_path, *args, **kwargs)
+
+    def load(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        super().load(compiled_model_path, *args, **kwargs)
+        self._check_modules()
+
+    def to_cpu(self) -> None:
+        super().to_cpu()
+        self._check_modules()
+
+    def bytes_per_rank(self) -> RankBytes:
+        """What each rank will hold, from the shapes of the modules; nothing is allocated or read."""
+        with as_rank(0, self.neuron_config.tp_degree), torch.device("meta"):
+            return count_bytes(self._model_cls(self.config))
+
+    def _check_modules(self) -> None:
+        for submodel in self.models:
+            if not submodel.is_neuron():  # the modules of a device were checked when they were traced
+                require_float32(submodel.model)
+
+    def forward(  # type: ignore[override] # the rest of NxDI's arguments goes by keyword
+        self,
+        input_ids: torch.Tensor,
+        seq_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """NxDI's forward, for rows in any order: they run in ascending order of `seq_ids` [B] and are put back.
+
+        Raises:
+            ValueError: an id is not that of a cache line, or is given twice.
+        """
+        if attention_mask is not None and position_ids is not None and position_ids.shape[1] == 1 <= position_ids.min():
+            # A step goes to the place after the cached tokens. NxDI's adapter takes the largest position of the prompt,
+            # which for a prompt of one token is that of its padding.
+            position_ids = attention_mask.sum(dim=1, keepdim=True)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if seq_ids is None:
+            return super().forward(**inputs)
+        lines, ids = self.neuron_config.kv_cache_batch_size, seq_ids.tolist()
+        if len({*ids}) < len(ids) or min(ids) < 0 or max(ids) >= lines:
+            raise ValueError(
+                f"seq_ids={ids} must be distinct and in 0..{lines - 1}, the lines of the cache; "
+                f"for more sequences at a time raise kv_cache_batch_size={lines}"
+            )
+        if ids == sorted(ids):
+            return super().forward(seq_ids=seq_ids, **inputs)
+        order = torch.argsort(seq_ids)
+        ordered = {name: _rows(value, len(ids), order) for name, value in inputs.items()}
+        outputs = super().forward(seq_ids=seq_ids[order], **ordered)
+        back = torch.argsort(order)
+        for name in ("logits", "tokens", "hidden_states"):
+            setattr(outputs, name, _rows(getattr(outputs, name, None), len(ids), back))
+        return outputs
+
+    def _get_constructed_outputs(self, *args: Any) -> Any:
+        outputs = super()._get_constructed_outputs(*args)
+        if outputs.logits is not None:
+            outputs.logits = outputs.logits[..., : self.vocab_size]  # the rest pads the head to whole ranks
+        return outputs
 
     @classmethod
     def get_state_dict(

@@ -7,6 +7,8 @@ Where the Neuron SDK is missing, the same names come from the CPU stand-ins in `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,28 @@ else:
     from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
     from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter, load_pretrained_config
 
+if TYPE_CHECKING or not NXDI_AVAILABLE:
+    from nxdi_cpu.parallel_state import as_rank
+else:
+    from neuronx_distributed.parallel_layers import parallel_state
+    from neuronx_distributed.trace.trace import _mock_parallel_state
+
+    @contextmanager
+    def as_rank(rank: int, tp_degree: int) -> Iterator[None]:
+        """Build modules with the shapes of rank `rank` of `tp_degree`, without a process group, as NxD does to load.
+
+        Raises:
+            RuntimeError: this process is a rank already, as on a CPU after `to_cpu`.
+        """
+        if parallel_state.model_parallel_is_initialized():
+            raise RuntimeError("this process is a rank already: take the shapes of one in a process of its own")
+        _mock_parallel_state(tp_degree, rank)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
 __all__ = [
     "CONTEXT_ENCODING_MODEL_TAG",
     "NXDI_AVAILABLE",
@@ -78,6 +102,7 @@ __all__ = [
     "OnDeviceSamplingConfig",
     "ParallelEmbedding",
     "RowParallelLinear",
+    "as_rank",
     "get_tensor_model_parallel_size",
     "load_pretrained_config",
     "set_tensor_model_parallel_attributes",

@@ -12,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import load_neuron, random_prompts, right_padded, save_reference
-from qwen35.cache import write_lines
+from models import TINY, load_neuron, random_prompts, right_padded
+from oracle import save_reference
+from qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.cache import Qwen35CacheManager, write_lines
 
 
 def cache_of(path: Path, **options: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -25,7 +27,7 @@ def test_deltanet_layers_hold_state_and_attention_layers_hold_keys_and_values(tm
     save_reference(tmp_path)
     _, cache = cache_of(tmp_path, batch_size=3, seq_len=96, torch_dtype=torch.bfloat16)
     recurrent, conv = ((3, 8, 16, 16), torch.float32), ((3, 256, 3), torch.bfloat16)
-    key_value = ((3, 2, 96, 32), torch.bfloat16)
+    key_value = ((3, 2, 96 + 128, 32), torch.bfloat16)  # NxDI's room for rows that fill a batch up
     expected = [recurrent, conv] * 3 + [key_value] * 2
     assert [(tuple(entry.shape), entry.dtype) for entry in cache] == expected
 
@@ -73,20 +75,39 @@ def test_a_new_prompt_starts_from_an_empty_state(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@given(st.integers(1, 6), st.data())
-def test_lines_are_written_by_id_and_ids_out_of_range_write_nowhere(lines: int, data: st.DataObject) -> None:
+@given(st.integers(2, 6), st.data())
+def test_rows_are_written_at_their_lines_and_ids_out_of_range_nowhere(lines: int, data: st.DataObject) -> None:
+    """Against plain loops; the manager sees a batch of any size, with ids in any order at context encoding."""
+    prompt = data.draw(st.booleans())
     ids = data.draw(st.lists(st.integers(-1, lines + 1), min_size=1, max_size=lines, unique=True))
-    if len(ids) == lines:
-        # A full batch comes in line order; a masked row keeps its place with the id -1.
-        ids = [i if data.draw(st.booleans()) else -1 for i in range(lines)]
-    cache = torch.zeros(lines, 2, 3)
-    rows = torch.arange(1.0, len(ids) + 1).view(-1, 1, 1).expand(-1, 2, 3)
-    written = write_lines(cache, rows, torch.tensor(ids))
-    for line in range(lines):
-        expected = ids.index(line) + 1 if line in ids else 0
-        assert (written[line] == expected).all(), (line, ids)
+    if not prompt and len(ids) == lines:
+        ids = [i if i in ids else -1 for i in range(lines)]  # a decoding batch of all lines comes in line order
+    config = Qwen35InferenceConfig(Qwen35NeuronConfig(batch_size=lines, seq_len=8), **TINY)
+    manager = Qwen35CacheManager(config, num_kv_head=config.num_key_value_heads)
+    tokens = 3 if prompt else 1
+    positions = torch.arange(tokens).repeat(len(ids), 1) if prompt else 4 + torch.arange(len(ids)).unsqueeze(1)
+    row = torch.arange(1.0, len(ids) + 1).view(-1, 1, 1, 1)
+    for layer in (0, 3):
+        old = [entry.clone() for entry in manager.past_key_values[2 * layer : 2 * layer + 2]]
+        shapes = [(len(ids), *entry.shape[1:]) for entry in old]
+        if layer == 3:  # attention: keys and values of the new tokens
+            shapes = [(rows, heads, tokens, dims) for rows, heads, _, dims in shapes]
+        new = tuple(row.view(-1, *[1] * (len(shape) - 1)).expand(shape) for shape in shapes)
+        updated = manager.update_kv_by_layer_id(layer, prompt, torch.tensor(ids), positions, new)
+        for entry, before in zip(updated, old, strict=True):
+            for line in range(lines):
+                expected = before[line].clone()
+                if line in ids:
+                    at = ids.index(line)
+                    if layer == 3:
+                        expected[:, positions[at]] = at + 1
+                    else:
+                        expected[:] = at + 1
+                kept = entry[line, :, :8] if layer == 3 else entry[line]  # beyond the length lies what nothing reads
+                assert torch.equal(kept, expected[:, :8] if layer == 3 else expected), (layer, line, ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_written_rows_take_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
-    assert write_lines(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), torch.arange(2)).dtype == dtype
+    written = torch.tensor([True, False])
+    assert write_lines(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), written).dtype == dtype
