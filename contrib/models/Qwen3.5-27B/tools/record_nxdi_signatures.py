@@ -37,6 +37,7 @@ REAL_MODULES = {
     "kv_cache": [f"{_NXDI}.modules.kvcache.kv_cache_manager"],
     "layers": [f"{_NXD}.parallel_layers.layers", f"{_NXD}.parallel_layers.utils"],
     "model_base": [f"{_NXDI}.models.model_base"],
+    "model_builder": [f"{_NXD}.trace.model_builder"],
     "model_wrapper": [f"{_NXDI}.models.model_wrapper"],
     "parallel_state": [f"{_NXD}.parallel_layers.parallel_state", f"{_NXD}.parallel_layers.mappings"],
     "sampling": [f"{_NXDI}.modules.generation.sampling"],

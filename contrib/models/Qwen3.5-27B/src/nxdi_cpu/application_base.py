@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading, sharding and "compiling" a model; stands in for NxDI's `models.application_base`.
 
-Without a device there is nothing to compile: `compile` writes the configuration (and the shards, when asked for) just
-as NxDI does, and `load` puts the weights into CPU modules, so that a script written for Trainium runs unchanged.
+Without a device there is nothing to compile: `compile` walks the model as tracing would and writes the configuration
+(and the shards, when asked for) just as NxDI does; `load` puts the weights into CPU modules. A script written for
+Trainium runs unchanged.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from .config import InferenceConfig, NeuronConfig
 from .layers import ColumnParallelLinear
+from .model_builder import ModelBuilder
 from .parallel_state import as_rank, get_tensor_model_parallel_rank, initialize_model_parallel
 from .sharding import get_sharded_checkpoint, write_safetensors
 
@@ -54,6 +56,7 @@ class NeuronApplicationBase(nn.Module):
         self.on_device_sampling = self.neuron_config.on_device_sampling_config is not None
         self.model_path = model_path
         self.models: list[Any] = []
+        self._builder: ModelBuilder | None = None
         self.is_compiled = os.path.isfile(model_path + COMPILED_MODEL_FILE_NAME)
         self.is_loaded_to_neuron = False
 
@@ -73,6 +76,27 @@ class NeuronApplicationBase(nn.Module):
     def get_compiler_args(self) -> str | None:
         return None
 
+    def get_builder(self, debug: bool = False) -> ModelBuilder:
+        """The builder that all submodels are traced by, with what each gives it."""
+        if self._builder is None:
+            self._builder = ModelBuilder(
+                router=None,
+                tp_degree=self.neuron_config.tp_degree,
+                start_rank_id=self.neuron_config.start_rank_id,
+                checkpoint_loader=self.checkpoint_loader_fn,
+                debug=debug,
+                logical_nc_config=self.neuron_config.logical_nc_config,
+            )
+            for model in self.models:
+                self._builder.add(
+                    key=model.tag,
+                    model_instance=model.get_model_instance(),
+                    example_inputs=model.input_generator(),
+                    compiler_args=model.compiler_args,
+                    priority_model_idx=model.priority_model_idx,
+                )
+        return self._builder
+
     def compile(
         self,
         compiled_model_path: str | os.PathLike[str],
@@ -81,8 +105,9 @@ class NeuronApplicationBase(nn.Module):
         dry_run: bool = False,
         disable_fail_fast: bool = False,
     ) -> None:
-        """Write neuron_config.json, and the shards of every rank when `save_sharded_checkpoint` is set."""
+        """Write neuron_config.json, walk every submodel as tracing would, and write the shards when they are wanted."""
         self.config.save(normalize_path(compiled_model_path))
+        self.get_builder(debug).trace(initialize_model_weights=False, dry_run=dry_run)
         if not dry_run:
             self.shard_weights(compiled_model_path, debug, pre_shard_weights_hook)
             self.is_compiled = True

@@ -105,9 +105,9 @@ def as_rank(rank: int, tp_degree: int) -> Iterator[None]:
 def reduce_from_tensor_model_parallel_region(
     input_: torch.Tensor, process_group: TensorParallelGroup | None = None
 ) -> torch.Tensor:
-    """Sum of every rank's tensor, in place where there is more than one rank."""
+    """Sum of every rank's tensor, in place where there is more than one rank; on the meta device the tensor itself."""
     group = process_group or get_tensor_model_parallel_group()
-    if group.size() > 1:
+    if group.size() > 1 and not input_.is_meta:
         dist.all_reduce(input_, group=group)
     return input_
 
@@ -120,5 +120,6 @@ def gather_from_tensor_model_parallel_region(
     if group.size() == 1:
         return input_
     parts = [torch.empty_like(input_, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, input_.contiguous(), group=group)
+    if not input_.is_meta:
+        dist.all_gather(parts, input_.contiguous(), group=group)
     return torch.cat(parts, dim=-1)

@@ -35,7 +35,6 @@ OMITTED_PARAMETERS = {
 
 # Hooks that an original calls and its stand-in does not.
 OMITTED_CALLS = {
-    "application_base.NeuronApplicationBase.compile": {"checkpoint_loader_fn"},  # layout optimisation of a device
     # The base class goes through a transformers model; every model here reads its checkpoint itself.
     "application_base.NeuronApplicationBase.get_state_dict": {
         "load_hf_model",
@@ -45,7 +44,13 @@ OMITTED_CALLS = {
     "attention.NeuronAttentionBase.forward": {"get_qkv_proj", "perform_prefill"},  # context parallelism
     "model_base.NeuronBaseForCausalLM.__init__": {"get_compiler_args"},  # submodels of speculation
     "model_base.NeuronBaseForCausalLM.forward": {"_is_prefill"},  # async mode
-    "model_wrapper.ModelWrapper._forward_with_pad": {"get_target_bucket"},  # buckets of batch sizes
+    "model_wrapper.ModelWrapper.forward": {"get_target_bucket"},  # buckets of batch sizes
+    # There, to shard for every rank at once.
+    "application_base.NeuronApplicationBase.load": {"get_builder"},
+    "application_base.NeuronApplicationBase.shard_weights": {"get_builder"},
+    # Ours reads and writes its own caches.
+    "kv_cache.KVCacheManager.get_kv_by_layer_id": {"_fetch_cache"},
+    "kv_cache.KVCacheManager.update_kv_by_layer_id": {"_fetch_cache"},
 }
 # Neither changes nor depends on anything, so that the order does not matter.
 QUERIES = {"is_neuron", "set_none_if_empty"}
@@ -62,6 +67,9 @@ OURS_ALONE = {
     "hf_adapter.HuggingFaceGenerationAdapter._prepare_cache_for_generation",  # overrides transformers
     "layers.ColumnParallelLinear.lay_out_for_decoding",
     "layers.require_inert",
+    "model_builder.TraceError",
+    "model_builder.alias_problems",
+    "model_builder.input_problems",
     "parallel_state.TensorParallelGroup",
     "parallel_state.as_rank",
     "sharding.write_safetensors",

@@ -1,0 +1,59 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank of 27B holds, counted from its real modules, on NxDI and on the stand-ins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.configuration_qwen35 import QWEN35_PRESETS
+from qwen35.memory import RankBytes
+from qwen35.nxdi import as_rank
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def model_27b(**options: Any) -> NeuronQwen35ForCausalLM:
+    config = Qwen35InferenceConfig(Qwen35NeuronConfig(**options), **QWEN35_PRESETS["27B"])
+    return NeuronQwen35ForCausalLM("no-such-checkpoint", config)
+
+
+def bytes_of_27b(**options: Any) -> RankBytes:
+    return model_27b(**options).bytes_per_rank()
+
+
+def replicated_in_27b(tp_degree: int) -> set[str]:
+    model = model_27b(tp_degree=tp_degree)
+    with as_rank(0, tp_degree), torch.device("meta"):
+        module = model._model_cls(model.config)
+    weights = {n: p for n, p in module.named_parameters() if "past_key_values" not in n}
+    return {n for n, p in weights.items() if not getattr(p, "tensor_model_parallel", False)}
+
+
+@pytest.mark.parametrize(("tp_degree", "gigabytes"), [(1, 54), (4, 13.6), (8, 6.9), (16, 3.6)])
+def test_27b_is_sharded_without_replicated_weights(tp_degree: int, gigabytes: float, rank_pool: Any) -> None:
+    (counted,) = rank_pool(1).call(bytes_of_27b, tp_degree=tp_degree)
+    assert counted.weights <= 1e9 * gigabytes, str(counted)
+    (replicated,) = rank_pool(1).call(replicated_in_27b, tp_degree)
+    assert all("norm" in name.split(".")[-2] for name in replicated), replicated
+
+
+def test_27b_on_4_ranks_keeps_half_a_gigabyte_for_32k_tokens(rank_pool: Any) -> None:
+    (counted,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=32768)
+    # 16 layers of K and V, one KV head of 256 dims in bfloat16; 48 of 12 states of 128 x 128 float32 and 3 conv inputs.
+    assert counted.kv_cache == 16 * 2 * 32768 * 256 * 2
+    assert counted.recurrent_state == 48 * 12 * 128 * 128 * 4
+    assert counted.conv_state == 48 * 3 * 2560 * 2
+    assert counted.kept <= 0.6e9
+
+
+def test_every_line_beyond_one_costs_its_cache_its_state_and_room_for_masked_rows(rank_pool: Any) -> None:
+    (one,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=1024)
+    (four,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=1024, batch_size=4)
+    assert four.kv_cache == 4 * one.kv_cache * (1024 + 128) // 1024
+    assert (four.recurrent_state, four.conv_state) == (4 * one.recurrent_state, 4 * one.conv_state)
+    assert four.weights == one.weights
