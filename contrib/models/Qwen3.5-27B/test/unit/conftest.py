@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor-parallel ranks shared by the tests of a session."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from models import NO_NXDI
+from qwen35.nxdi import NXDI_AVAILABLE
 from ranks import RankPool
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("stand-ins", marks=pytest.mark.skipif(NXDI_AVAILABLE, reason="the real NxDI is importable")),
+        pytest.param("NxDI", marks=[pytest.mark.nxdi, pytest.mark.skipif(not NXDI_AVAILABLE, reason=NO_NXDI)]),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Which classes the model is built on in this process: a test that asks for this runs on either."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+import neuron_shells
+
+neuron_shells.install()  # a rank is a new process: before it imports qwen35
+
 
 class RankPool:
     """Calls a function in every rank and returns what each returned, in rank order."""
