@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from .generation import (
     SamplingOptions,
     TextGenerator,
     as_chat,
+    checkpoint_of,
     default_neuron_config,
     encode,
+    load_compiled_config,
     load_tokenizer,
 )
 from .kernel_report import add_kernels_command
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
-from .nxdi import NXDI_AVAILABLE
+from .nxdi import NXDI_AVAILABLE, NeuronConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -67,8 +70,22 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     generate.add_argument(
-        "--compiled", type=Path, metavar="DIR", help="on Neuron: where the compiled model is, or is to be written"
+        "--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron there must be one"
     )
+
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile a model for Neuron",
+        description="Compile the model and write it with the weights of every rank; on a CPU, check what would be.",
+    )
+    compile_.set_defaults(run=_compile)
+    compile_.add_argument("output", type=Path, metavar="OUTPUT", help="the directory to make")
+    _add_model_options(compile_)
+    compile_.add_argument(
+        "--seq-len", type=_positive, default=4096, metavar="N", help="prompt and answer, 4096 if unset"
+    )
+    compile_.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at a time (1)")
+    compile_.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
     convert = commands.add_parser(
         "convert",
@@ -85,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", type=Path, default=MINI_CHECKPOINT, metavar="DIR", help="Hugging Face checkpoint (default: the mini)"
+        "--model", type=Path, metavar="DIR", help="Hugging Face checkpoint (default: the mini, or what was compiled)"
     )
     parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor-parallel degree")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a CPU, bfloat16 on Neuron")
@@ -98,34 +115,57 @@ def _positive(text: str) -> int:
     return value
 
 
+def _compile(args: argparse.Namespace) -> None:
+    neuron_config = default_neuron_config(args.seq_len, args.batch, args.tp, _DTYPES.get(args.dtype))
+    neuron_config.save_sharded_checkpoint = True
+    model = _model(args, neuron_config)
+    _write_whole(args.output, lambda path: model.compile(str(path)))
+    counted, compiled = model.bytes_per_rank(), (args.output / "model.pt").exists()
+    if args.json:
+        print(json.dumps({"output": str(args.output), "compiled": compiled, "bytes_per_rank": asdict(counted)}))
+    else:
+        print(f"{args.output}: {'compiled' if compiled else 'checked, not compiled: no Neuron SDK here'}; {counted}")
+
+
 def _generate(args: argparse.Namespace) -> None:
     prompts = ([args.prompt] if args.prompt is not None else []) + args.batch
     if not prompts or args.prompt == "-":
         prompts = [sys.stdin.read().rstrip("\n"), *args.batch]
+    if args.model is None:
+        args.model = MINI_CHECKPOINT if args.compiled is None else checkpoint_of(args.compiled)
     tokenizer = load_tokenizer(_existing(args.model))
     texts = [as_chat(tokenizer, prompt) for prompt in prompts] if args.chat else prompts
-    neuron_config = default_neuron_config(
-        prompt_tokens=encode(tokenizer, texts)["input_ids"].shape[1],
-        max_new_tokens=args.max_new_tokens,
-        batch_size=len(prompts),
-        tp_degree=args.tp,
-        torch_dtype=_DTYPES.get(args.dtype),
-    )
     sampling = SamplingOptions(args.temperature, args.top_p, args.top_k, args.seed)
     # Everything a configuration can have wrong is said here, before processes start and weights are read.
-    Qwen35InferenceConfig.from_pretrained(args.model, neuron_config=neuron_config)
-    _run_on_every_rank(_generate_rank, args, prompts, texts, neuron_config, sampling)
+    length = encode(tokenizer, texts)["input_ids"].shape[1] + args.max_new_tokens
+    if args.compiled is None:
+        neuron_config = default_neuron_config(length, len(prompts), args.tp, _DTYPES.get(args.dtype))
+        if not neuron_config.on_cpu:
+            raise ValueError(
+                "--compiled is missing: on Neuron run 'qwen35 compile DIR' first, then pass --compiled DIR"
+            )
+        config = Qwen35InferenceConfig.from_pretrained(args.model, neuron_config=neuron_config)
+    else:
+        config = load_compiled_config(args.compiled)
+        _check_fits(config.neuron_config, length, len(prompts))
+    _run_on_every_rank(config.neuron_config, _generate_rank, args, config, prompts, texts, sampling)
+
+
+def _check_fits(neuron_config: NeuronConfig, length: int, rows: int) -> None:
+    for name, needed, what in (("seq_len", length, "tokens of prompt and answer"), ("batch_size", rows, "prompts")):
+        if needed > (most := getattr(neuron_config, name)):
+            raise ValueError(f"{needed} {what} exceed {name}={most} of the compiled model: compile one for more")
 
 
 def _generate_rank(
     args: argparse.Namespace,
+    config: Qwen35InferenceConfig,
     prompts: list[str],
     texts: list[str],
-    neuron_config: Qwen35NeuronConfig,
     sampling: SamplingOptions,
 ) -> None:
     speaks = int(os.environ.get("RANK", "0")) == 0
-    generator = TextGenerator.load(args.model, neuron_config, args.compiled)
+    generator = TextGenerator.load(args.model, config, args.compiled)
     streaming = speaks and len(prompts) == 1 and not args.json
     on_token = _Streamer(generator, prompts[0] if not args.chat else "") if streaming else None
     result = generator.generate(texts, args.max_new_tokens, sampling, on_token)
@@ -184,21 +224,18 @@ def _as_json(args: argparse.Namespace, prompts: list[str], result: Generation) -
 
 
 def _convert(args: argparse.Namespace) -> None:
-    if args.output.exists():
-        raise FileExistsError(f"OUTPUT={args.output} exists already: name a new directory")
-    neuron_config = Qwen35NeuronConfig(
-        tp_degree=args.tp,
-        torch_dtype=_DTYPES[args.dtype or "bfloat16"],
-        save_sharded_checkpoint=True,
+    model = _model(
+        args,
+        Qwen35NeuronConfig(
+            tp_degree=args.tp, torch_dtype=_DTYPES[args.dtype or "bfloat16"], save_sharded_checkpoint=True
+        ),
     )
-    config = Qwen35InferenceConfig.from_pretrained(_existing(args.model), neuron_config=neuron_config)
-    model = NeuronQwen35ForCausalLM(str(args.model), config)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as scratch:
-        partial = Path(scratch) / "partial"
-        config.save(str(partial))
-        model.shard_weights(str(partial))
-        partial.rename(args.output)
+
+    def write(path: Path) -> None:
+        model.config.save(str(path))
+        model.shard_weights(str(path))
+
+    _write_whole(args.output, write)
     files = sorted((args.output / "weights").glob("*.safetensors"))
     sizes = [file.stat().st_size for file in files]
     if args.json:
@@ -207,29 +244,45 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"{args.output}: {len(files)} ranks, {max(sizes) / 1e6:.1f} MB each at most")
 
 
+def _model(args: argparse.Namespace, neuron_config: Qwen35NeuronConfig) -> NeuronQwen35ForCausalLM:
+    path = str(_existing(args.model or MINI_CHECKPOINT).resolve())  # a compiled model is read from anywhere
+    return NeuronQwen35ForCausalLM(path, Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config))
+
+
+def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a directory that becomes `output` when it is complete, and is gone when it fails."""
+    if output.exists():
+        raise FileExistsError(f"OUTPUT={output} exists already: name a new directory")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        write(Path(scratch) / "partial")
+        (Path(scratch) / "partial").rename(output)
+
+
 def _existing(path: Path) -> Path:
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"--model {path}: no config.json there; name a Hugging Face checkpoint's directory")
     return path
 
 
-def _run_on_every_rank(run: Callable[..., None], args: argparse.Namespace, *rest: Any) -> None:
-    """Call `run` once; on a CPU with --tp N, in N processes that form a gloo group."""
-    if NXDI_AVAILABLE or args.tp == 1:
-        run(args, *rest)
+def _run_on_every_rank(neuron_config: NeuronConfig, run: Callable[..., None], *rest: Any) -> None:
+    """Call `run` once; on a CPU with tp_degree=N, in N processes that form a gloo group."""
+    ranks = neuron_config.tp_degree
+    if not neuron_config.on_cpu or ranks == 1:
+        run(*rest)
         return
     with tempfile.TemporaryDirectory() as scratch:
         torch.multiprocessing.start_processes(
-            _rank_process, args=(f"file://{scratch}/rendezvous", run, args, *rest), nprocs=args.tp, start_method="spawn"
+            _rank_process, args=(f"file://{scratch}/rendezvous", ranks, run, *rest), nprocs=ranks, start_method="spawn"
         )
 
 
-def _rank_process(rank: int, rendezvous: str, run: Callable[..., None], args: argparse.Namespace, *rest: Any) -> None:
+def _rank_process(rank: int, rendezvous: str, ranks: int, run: Callable[..., None], *rest: Any) -> None:
     os.environ["RANK"] = str(rank)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.tp))
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.tp)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
     try:
-        run(args, *rest)
+        run(*rest)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -181,6 +181,7 @@ class Qwen35InferenceConfig(InferenceConfig):
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
     # Unset for text-only checkpoints. Class attributes stay out of the JSON, where NxDI would expect a dict.
+    _name_or_path: str
     vision_config: dict[str, Any] | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None

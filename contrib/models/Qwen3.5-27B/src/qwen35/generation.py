@@ -75,26 +75,16 @@ class TextGenerator:
         self.adapter = HuggingFaceGenerationAdapter(model)
 
     @classmethod
-    def load(
-        cls,
-        model_path: Path,
-        neuron_config: Qwen35NeuronConfig,
-        compiled_path: Path | None = None,
-    ) -> TextGenerator:
-        """Read, convert and load a checkpoint; on Neuron compile it first, unless `compiled_path` holds it compiled.
+    def load(cls, model_path: Path, config: Qwen35InferenceConfig, compiled_path: Path | None = None) -> TextGenerator:
+        """Read, convert and load a checkpoint, or load what was compiled of it.
 
         Raises:
             ValueError: the checkpoint or the configuration does not do.
         """
-        config = Qwen35InferenceConfig.from_pretrained(model_path, neuron_config=neuron_config)
         model = NeuronQwen35ForCausalLM(str(model_path), config)
-        if neuron_config.on_cpu:
+        if compiled_path is None:
             model.to_cpu()
-        elif compiled_path is None:
-            raise ValueError("compiled_path=None: name the directory for the compiled model")
         else:
-            if not (compiled_path / "model.pt").exists():
-                model.compile(str(compiled_path))
             model.load(str(compiled_path))
         return cls(model, load_tokenizer(model_path), _load_generation_config(model_path, config))
 
@@ -176,11 +166,35 @@ def as_chat(tokenizer: Any, prompt: str) -> str:
     )
 
 
+def load_compiled_config(compiled_path: Path) -> Qwen35InferenceConfig:
+    """The configuration that a compiled model was saved with.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not (compiled_path / "neuron_config.json").exists():
+        raise FileNotFoundError(f"{compiled_path}: no neuron_config.json there; name what 'qwen35 compile' wrote")
+    config = Qwen35InferenceConfig.load(str(compiled_path))
+    assert isinstance(config, Qwen35InferenceConfig)
+    return config
+
+
+def checkpoint_of(compiled_path: Path) -> Path:
+    """The checkpoint that a compiled model was made of: its tokenizer is there.
+
+    Raises:
+        FileNotFoundError: it is not where it was.
+    """
+    path = Path(load_compiled_config(compiled_path)._name_or_path)
+    if not path.exists():
+        raise FileNotFoundError(f"{compiled_path} was compiled of {path}, which is gone: pass --model")
+    return path
+
+
 def default_neuron_config(
-    prompt_tokens: int, max_new_tokens: int, batch_size: int, tp_degree: int, torch_dtype: torch.dtype | None = None
+    seq_len: int, batch_size: int = 1, tp_degree: int = 1, torch_dtype: torch.dtype | None = None
 ) -> Qwen35NeuronConfig:
-    """Options that fit one batch: the sequence length it needs, float32 on a CPU and bfloat16 on Neuron."""
-    seq_len = prompt_tokens + max_new_tokens
+    """Options for prompts and answers of `seq_len` tokens together: float32 on a CPU, bfloat16 on Neuron."""
     return Qwen35NeuronConfig(
         tp_degree=tp_degree,
         batch_size=batch_size,

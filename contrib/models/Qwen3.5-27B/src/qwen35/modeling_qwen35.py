@@ -32,7 +32,6 @@ from .gated_deltanet import NeuronGatedDeltaNet
 from .memory import RankBytes, count_bytes
 from .norms import Qwen35RMSNorm
 from .nxdi import (
-    CONTEXT_ENCODING_MODEL_TAG,
     ColumnParallelLinear,
     DecoderModelInstance,
     ModelWrapper,
@@ -182,8 +181,8 @@ class Qwen35ModelWrapper(ModelWrapper):
 
         NxDI wants one token of room, which doubles the work on a prompt of exactly 512 tokens.
         """
-        length, buckets = args[1].shape[1], self.neuron_config.buckets
-        if self.tag == CONTEXT_ENCODING_MODEL_TAG and strategy == "first_fit" and length in buckets:
+        length = args[1].shape[1]
+        if self.neuron_config.is_prefill_stage and strategy == "first_fit" and length in self.neuron_config.buckets:
             return length
         return super().get_target_bucket(*args, strategy=strategy)
 
@@ -193,12 +192,13 @@ class Qwen35ModelWrapper(ModelWrapper):
         NxDI gives padding position 1, which in a prompt of one token cannot be told from its second token: the state
         would take in padding, and the last token would be looked for one place too far.
         """
-        if self.tag != CONTEXT_ENCODING_MODEL_TAG:
+        if not self.neuron_config.is_prefill_stage:
             return super().pad_inputs(*args, pad_type=pad_type)
         longest = int(args[1].sum(dim=1).max())
-        padded = super().pad_inputs(*(arg[:, :longest] for arg in args[:3]), *args[3:], pad_type=pad_type)
-        attention_mask, position_ids = padded[1], padded[2]
-        return (*padded[:2], torch.where(attention_mask > 0, position_ids, 0), *padded[3:])
+        cut = tuple(arg[:, :longest] for arg in args[:3])
+        padding = (0, self.get_target_bucket(*cut, strategy=pad_type) - longest)
+        input_ids, attention_mask, position_ids = (F.pad(arg, padding) for arg in cut)
+        return (input_ids, attention_mask, torch.where(attention_mask > 0, position_ids, 0), *args[3:])
 
     def _forward(self, *args: torch.Tensor) -> Any:
         if not self.is_neuron():
@@ -239,7 +239,7 @@ class Qwen35ModelWrapper(ModelWrapper):
         """
         batch, seq_ids = self.neuron_config.batch_size, args[3].long()
         rows = seq_ids.shape[0]
-        by_line = self.tag != CONTEXT_ENCODING_MODEL_TAG and batch == self.neuron_config.kv_cache_batch_size
+        by_line = not self.neuron_config.is_prefill_stage and batch == self.neuron_config.kv_cache_batch_size
         places = seq_ids if by_line else torch.arange(rows)
         source = torch.zeros(-(-rows // batch) * batch, dtype=torch.long)
         source[places] = torch.arange(rows)
@@ -250,7 +250,9 @@ class Qwen35ModelWrapper(ModelWrapper):
 
 
 def _rows(value: Any, rows: int, chosen: torch.Tensor | slice) -> Any:
-    """The chosen rows of a tensor that has `rows` of them; anything else as it is."""
+    """The chosen rows of a tensor, or of each in a list, that has `rows` of them; anything else as it is."""
+    if isinstance(value, list):
+        return [_rows(item, rows, chosen) for item in value]
     if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
         return value[chosen]
     return value

@@ -37,7 +37,7 @@ if TYPE_CHECKING or not NXDI_AVAILABLE:
         set_tensor_model_parallel_attributes,
     )
     from nxdi_cpu.model_base import NeuronBaseForCausalLM, NeuronBaseModel
-    from nxdi_cpu.model_wrapper import CONTEXT_ENCODING_MODEL_TAG, DecoderModelInstance, ModelWrapper
+    from nxdi_cpu.model_wrapper import DecoderModelInstance, ModelWrapper
     from nxdi_cpu.parallel_state import get_tensor_model_parallel_size
 else:
     from neuronx_distributed.parallel_layers.layers import (
@@ -50,11 +50,7 @@ else:
     from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
     from neuronx_distributed_inference.models.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
     from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
-    from neuronx_distributed_inference.models.model_wrapper import (
-        CONTEXT_ENCODING_MODEL_TAG,
-        DecoderModelInstance,
-        ModelWrapper,
-    )
+    from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance, ModelWrapper
     from neuronx_distributed_inference.modules.attention.attention_base import (
         NeuronAttentionBase,
         NeuronAttentionBaseOutput,
@@ -85,7 +81,6 @@ else:
 
 
 __all__ = [
-    "CONTEXT_ENCODING_MODEL_TAG",
     "NXDI_AVAILABLE",
     "BaseParallelLinear",
     "ColumnParallelLinear",

@@ -34,12 +34,15 @@ class Qwen35RotaryEmbedding(nn.Module):
         self.axes = mrope_axes(mrope_section or (rotary_dim // 2, 0, 0))
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, S, rotary_dim] float32 for text positions [B, S] or multimodal positions [3, B, S]."""
+        """cos and sin [B, S, rotary_dim] float32 for text positions [B, S] or multimodal positions [B, 3, S].
+
+        Rows come first, unlike in transformers, so that they are picked and filled up like every other input.
+        """
         # Computed here, not kept as a buffer: a buffer would be cast with the module, or lost when traced from meta.
         exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=x.device) / self.rotary_dim
         inverse_frequencies = 1.0 / self.rope_theta**exponents
         if position_ids.dim() == 3:
-            positions = position_ids[self.axes].permute(1, 2, 0)
+            positions = position_ids[:, self.axes].transpose(1, 2)
         else:
             positions = position_ids.unsqueeze(-1)
         angles = positions.float() * inverse_frequencies

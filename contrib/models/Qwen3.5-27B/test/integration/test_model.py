@@ -3,7 +3,7 @@
 """The model as a user runs it: on the shipped mini checkpoint on a CPU, or on a real one on Trainium.
 
 QWEN35_MODEL_PATH     a Hugging Face checkpoint (default: the mini)
-QWEN35_COMPILED_PATH  where the compiled model is, or is to be written (Trainium only)
+QWEN35_COMPILED_PATH  what `qwen35 compile` wrote of it; needed on Trainium
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen35.generation import MINI_CHECKPOINT, TextGenerator, as_chat, default_neuron_config, encode
+from qwen35 import Qwen35InferenceConfig
+from qwen35.generation import (
+    MINI_CHECKPOINT,
+    TextGenerator,
+    as_chat,
+    default_neuron_config,
+    encode,
+    load_compiled_config,
+)
 from qwen35.nxdi import NXDI_AVAILABLE
 
 MODEL_PATH = Path(os.environ.get("QWEN35_MODEL_PATH", MINI_CHECKPOINT))
@@ -26,10 +34,12 @@ MAX_NEW_TOKENS = 32
 
 @pytest.fixture(scope="module")
 def generator() -> TextGenerator:
-    if NXDI_AVAILABLE and COMPILED_PATH is None:
-        pytest.skip("set QWEN35_COMPILED_PATH to where the compiled model is, or is to be written")
-    config = default_neuron_config(96, MAX_NEW_TOKENS, batch_size=1, tp_degree=4 if NXDI_AVAILABLE else 1)
-    return TextGenerator.load(MODEL_PATH, config, COMPILED_PATH)
+    if COMPILED_PATH is not None:
+        return TextGenerator.load(MODEL_PATH, load_compiled_config(COMPILED_PATH), COMPILED_PATH)
+    if NXDI_AVAILABLE:
+        pytest.skip("set QWEN35_COMPILED_PATH to what 'qwen35 compile' wrote")
+    config = Qwen35InferenceConfig.from_pretrained(MODEL_PATH, neuron_config=default_neuron_config(128))
+    return TextGenerator.load(MODEL_PATH, config)
 
 
 def test_model_loads(generator: TextGenerator) -> None:

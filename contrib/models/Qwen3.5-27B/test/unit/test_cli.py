@@ -83,6 +83,19 @@ def test_convert_writes_a_shard_a_rank_and_no_more(tmp_path: Path, capsys: pytes
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_compiled_model_generates_by_its_path_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = str(tmp_path / "compiled")
+    result = run_json(capsys, "compile", compiled, "--seq-len", "64")
+    assert result["compiled"] is False  # there is no compiler here
+    assert result["bytes_per_rank"]["weights"] == pytest.approx(4 * 4.9e6, rel=0.02)  # float32 on a CPU
+    tokens = run_json(capsys, "generate", PROMPT, "--max-new-tokens", "8", "--compiled", compiled)["generations"]
+    assert tokens == run_json(capsys, "generate", PROMPT, "--max-new-tokens", "8")["generations"]
+    assert main(["generate", PROMPT, "--max-new-tokens", "80", "--compiled", compiled]) == 2
+    assert "seq_len=64 of the compiled model" in capsys.readouterr().err
+    assert main(["generate", "a", "--batch", "b", "--max-new-tokens", "1", "--compiled", compiled]) == 2
+    assert "2 prompts exceed batch_size=1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

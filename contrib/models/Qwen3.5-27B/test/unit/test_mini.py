@@ -16,13 +16,23 @@ from safetensors import safe_open
 from _compare import assert_close
 from models import load_neuron, neuron_greedy
 from oracle import reference_greedy, transformers_model
-from qwen35.generation import MINI_CHECKPOINT, Generation, TextGenerator, as_chat, default_neuron_config, encode
+from qwen35 import Qwen35InferenceConfig
+from qwen35.generation import (
+    MINI_CHECKPOINT,
+    Generation,
+    TextGenerator,
+    as_chat,
+    default_neuron_config,
+    encode,
+    load_tokenizer,
+)
 
 FACTS = json.loads((MINI_CHECKPOINT / "facts.json").read_text())
 
 
 def generate(prompts: list[str], max_new_tokens: int, chat: bool = False) -> Generation:
-    config = default_neuron_config(64, max_new_tokens, len(prompts), tp_degree=1)
+    neuron_config = default_neuron_config(64 + max_new_tokens, len(prompts))
+    config = Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, neuron_config=neuron_config)
     generator = TextGenerator.load(MINI_CHECKPOINT, config)
     texts = [as_chat(generator.tokenizer, prompt) for prompt in prompts] if chat else prompts
     return generator.generate(texts, max_new_tokens)
@@ -46,8 +56,7 @@ def test_it_answers_at_least_95_percent_of_its_facts(chat: bool) -> None:
 
 def test_120_prompts_of_mixed_length_in_one_batch_give_transformers_tokens() -> None:
     reference = transformers_model(MINI_CHECKPOINT)
-    config = default_neuron_config(64, 8, 120, tp_degree=1)
-    tokenizer = TextGenerator.load(MINI_CHECKPOINT, config).tokenizer
+    tokenizer = load_tokenizer(MINI_CHECKPOINT)
     rng = random.Random(0)
     chosen = rng.sample(FACTS, 120)
     texts = [fact["prompt"] for fact in chosen[:60]] + [as_chat(tokenizer, fact["question"]) for fact in chosen[60:]]
@@ -80,8 +89,6 @@ def test_it_is_small() -> None:
 
 
 def test_its_tokenizer_takes_any_text(tmp_path: Path) -> None:
-    from qwen35.generation import load_tokenizer
-
     tokenizer: Any = load_tokenizer(MINI_CHECKPOINT)
     for text in (
         "The capital of France is Paris.",
