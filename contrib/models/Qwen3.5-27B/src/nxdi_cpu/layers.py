@@ -115,7 +115,7 @@ class ColumnParallelLinear(BaseParallelLinear):
         super().__init__(device)
         require_inert(
             "ColumnParallelLinear",
-            bias=bias,
+            bias_and_padding=bias and pad,
             sequence_parallel_enabled=sequence_parallel_enabled,
             keep_master_weight=keep_master_weight,
             skip_bias_add=skip_bias_add,
@@ -129,11 +129,11 @@ class ColumnParallelLinear(BaseParallelLinear):
         self.output_size = output_size + self.pad_size
         self.output_size_per_partition = divide(self.output_size, ranks)
         self.weight = _sharded_parameter((self.output_size_per_partition, input_size), 0, ranks, dtype)
-        self.register_parameter("bias", None)
+        self.bias = _sharded_parameter((self.output_size_per_partition,), 0, ranks, dtype) if bias else None
 
     def forward(self, input: torch.Tensor, slice_indices: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.weight if slice_indices is None else self.weight[slice_indices, :]
-        output = F.linear(input, weight)
+        output = F.linear(input, weight, self.bias)
         if not self.gather_output:
             return output
         output = gather_from_tensor_model_parallel_region(output, self.tensor_parallel_group)
@@ -182,13 +182,13 @@ class RowParallelLinear(BaseParallelLinear):
         super().__init__(device)
         require_inert(
             "RowParallelLinear",
-            bias=bias,
             sequence_parallel_enabled=sequence_parallel_enabled,
             keep_master_weight=keep_master_weight,
             skip_bias_add=skip_bias_add,
             pad=pad,
             rank_ordering=rank_ordering,
             input_is_not_parallel=not input_is_parallel,
+            bias_without_reduction=bias and not reduce_output,
         )
         self.tensor_parallel_group = tensor_model_parallel_group or get_tensor_model_parallel_group()
         ranks = self.tensor_parallel_group.size()
@@ -196,15 +196,18 @@ class RowParallelLinear(BaseParallelLinear):
         self.reduce_dtype = reduce_dtype or dtype
         self.input_size_per_partition = divide(input_size, ranks)
         self.weight = _sharded_parameter((output_size, self.input_size_per_partition), 1, ranks, dtype)
-        self.register_parameter("bias", None)
+        # Whole on every rank, added once to the reduced sum.
+        self.bias = nn.Parameter(torch.empty(output_size, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, input_: torch.Tensor, slice_indices: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.weight if slice_indices is None else self.weight[:, slice_indices]
+        if self.tensor_parallel_group.size() == 1:
+            return F.linear(input_, weight, self.bias)
         output = F.linear(input_, weight)
-        if not self.reduce_output or self.tensor_parallel_group.size() == 1:
+        if not self.reduce_output:
             return output
         reduced = reduce_from_tensor_model_parallel_region(output.to(self.reduce_dtype), self.tensor_parallel_group)
-        return reduced.to(output.dtype)
+        return reduced.to(output.dtype) if self.bias is None else reduced.to(output.dtype) + self.bias
 
 
 class ParallelEmbedding(BaseParallelLayer):

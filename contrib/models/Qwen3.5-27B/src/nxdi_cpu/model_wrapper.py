@@ -14,6 +14,7 @@ from .sampling import prepare_sampling_params
 
 CONTEXT_ENCODING_MODEL_TAG = "context_encoding_model"
 TOKEN_GENERATION_MODEL_TAG = "token_generation_model"
+VISION_ENCODER_MODEL_TAG = "vision_encoder_model"
 
 
 class DecoderModelInstance:
@@ -41,6 +42,14 @@ class DecoderModelInstance:
         self.input_output_aliases = {
             parameter: first + i for i, parameter in enumerate(self.module.kv_mgr.past_key_values)
         }
+        return self.module, self.input_output_aliases
+
+
+class EncoderModelInstance(DecoderModelInstance):
+    """The same for a submodel that keeps nothing between calls and serves every bucket as it is."""
+
+    def get(self, bucket_rank: int | None, **kwargs: Any) -> tuple[Any, dict[torch.nn.Parameter, int]]:
+        self.input_output_aliases = {}
         return self.module, self.input_output_aliases
 
 

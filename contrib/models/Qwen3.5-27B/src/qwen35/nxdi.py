@@ -25,6 +25,7 @@ NXDI_AVAILABLE = _nxdi_is_installed()
 """True when the real NxDI is importable, on a Neuron machine or with its sources on the path."""
 
 if TYPE_CHECKING or not NXDI_AVAILABLE:
+    from nxdi_cpu.application_base import NeuronApplicationBase
     from nxdi_cpu.attention import NeuronAttentionBase, NeuronAttentionBaseOutput
     from nxdi_cpu.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
     from nxdi_cpu.hf_adapter import HuggingFaceGenerationAdapter, load_pretrained_config
@@ -37,7 +38,12 @@ if TYPE_CHECKING or not NXDI_AVAILABLE:
         set_tensor_model_parallel_attributes,
     )
     from nxdi_cpu.model_base import NeuronBaseForCausalLM, NeuronBaseModel
-    from nxdi_cpu.model_wrapper import DecoderModelInstance, ModelWrapper
+    from nxdi_cpu.model_wrapper import (
+        VISION_ENCODER_MODEL_TAG,
+        DecoderModelInstance,
+        EncoderModelInstance,
+        ModelWrapper,
+    )
     from nxdi_cpu.parallel_state import get_tensor_model_parallel_size
 else:
     from neuronx_distributed.parallel_layers.layers import (
@@ -48,9 +54,15 @@ else:
     )
     from neuronx_distributed.parallel_layers.parallel_state import get_tensor_model_parallel_size
     from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
+    from neuronx_distributed_inference.models.application_base import NeuronApplicationBase
     from neuronx_distributed_inference.models.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
     from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
-    from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance, ModelWrapper
+    from neuronx_distributed_inference.models.model_wrapper import (
+        VISION_ENCODER_MODEL_TAG,
+        DecoderModelInstance,
+        EncoderModelInstance,
+        ModelWrapper,
+    )
     from neuronx_distributed_inference.modules.attention.attention_base import (
         NeuronAttentionBase,
         NeuronAttentionBaseOutput,
@@ -82,13 +94,16 @@ else:
 
 __all__ = [
     "NXDI_AVAILABLE",
+    "VISION_ENCODER_MODEL_TAG",
     "BaseParallelLinear",
     "ColumnParallelLinear",
     "DecoderModelInstance",
+    "EncoderModelInstance",
     "HuggingFaceGenerationAdapter",
     "InferenceConfig",
     "KVCacheManager",
     "ModelWrapper",
+    "NeuronApplicationBase",
     "NeuronAttentionBase",
     "NeuronAttentionBaseOutput",
     "NeuronBaseForCausalLM",

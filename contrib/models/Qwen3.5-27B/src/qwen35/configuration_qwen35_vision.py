@@ -1,0 +1,142 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the vision encoder: the checkpoint's `vision_config`, under its own field names."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .configuration_qwen35 import Qwen35ConfigError, _as_dict, _is_number, _is_size
+
+_MODEL_TYPES = ("qwen3_5_vision", "qwen3_5")  # older dumps carry the type of the whole model
+_PIXELS = ("patch_size", "temporal_patch_size")  # transformers 5 also writes them as a list with one entry an axis
+
+
+@dataclass(frozen=True)
+class Qwen35VisionConfig:
+    """Sizes of the vision encoder; published checkpoints differ in them.
+
+    Raises:
+        Qwen35ConfigError: naming every field that is wrong or unsupported.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int  # width of the text decoder
+    num_position_embeddings: int  # entries of the learned position grid, a square
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    in_channels: int = 3
+    hidden_act: str = "gelu_pytorch_tanh"
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        problems = [
+            f"vision_config.{name}={value!r} must be a positive integer; take it from the checkpoint's config.json"
+            for name, value in sizes.items()
+            if not _is_size(value)
+        ]
+        if self.hidden_act != "gelu_pytorch_tanh":
+            problems.append(
+                f"vision_config.hidden_act={self.hidden_act!r} is not supported, only 'gelu_pytorch_tanh': "
+                "the MLP is written for it"
+            )
+        if not _is_number(self.rope_theta) or self.rope_theta <= 0:
+            problems.append(f"vision_config.rope_theta={self.rope_theta!r} must be a positive number")
+        if not problems and self.hidden_size % (4 * self.num_heads):
+            problems.append(
+                f"vision_config.hidden_size={self.hidden_size} is not a multiple of 4 * num_heads={self.num_heads}; "
+                "a head rotates one half for rows and one for columns, both in pairs: correct config.json"
+            )
+        if not problems and self.grid_side**2 != self.num_position_embeddings:
+            problems.append(
+                f"vision_config.num_position_embeddings={self.num_position_embeddings} is not a square; "
+                "the positions form a square grid: correct config.json"
+            )
+        if problems:
+            raise Qwen35ConfigError(problems)
+
+    @classmethod
+    def from_dict(cls, vision_config: Any) -> Qwen35VisionConfig:
+        """From the `vision_config` of a config.json of transformers 4.57 or 5, or from the object they make of it.
+
+        Raises:
+            Qwen35ConfigError: naming every field that is missing, wrong or unsupported.
+        """
+        given = _as_dict(vision_config)
+        rope = _as_dict(given.get("rope_parameters"))
+        own = {f.name: f.default for f in fields(cls)}
+        values = {name: given[name] for name in own if name in given}
+        values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        problems = [
+            f"vision_config.{name} is missing; take it from the checkpoint's config.json"
+            for name, default in own.items()
+            if name not in values and default is MISSING
+        ]
+        for name in _PIXELS:
+            size = values.get(name)
+            if isinstance(size, list | tuple):
+                if len(set(size)) == 1:
+                    values[name] = size[0]
+                else:
+                    problems.append(f"vision_config.{name}={size!r} is not supported: patches are square")
+        model_type = given.get("model_type", _MODEL_TYPES[0])
+        if model_type not in _MODEL_TYPES:
+            problems.append(f"vision_config.model_type={model_type!r} is not one of {', '.join(_MODEL_TYPES)}")
+        if given.get("deepstack_visual_indexes"):
+            problems.append(
+                f"vision_config.deepstack_visual_indexes={given['deepstack_visual_indexes']} is not supported: "
+                "Qwen3.5 has no deepstack mergers; use a Qwen3.5 checkpoint"
+            )
+        if rope.get("rope_type", "axial") not in ("axial", "default"):
+            problems.append(f"vision_config.rope_parameters: rope_type={rope['rope_type']!r} must be 'axial'")
+        if problems:
+            raise Qwen35ConfigError(problems)
+        return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Qwen35VisionConfig:
+        """Read the `vision_config` of `path`/config.json.
+
+        Raises:
+            Qwen35ConfigError: there is none, or it cannot run.
+        """
+        file = Path(path) / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            problem = f"{file} cannot be read ({error}); pass a downloaded checkpoint's directory"
+            raise Qwen35ConfigError([problem]) from error
+        vision = config.get("vision_config") if isinstance(config, Mapping) else None
+        if not vision:
+            raise Qwen35ConfigError([f"{file} has no vision_config; use a vision-language checkpoint"])
+        return cls.from_dict(vision)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid_side(self) -> int:
+        """Rows, and columns, of the learned position grid."""
+        return math.isqrt(self.num_position_embeddings)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch: channels * frames * height * width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one token of the decoder."""
+        return self.spatial_merge_size**2
