@@ -13,6 +13,8 @@ from .modeling_qwen35 import (
     Qwen35MLP,
     Qwen35ModelWrapper,
 )
+from .modeling_qwen35_vision import NeuronQwen35VisionForImageEncoding, NeuronQwen35VisionModel
+from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel, Qwen35VLInferenceConfig
 from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
 
 __version__ = "0.1.0"
@@ -25,6 +27,10 @@ __all__ = [
     "NeuronQwen35DecoderLayer",
     "NeuronQwen35ForCausalLM",
     "NeuronQwen35Model",
+    "NeuronQwen35VLForCausalLM",
+    "NeuronQwen35VLModel",
+    "NeuronQwen35VisionForImageEncoding",
+    "NeuronQwen35VisionModel",
     "OnDeviceSamplingConfig",
     "Qwen35ConfigError",
     "Qwen35DecoderModelInstance",
@@ -32,4 +38,5 @@ __all__ = [
     "Qwen35MLP",
     "Qwen35ModelWrapper",
     "Qwen35NeuronConfig",
+    "Qwen35VLInferenceConfig",
 ]

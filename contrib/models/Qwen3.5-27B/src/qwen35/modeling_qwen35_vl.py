@@ -1,0 +1,328 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Images and video: the vision encoder's tokens among the text's, and positions on three axes.
+
+The encoder runs on the host and its tokens are placed by the host, so that the traced decoder only chooses, token by
+token, between an embedding it looks up and one it is given. A prompt without images takes the text decoder's own
+submodel and pays for none of this.
+
+Letters: B batch, S tokens of the prompt, D hidden, F merged tokens of all images, or all videos, of a call.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig
+from .configuration_qwen35_vision import Qwen35VisionConfig
+from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model, Qwen35ModelWrapper
+from .modeling_qwen35_vision import NeuronQwen35VisionModel
+from .nxdi import ModelWrapper
+
+VISION_CONTEXT_ENCODING_MODEL_TAG = "vision_context_encoding_model"
+"""The submodel that encodes prompts with images; its buckets are those of context encoding."""
+
+# Positions of the last arguments of NxDI's traced `forward`; what lies between them and the first seven stays empty.
+_ROTARY, _EMBEDDINGS, _MASK = 21, 22, 23
+_PLAIN_ARGUMENTS = 7
+_TOKEN_IDS = ("image_token_id", "video_token_id")
+
+
+class Qwen35VLInferenceConfig(Qwen35InferenceConfig):
+    """The configuration of a vision-language checkpoint: text fields flat, `vision_config` as a dict.
+
+    Raises:
+        Qwen35ConfigError: as for text, and when the checkpoint has no vision encoder or no placeholder tokens.
+    """
+
+    def validate_config(self) -> None:
+        super().validate_config()
+        problems = [
+            f"{name} is missing: use a vision-language checkpoint"
+            for name in _TOKEN_IDS
+            if not isinstance(getattr(self, name, None), int)
+        ]
+        if self.neuron_config.async_mode:
+            problems.append("async_mode=True: NxDI queues a step with the rotary position of the last; set it to False")
+        if self.vision_config is None:
+            problems.append("vision_config is missing: use a vision-language checkpoint, or NeuronQwen35ForCausalLM")
+        if problems:
+            raise Qwen35ConfigError(problems)
+
+    @property
+    def vision(self) -> Qwen35VisionConfig:
+        assert self.vision_config is not None
+        return Qwen35VisionConfig.from_dict(self.vision_config)
+
+
+class NeuronQwen35VLModel(NeuronQwen35Model):
+    """The text decoder whose embeddings may come from outside."""
+
+    def encode_vision_to_input(
+        self, inputs_embeds: torch.Tensor, vision_embeddings: torch.Tensor, vision_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """inputs_embeds [B, S, D], or vision_embeddings [B, S, D] where vision_mask [B, S, 1] is 1."""
+        return torch.where(vision_mask > 0, vision_embeddings, inputs_embeds)
+
+
+class Qwen35VLModelWrapper(Qwen35ModelWrapper):
+    """The wrapper of each submodel, with the inputs that images add."""
+
+    def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
+        """One tuple of sample inputs a bucket.
+
+        Context encoding of text has the seven plain ones. Decoding adds rotary positions [B, 1]; a prompt with images
+        rotary positions [B, 3, S], vision embeddings [B, S, D] and a mask [B, S, 1].
+        """
+        if self.neuron_config.is_prefill_stage and not self.takes_images:
+            return super().input_generator()
+        return [(*inputs, *self._sample(inputs[0])) for inputs in super().input_generator()]
+
+    @property
+    def takes_images(self) -> bool:
+        return self.tag == VISION_CONTEXT_ENCODING_MODEL_TAG
+
+    def _sample(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        if not self.takes_images:
+            return extra_arguments(torch.zeros_like(input_ids))
+        dtype, hidden = self.neuron_config.torch_dtype, self.config.hidden_size
+        return extra_arguments(
+            torch.zeros_like(input_ids).unsqueeze(1).repeat(1, 3, 1),
+            torch.zeros(*input_ids.shape, hidden, dtype=dtype),
+            torch.zeros_like(input_ids).unsqueeze(-1),
+        )
+
+    def pad_inputs(self, *args: torch.Tensor, pad_type: str = "first_fit") -> tuple[torch.Tensor, ...]:
+        padded = super().pad_inputs(*args, pad_type=pad_type)
+        if not self.takes_images:
+            return padded
+        bucket = padded[0].shape[1]
+
+        def fit(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            cut = tensor.narrow(dim, 0, min(bucket, tensor.shape[dim]))
+            return F.pad(cut, (0, 0) * (tensor.dim() - 1 - dim) + (0, bucket - cut.shape[dim]))
+
+        return (*padded[:_ROTARY], fit(args[_ROTARY], 2), fit(args[_EMBEDDINGS], 1), fit(args[_MASK], 1))
+
+
+def extra_arguments(*last: torch.Tensor) -> list[torch.Tensor]:
+    """The arguments of NxDI's traced `forward` after the plain ones: rotary positions, vision embeddings, mask."""
+    return [*(torch.empty(0) for _ in range(_ROTARY - _PLAIN_ARGUMENTS)), *last]
+
+
+class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
+    """Qwen3.5 with images and video: the decoder of `NeuronQwen35ForCausalLM` and the vision encoder on the host.
+
+    `HuggingFaceGenerationAdapter(model).generate(**inputs)` takes what the checkpoint's processor gives. Every prompt
+    starts anew: rows keep their own offset between token index and position until their line gets another prompt.
+    """
+
+    _model_cls = NeuronQwen35VLModel
+    config: Qwen35VLInferenceConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.vision: NeuronQwen35VisionModel | None = None
+        # By line of the cache, set when a prompt enters it.
+        self.rope_deltas = torch.zeros(self.neuron_config.kv_cache_batch_size, dtype=torch.long)
+
+    @classmethod
+    def get_config_cls(cls) -> type[Qwen35VLInferenceConfig]:
+        return Qwen35VLInferenceConfig
+
+    def get_model_wrapper_cls(self) -> type[ModelWrapper]:
+        return Qwen35VLModelWrapper
+
+    def enable_context_encoding(self, **model_init_kwargs: Any) -> None:
+        """Two submodels over the same weights and state: prompts of text, and prompts with images."""
+        super().enable_context_encoding(**model_init_kwargs)
+        text = self.context_encoding_model
+        self.vision_context_encoding_model = self.model_wrapper(
+            config=copy.deepcopy(text.config),
+            model_cls=self._model_cls,
+            tag=text.tag,  # NxDI chooses the compiler's arguments by the tag
+            model_init_kwargs=model_init_kwargs,
+        )
+        self.vision_context_encoding_model.tag = VISION_CONTEXT_ENCODING_MODEL_TAG
+        self.models.append(self.vision_context_encoding_model)
+
+    def load(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        super().load(compiled_model_path, *args, **kwargs)
+        self._load_vision()
+
+    def to_cpu(self) -> None:
+        super().to_cpu()
+        # Under continuous batching NxDI makes a module a submodel; prompts with and without images share theirs.
+        self.vision_context_encoding_model.model = self.context_encoding_model.model
+        self._load_vision()
+
+    def _load_vision(self) -> None:
+        path = getattr(self.config, "_name_or_path", None)
+        path = path if path and Path(path).exists() else self.model_path
+        self.vision = NeuronQwen35VisionModel.from_pretrained(path, self.neuron_config.torch_dtype)
+
+    def get_required_kwargs(self) -> list[str]:
+        return ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"]
+
+    @torch.no_grad()
+    def forward(  # type: ignore[override] # the rest of NxDI's arguments goes by keyword
+        self,
+        input_ids: torch.Tensor,
+        seq_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As for text. A prompt may come with images and videos, in the order of their placeholders, rows in order.
+
+        Args:
+            pixel_values: patches of all images; image_grid_thw: [N, 3] their grids, as the processor gives them.
+            pixel_values_videos, video_grid_thw: the same of videos.
+
+        Raises:
+            ValueError: placeholders and grids do not match; before the encoder runs.
+        """
+        if position_ids is None:
+            raise ValueError("position_ids is None: NxDI's forward needs them; the prompt's count from 0")
+        lines = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
+        if not self._is_prefill(position_ids):
+            index = position_ids if attention_mask is None else attention_mask.sum(dim=1, keepdim=True)
+            extra = extra_arguments(index + self.rope_deltas[lines].unsqueeze(1))
+        elif image_grid_thw is None and video_grid_thw is None:
+            self.rope_deltas[lines] = 0
+            extra = []
+        else:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            positions, deltas = get_rope_index(self.config, input_ids, mask, image_grid_thw, video_grid_thw)
+            embeddings, placed = self._place(
+                input_ids.masked_fill(mask == 0, -1),
+                [(pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)],
+            )
+            self.rope_deltas[lines] = deltas
+            extra = extra_arguments(positions, embeddings, placed.int().unsqueeze(-1))
+        return super().forward(input_ids, seq_ids, attention_mask, position_ids, llava_args=extra, **kwargs)
+
+    def _place(
+        self, input_ids: torch.Tensor, media: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vision embeddings [B, S, D], zero at text, and the mask [B, S] of where they are."""
+        assert self.vision is not None, "calling comes after loading"
+        embeddings = torch.zeros(*input_ids.shape, self.config.hidden_size, dtype=self.neuron_config.torch_dtype)
+        placed = torch.zeros_like(input_ids, dtype=torch.bool)
+        for name, (pixels, grids) in zip(_TOKEN_IDS, media, strict=True):
+            if pixels is not None and grids is not None:
+                here = input_ids == getattr(self.config, name)
+                embeddings[here] = self.vision(pixels, grids)
+                placed |= here
+        return embeddings, placed
+
+    def _get_model_outputs(self, *args: Any, **kwargs: Any) -> Any:
+        # NxDI hands the extra arguments to its own submodel of a prompt; that of images takes its place for the call.
+        llava_args = args[8] if len(args) > 8 else kwargs["llava_args"]
+        text = self.context_encoding_model
+        if len(llava_args) > _EMBEDDINGS - _PLAIN_ARGUMENTS:
+            self.context_encoding_model = self.vision_context_encoding_model
+        try:
+            return super()._get_model_outputs(*args, **kwargs)
+        finally:
+            self.context_encoding_model = text
+
+
+def get_rope_index(
+    config: Qwen35VLInferenceConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    image_grid_thw: torch.Tensor | None,
+    video_grid_thw: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions on the time, height and width axes (transformers' `Qwen3_5Model.get_rope_index`).
+
+    Text counts on, the same on all axes. An image of h x w merged tokens lies at one time, its rows and columns counted
+    from there, and the text after it goes on at max(h, w) more. The frames of a video are images of their own, with
+    their timestamps between them.
+
+    Args:
+        input_ids, attention_mask: [B, S]; padding may be anywhere.
+        image_grid_thw, video_grid_thw: [N, 3], frames, rows and columns of patches, in the order of the placeholders.
+
+    Returns:
+        position_ids: [B, 3, S] int64, 0 at padding.
+        rope_deltas: [B], what a decoding step adds to the index of its token.
+
+    Raises:
+        ValueError: the runs of placeholders are not those of the grids; it names the row and both numbers.
+    """
+    merge = config.vision.spatial_merge_size
+    grids = {
+        config.image_token_id: _frames(image_grid_thw, merge, "image_grid_thw"),
+        config.video_token_id: _frames(video_grid_thw, merge, "video_grid_thw"),
+    }
+    position_ids = torch.zeros(input_ids.shape[0], 3, input_ids.shape[1], dtype=torch.long)
+    deltas = []
+    for row, (ids, real) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+        tokens = ids[real].tolist()
+        parts, start, i = [], 0, 0
+        while i < len(tokens):
+            kind, run = tokens[i], 1
+            if kind in grids:
+                height, width = next(grids[kind], (0, 0))
+                run = height * width
+                found = next((n for n, token in enumerate(tokens[i:]) if token != kind), len(tokens) - i)
+                if not 0 < run <= found:
+                    name = "image" if kind == config.image_token_id else "video"
+                    raise ValueError(
+                        f"row {row} has {found} {name} placeholders at token {i}, its grid makes {run} tokens; pass "
+                        f"the {name}_grid_thw that the processor gave with these input_ids"
+                    )
+                time = torch.zeros(height, width, dtype=torch.long)
+                rows, columns = torch.arange(height).unsqueeze(1), torch.arange(width)
+                parts.append(start + torch.stack((time, rows + time, columns + time)).flatten(1))
+                start += max(height, width)
+            else:
+                while i + run < len(tokens) and tokens[i + run] not in grids:
+                    run += 1
+                parts.append(start + torch.arange(run).expand(3, -1))
+                start += run
+            i += run
+        positions = torch.cat(parts, dim=1)
+        position_ids[row][:, real] = positions
+        deltas.append(int(positions.max()) + 1 - len(tokens))
+    for token, rest in grids.items():
+        if left := len([*rest]):
+            name = "image" if token == config.image_token_id else "video"
+            raise ValueError(
+                f"{name}_grid_thw has {left} frames more than input_ids have runs of {name} placeholders ({token}); "
+                "pass input_ids and grids of the same call of the processor"
+            )
+    return position_ids, torch.tensor(deltas)
+
+
+def _frames(grid_thw: torch.Tensor | None, merge: int, name: str) -> Iterator[tuple[int, int]]:
+    """(rows, columns) of merged tokens of every frame.
+
+    Raises:
+        ValueError: the grid is no [N, 3], or is not made of whole merged tokens.
+    """
+    if grid_thw is None:
+        return
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+        raise ValueError(f"{name} has shape {list(grid_thw.shape)}, expected [N, 3]: frames, rows, columns")
+    for frames, rows, columns in grid_thw.tolist():
+        if min(frames, rows, columns) < 1 or rows % merge or columns % merge:
+            raise ValueError(
+                f"{name} has {[frames, rows, columns]}: rows and columns must be positive multiples of {merge}, the "
+                "patches on a side of a merged token"
+            )
+        for _ in range(frames):
+            yield rows // merge, columns // merge
