@@ -1,0 +1,501 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Images and videos to patches, with Pillow and PyTorch alone.
+
+Images equal transformers' `Qwen2VLImageProcessorPil` and videos its `Qwen3VLVideoProcessor`, bit for bit. Transparency
+is laid on white, EXIF orientation is applied, 16-bit grey levels are scaled to 8 bits.
+
+Memory: an image of more than `MAX_IMAGE_PIXELS` is refused before it is decoded, and one is decoded at a time, at 16
+bytes a pixel or less: 1.1 GB. What is kept is bounded by `max_pixels`: 24 bytes a pixel of an image (0.4 GB by
+default), 12 bytes a pixel of all frames of a video (0.3 GB).
+
+Letters: P patches, N images or videos, T frames.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_IMAGE_PIXELS = 1 << 26
+MAX_ASPECT_RATIO = 200  # transformers' smart_resize
+DEFAULT_SOURCE_FPS = 24.0  # what transformers assumes of frames without a rate
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+
+_FRAME_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_VIDEO_FILES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow opens some 16-bit files as 32-bit "I"
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]"
+VideoSource: TypeAlias = "str | os.PathLike[str] | Video | Sequence[ImageSource]"
+
+
+class VisionInputError(ValueError):
+    """Images or videos that cannot be used; `problems` holds one line for each, with its place and a remedy."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("cannot use the images or videos:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames that were already sampled, all of which are kept, `fps` of them a second."""
+
+    frames: Sequence[ImageSource]
+    fps: float = DEFAULT_SOURCE_FPS
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """`preprocessor_config.json`; the defaults are those of the published Qwen3.5 checkpoints."""
+
+    min_pixels: int = 256 * 256
+    max_pixels: int = 4096 * 4096
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: Sequence[float] = (0.5, 0.5, 0.5)
+    image_std: Sequence[float] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a merged token."""
+        return self.patch_size * self.merge_size
+
+    def levels(self) -> np.ndarray[Any, Any]:
+        """[3, 256] float32, the normalised value of each 8-bit level; roundings as in the image processor."""
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(v, dtype=np.float32)[:, None] for v in (self.image_mean, self.image_std))
+        return np.asarray((scaled - mean) / std, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class VideoSettings(ImageSettings):
+    """`video_preprocessor_config.json`; pixels are counted over all frames."""
+
+    min_pixels: int = 4 * 32 * 32
+    max_pixels: int = 24576 * 32 * 32
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+
+    def levels(self) -> np.ndarray[Any, Any]:
+        """[3, 256] float32; the video processor rescales and normalises in one step, with its own roundings."""
+        mean, std = (torch.tensor(v) * (1.0 / self.rescale_factor) for v in (self.image_mean, self.image_std))
+        return np.asarray((torch.arange(256.0) - mean[:, None]).div(std[:, None]))
+
+
+@dataclass
+class VisionInputs:
+    """What the model takes, under the names of the Hugging Face processor; None where there is no such medium."""
+
+    pixel_values: torch.Tensor | None = None  # [P, channels * frames * height * width of a patch] float32
+    image_grid_thw: torch.Tensor | None = None  # [N, 3] int64: frames, rows, columns of patches
+    pixel_values_videos: torch.Tensor | None = None
+    video_grid_thw: torch.Tensor | None = None
+    video_timestamps: list[list[float]] = field(default_factory=list)  # seconds, one a row of frames in the grid
+
+
+@dataclass(frozen=True)
+class VisionProcessor:
+    """Images and videos to `VisionInputs`, and placeholders in a text to as many tokens."""
+
+    image: ImageSettings = field(default_factory=ImageSettings)
+    video: VideoSettings = field(default_factory=VideoSettings)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> VisionProcessor:
+        """The settings beside a checkpoint, in the files of transformers 4 or 5; defaults for what they do not say.
+
+        Raises:
+            VisionInputError: a file is not JSON, or asks for what is not implemented.
+        """
+        both = _read_json(Path(path) / "processor_config.json")
+        image = both.get("image_processor") or _read_json(Path(path) / "preprocessor_config.json")
+        video = both.get("video_processor") or _read_json(Path(path) / "video_preprocessor_config.json")
+        return cls(_settings(ImageSettings, image), _settings(VideoSettings, video))
+
+    def __call__(self, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()) -> VisionInputs:
+        """Process everything, or nothing.
+
+        Args:
+            images: paths, Pillow images or arrays [height, width(, 1, 3 or 4)] of uint8 or uint16.
+            videos: animations (GIF, WebP, APNG), sampled at `video.fps`; or frames that were already sampled: a list,
+                a directory of image files in the order of their names, or a `Video`, which also has a rate.
+
+        Raises:
+            VisionInputError: some cannot be used; all are listed.
+        """
+        problems: list[str] = []
+        patches, grids, clips, clip_grids = [], [], [], []
+        inputs = VisionInputs()
+        for i, image in enumerate(images):
+            try:
+                values, grid = self._process_image(image)
+            except ValueError as error:
+                problems.append(f"image {i}{_place(image)}: {error}")
+            else:
+                patches.append(values)
+                grids.append(grid)
+        for i, video in enumerate(videos):
+            try:
+                values, grid, timestamps = self._process_video(video)
+            except ValueError as error:
+                problems.append(f"video {i}{_place(video)}: {error}")
+            else:
+                clips.append(values)
+                clip_grids.append(grid)
+                inputs.video_timestamps.append(timestamps)
+        if problems:
+            raise VisionInputError(problems)
+        if patches:
+            inputs.pixel_values, inputs.image_grid_thw = torch.cat(patches), torch.tensor(grids)
+        if clips:
+            inputs.pixel_values_videos, inputs.video_grid_thw = torch.cat(clips), torch.tensor(clip_grids)
+        return inputs
+
+    def _process_image(self, source: ImageSource) -> tuple[torch.Tensor, list[int]]:
+        image, settings = _open_rgb(source), self.image
+        height, width = image_size(image.height, image.width, settings)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling(settings.resample)))
+        return _patchify(np.repeat(pixels[None], settings.temporal_patch_size, axis=0), settings)
+
+    def _process_video(self, source: VideoSource) -> tuple[torch.Tensor, list[int], list[float]]:
+        frames, indices, fps = _sampled_frames(source, self.video)
+        settings, pixels, size = self.video, [], None
+        for i, frame in enumerate(frames):
+            if size is None:
+                size = frame.size
+                # A single frame counts as a whole temporal patch, where transformers stops.
+                count = max(len(indices), settings.temporal_patch_size)
+                height, width = video_size(count, frame.height, frame.width, settings)
+            elif frame.size != size:
+                raise ValueError(f"frame {i} is {_by(frame.size)} pixels, frame 0 is {_by(size)}; make them one size")
+            pixels.append(_resize_like_torchvision(frame, height, width, settings))
+        pixels += [pixels[-1]] * (-len(pixels) % settings.temporal_patch_size)
+        values, grid = _patchify(np.stack(pixels), settings)
+        return values, grid, timestamps_of(indices, fps, settings.temporal_patch_size)
+
+    def expand_placeholders(self, texts: Sequence[str], inputs: VisionInputs) -> list[str]:
+        """Repeat each placeholder once a token; in a video, each row of frames is put between marks behind its time.
+
+        As transformers 4.57's Qwen3VLProcessor: the marks around a video's placeholder give way to those of its frames.
+
+        Raises:
+            ValueError: the texts have not as many placeholders as there are images and videos.
+        """
+        images = [] if inputs.image_grid_thw is None else inputs.image_grid_thw.tolist()
+        videos = [] if inputs.video_grid_thw is None else inputs.video_grid_thw.tolist()
+        for token, media, what in ((IMAGE_TOKEN, images, "images"), (VIDEO_TOKEN, videos, "videos")):
+            found = sum(text.count(token) for text in texts)
+            if found != len(media):
+                raise ValueError(f"the prompt has {found} {token} for {len(media)} {what}; give one a piece")
+        image_texts = (IMAGE_TOKEN * (t * h * w // self.image.merge_size**2) for t, h, w in images)
+        video_texts = (
+            "".join(
+                f"<{time:.1f} seconds>{VISION_START}{VIDEO_TOKEN * (h * w // self.video.merge_size**2)}{VISION_END}"
+                for time in times
+            )
+            for (_, h, w), times in zip(videos, inputs.video_timestamps, strict=True)
+        )
+        marked = re.escape(VISION_START + VIDEO_TOKEN + VISION_END)
+        pattern = re.compile(f"{re.escape(IMAGE_TOKEN)}|{marked}|{re.escape(VIDEO_TOKEN)}")
+        return [
+            pattern.sub(lambda match: next(image_texts if match[0] == IMAGE_TOKEN else video_texts), text)
+            for text in texts
+        ]
+
+
+def media_of(messages: Iterable[Mapping[str, Any]]) -> tuple[list[ImageSource], list[VideoSource]]:
+    """The images and the videos of a chat, in order.
+
+    Content items are {"type": "image", "image": source} and {"type": "video", "video": source, "fps": rate of a list}.
+
+    Raises:
+        ValueError: an item has no source.
+    """
+    images: list[ImageSource] = []
+    videos: list[VideoSource] = []
+    for message in messages:
+        content = message["content"]
+        for item in [] if isinstance(content, str) else content:
+            kind = item.get("type")
+            if kind not in ("image", "video"):
+                continue
+            source = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
+            if source is None:
+                raise ValueError(f"a content item of type {kind!r} has no {kind!r}; give a path, an image or frames")
+            if kind == "image":
+                images.append(source)
+            elif "fps" in item and not isinstance(source, str | os.PathLike | Video):
+                videos.append(Video(source, item["fps"]))
+            else:
+                videos.append(source)
+    return images, videos
+
+
+def image_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+    """Height and width to resize to: multiples of a merged token, within the pixel limits (`smart_resize`).
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    return _fit(1, height, width, settings, rounded=1)
+
+
+def video_size(frames: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
+    """The same for frames, whose pixels are counted together; those under a merged token are scaled up first.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    factor = settings.factor
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    temporal = settings.temporal_patch_size
+    return _fit(frames, height, width, settings, rounded=round(frames / temporal) * temporal)
+
+
+def _fit(frames: int, height: int, width: int, settings: ImageSettings, rounded: int) -> tuple[int, int]:
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"{width} by {height} pixels is an aspect ratio above {MAX_ASPECT_RATIO}; cut or pad it to a stouter one"
+        )
+    factor = settings.factor
+    high, wide = (round(side / factor) * factor for side in (height, width))
+    if rounded * high * wide > settings.max_pixels:
+        shrink = math.sqrt(frames * height * width / settings.max_pixels)
+        high, wide = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif rounded * high * wide < settings.min_pixels:
+        grow = math.sqrt(settings.min_pixels / (frames * height * width))
+        high, wide = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return high, wide
+
+
+def sampled_indices(total: int, source_fps: float, settings: VideoSettings) -> list[int]:
+    """Which of `total` frames are looked at: evenly, `settings.fps` a second within the frame limits."""
+    count = min(max(int(total / source_fps * settings.fps), settings.min_frames), settings.max_frames, total)
+    return [int(i) for i in np.linspace(0, total - 1, count).round()]
+
+
+def timestamps_of(indices: Sequence[int], fps: float, temporal_patch_size: int) -> list[float]:
+    """Seconds of each temporal patch: halfway between its first and last frame, the last one repeated to fill it."""
+    filled = [*indices, *[indices[-1]] * (-len(indices) % temporal_patch_size)]
+    firsts, lasts = filled[::temporal_patch_size], filled[temporal_patch_size - 1 :: temporal_patch_size]
+    return [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
+
+
+def _patchify(frames: np.ndarray[Any, Any], settings: ImageSettings) -> tuple[torch.Tensor, list[int]]:
+    """frames [T, height, width, 3] uint8 -> patches [P, 3 * frames * height * width] float32, merged block by block."""
+    size, temporal, merge = settings.patch_size, settings.temporal_patch_size, settings.merge_size
+    count, height, width, channels = frames.shape
+    grid = [count // temporal, height // size, width // size]
+    blocks = frames.reshape(
+        grid[0], temporal, grid[1] // merge, merge, size, grid[2] // merge, merge, size, channels
+    ).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    values = np.empty((math.prod(grid), channels, temporal * size * size), dtype=np.float32)
+    for channel, levels in enumerate(settings.levels()):
+        values[:, channel] = levels[blocks[..., channel, :, :, :].reshape(len(values), -1)]
+    return torch.from_numpy(values).flatten(1), grid
+
+
+def _resize_like_torchvision(
+    frame: Image.Image, height: int, width: int, settings: VideoSettings
+) -> np.ndarray[Any, Any]:
+    """[height, width, 3] uint8; torchvision's resize, which differs from Pillow's by roundings, is this call."""
+    if frame.size == (width, height):
+        return np.asarray(frame)
+    pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1).unsqueeze(0)
+    resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return np.asarray(resized[0].permute(1, 2, 0))
+
+
+def _open_rgb(source: ImageSource) -> Image.Image:
+    """The image in RGB.
+
+    Raises:
+        ValueError: it is no image, too large or of a mode without a meaning as colours.
+    """
+    if isinstance(source, np.ndarray):
+        return _to_rgb(_from_array(source))
+    if isinstance(source, Image.Image):
+        _check_size(source.size)
+        return _to_rgb(_decoded(source))
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"a {type(source).__name__} is not an image; give a path, a Pillow image or an array")
+    with _open_file(source) as image:
+        return _to_rgb(_decoded(image))
+
+
+def _open_file(source: str | os.PathLike[str]) -> Image.Image:
+    name = os.fspath(source)
+    if re.match(r"[a-z]+://|data:", name):
+        raise ValueError("addresses are not fetched; download it and give the path")
+    try:
+        image = Image.open(name)
+    except UnidentifiedImageError:
+        raise ValueError("not an image file, or a corrupt one; convert or download it again") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be opened ({error})") from error
+    _check_size(image.size)
+    return image
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise ValueError(f"corrupt or truncated image ({error}); download it again") from error
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"{_by(size)} pixels: it is empty")
+    if math.prod(size) > MAX_IMAGE_PIXELS:
+        raise ValueError(f"{_by(size)} pixels exceed the limit of {MAX_IMAGE_PIXELS} pixels; scale it down")
+
+
+def _by(size: Sequence[int]) -> str:
+    return f"{size[0]} by {size[1]}"
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"an array of shape {list(array.shape)} is not [height, width] with 1, 3 or 4 channels last")
+    _check_size((array.shape[1], array.shape[0]))
+    if array.dtype == np.uint16:
+        array = _to_8_bits(array)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an array of {array.dtype} has no certain range; convert it to uint8 levels from 0 to 255")
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
+
+
+def _to_8_bits(levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 is 255 * 257
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BITS:
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("32-bit levels beyond 16 bits have no certain range; convert it to 8 or 16 bits")
+        image = Image.fromarray(_to_8_bits(levels))
+    if image.mode == "F":
+        raise ValueError("floating-point levels have no certain range; convert it to 8 or 16 bits")
+    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _sampled_frames(source: VideoSource, settings: VideoSettings) -> tuple[Iterator[Image.Image], list[int], float]:
+    """(RGB frames, one decoded at a time; their numbers in the source; frames a second of the source)."""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_dir():
+            source = sorted(file for file in path.iterdir() if file.suffix.lower() in _FRAME_FILES)
+        elif path.suffix.lower() in _VIDEO_FILES:
+            raise ValueError(
+                "video files are not decoded here; extract frames ('ffmpeg -i FILE -vf fps=2 DIR/%06d.png') "
+                "and give the directory, or Video(frames, fps=2)"
+            )
+        else:
+            return _animation(path, settings)
+    video = source if isinstance(source, Video) else Video(source)
+    if not isinstance(video.frames, Sequence) and not isinstance(video.frames, np.ndarray):
+        raise ValueError(f"a {type(video.frames).__name__} is not a video; give a path or a list of frames")
+    if not isinstance(video.fps, int | float) or not 0 < video.fps < math.inf:
+        raise ValueError(f"fps={video.fps!r} must be a positive number")
+    count = len(video.frames)
+    if not count:
+        raise ValueError("it has no frames; give at least one")
+    if count > settings.max_frames:
+        raise ValueError(f"{count} frames exceed max_frames={settings.max_frames}; sample fewer a second")
+    return _numbered(map(_open_rgb, video.frames)), list(range(count)), float(video.fps)
+
+
+def _numbered(frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
+    i = 0
+    while True:
+        try:
+            frame = next(frames)
+        except StopIteration:
+            return
+        except ValueError as error:
+            raise ValueError(f"frame {i}: {error}") from error
+        yield frame
+        i += 1
+
+
+def _animation(path: Path, settings: VideoSettings) -> tuple[Iterator[Image.Image], list[int], float]:
+    with _open_file(path) as image:
+        total = getattr(image, "n_frames", 1)
+        milliseconds = 0
+        try:
+            for i in range(total):
+                image.seek(i)
+                image.load()  # before this, some formats do not know the duration
+                milliseconds += image.info.get("duration", 0)
+        except Exception as error:  # as in _decoded
+            raise ValueError(f"corrupt or truncated animation ({error}); download it again") from error
+    fps = 1000 * total / milliseconds if milliseconds > 0 else DEFAULT_SOURCE_FPS
+    indices = sampled_indices(total, fps, settings)
+
+    def decode() -> Iterator[Image.Image]:
+        with _open_file(path) as image:
+            for i in indices:
+                image.seek(i)
+                yield _to_rgb(_decoded(image))
+
+    return _numbered(decode()), indices, fps
+
+
+def _place(source: Any) -> str:
+    return f" ({os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content)
+    except (ValueError, TypeError) as error:
+        raise VisionInputError([f"{path.name} is corrupt ({error}); download it again"]) from error
+
+
+def _settings(cls: Any, given: Mapping[str, Any]) -> Any:
+    """`ImageSettings` or `VideoSettings` of a processor's JSON, whose `size` holds the pixel limits."""
+    problems = [
+        f"{name}={given[name]!r} is not supported; the processor resizes, rescales, normalises and converts to RGB"
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+        if given.get(name, True) is not True
+    ]
+    if given.get("cap_pixels_per_frame"):
+        problems.append("cap_pixels_per_frame=True is not supported; lower size.longest_edge instead")
+    if problems:
+        raise VisionInputError(problems)
+    size = given.get("size") or {}
+    values = {
+        "min_pixels": given.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": given.get("max_pixels") or size.get("longest_edge"),
+        **{f.name: given.get(f.name) for f in fields(cls) if not f.name.endswith("_pixels")},
+    }
+    return cls(**{name: value for name, value in values.items() if value is not None})
