@@ -26,12 +26,15 @@ from .generation import (
     checkpoint_of,
     default_neuron_config,
     encode,
+    encode_chat,
     load_compiled_config,
     load_tokenizer,
 )
 from .kernel_report import add_kernels_command
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
+from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, Qwen35VLInferenceConfig
 from .nxdi import NXDI_AVAILABLE, NeuronConfig
+from .vision_processing import VisionProcessor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--batch", nargs="+", default=[], metavar="PROMPT", help="further prompts, all run as one padded batch"
     )
+    generate.add_argument(
+        "--image", nargs="+", default=[], metavar="FILE", help="images to ask about; the prompt becomes a chat turn"
+    )
+    generate.add_argument(
+        "--video", nargs="+", default=[], metavar="FILE", help="GIF, WebP or APNG animations, or directories of frames"
+    )
     generate.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     _add_model_options(generate)
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
@@ -85,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seq-len", type=_positive, default=4096, metavar="N", help="prompt and answer, 4096 if unset"
     )
     compile_.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at a time (1)")
+    compile_.add_argument("--vision", action="store_true", help="also take images and videos")
     compile_.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
     convert = commands.add_parser(
@@ -118,7 +128,7 @@ def _positive(text: str) -> int:
 def _compile(args: argparse.Namespace) -> None:
     neuron_config = default_neuron_config(args.seq_len, args.batch, args.tp, _DTYPES.get(args.dtype))
     neuron_config.save_sharded_checkpoint = True
-    model = _model(args, neuron_config)
+    model = _model(args, neuron_config, NeuronQwen35VLForCausalLM if args.vision else NeuronQwen35ForCausalLM)
     _write_whole(args.output, lambda path: model.compile(str(path)))
     counted, compiled = model.bytes_per_rank(), (args.output / "model.pt").exists()
     if args.json:
@@ -133,22 +143,36 @@ def _generate(args: argparse.Namespace) -> None:
         prompts = [sys.stdin.read().rstrip("\n"), *args.batch]
     if args.model is None:
         args.model = MINI_CHECKPOINT if args.compiled is None else checkpoint_of(args.compiled)
-    tokenizer = load_tokenizer(_existing(args.model))
-    texts = [as_chat(tokenizer, prompt) for prompt in prompts] if args.chat else prompts
+    with_media = bool(args.image or args.video)
+    if with_media and len(prompts) > 1:
+        raise ValueError("--batch with --image or --video: ask one question at a time")
+    inputs = _encode(args, prompts)
     sampling = SamplingOptions(args.temperature, args.top_p, args.top_k, args.seed)
     # Everything a configuration can have wrong is said here, before processes start and weights are read.
-    length = encode(tokenizer, texts)["input_ids"].shape[1] + args.max_new_tokens
+    length = inputs["input_ids"].shape[1] + args.max_new_tokens
     if args.compiled is None:
         neuron_config = default_neuron_config(length, len(prompts), args.tp, _DTYPES.get(args.dtype))
         if not neuron_config.on_cpu:
-            raise ValueError(
-                "--compiled is missing: on Neuron run 'qwen35 compile DIR' first, then pass --compiled DIR"
-            )
-        config = Qwen35InferenceConfig.from_pretrained(args.model, neuron_config=neuron_config)
+            raise ValueError("--compiled is missing: on Neuron run 'qwen35 compile DIR', then pass --compiled DIR")
+        config_cls = Qwen35VLInferenceConfig if with_media else Qwen35InferenceConfig
+        config = config_cls.from_pretrained(args.model, neuron_config=neuron_config)
     else:
         config = load_compiled_config(args.compiled)
+        if with_media and not isinstance(config, Qwen35VLInferenceConfig):
+            raise ValueError(f"--image with --compiled {args.compiled}: it takes text only; compile it with --vision")
         _check_fits(config.neuron_config, length, len(prompts))
-    _run_on_every_rank(config.neuron_config, _generate_rank, args, config, prompts, texts, sampling)
+    _run_on_every_rank(config.neuron_config, _generate_rank, args, config, prompts, inputs, sampling)
+
+
+def _encode(args: argparse.Namespace, prompts: list[str]) -> dict[str, torch.Tensor]:
+    tokenizer = load_tokenizer(_existing(args.model))
+    if not (args.image or args.video):
+        return encode(tokenizer, [as_chat(tokenizer, prompt) for prompt in prompts] if args.chat else prompts)
+    args.chat = True
+    content = [{"type": "image", "image": file} for file in args.image]
+    content += [{"type": "video", "video": file} for file in args.video]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": prompts[0]}]}
+    return encode_chat(tokenizer, VisionProcessor.from_pretrained(args.model), [[message]])
 
 
 def _check_fits(neuron_config: NeuronConfig, length: int, rows: int) -> None:
@@ -161,14 +185,14 @@ def _generate_rank(
     args: argparse.Namespace,
     config: Qwen35InferenceConfig,
     prompts: list[str],
-    texts: list[str],
+    inputs: dict[str, torch.Tensor],
     sampling: SamplingOptions,
 ) -> None:
     speaks = int(os.environ.get("RANK", "0")) == 0
     generator = TextGenerator.load(args.model, config, args.compiled)
     streaming = speaks and len(prompts) == 1 and not args.json
     on_token = _Streamer(generator, prompts[0] if not args.chat else "") if streaming else None
-    result = generator.generate(texts, args.max_new_tokens, sampling, on_token)
+    result = generator.complete(inputs, args.max_new_tokens, sampling, on_token)
     if not speaks:
         return
     if args.json:
@@ -244,9 +268,13 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"{args.output}: {len(files)} ranks, {max(sizes) / 1e6:.1f} MB each at most")
 
 
-def _model(args: argparse.Namespace, neuron_config: Qwen35NeuronConfig) -> NeuronQwen35ForCausalLM:
+def _model(
+    args: argparse.Namespace,
+    neuron_config: Qwen35NeuronConfig,
+    model_cls: type[NeuronQwen35ForCausalLM] = NeuronQwen35ForCausalLM,
+) -> NeuronQwen35ForCausalLM:
     path = str(_existing(args.model or MINI_CHECKPOINT).resolve())  # a compiled model is read from anywhere
-    return NeuronQwen35ForCausalLM(path, Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config))
+    return model_cls(path, model_cls.get_config_cls().from_pretrained(path, neuron_config=neuron_config))
 
 
 def _write_whole(output: Path, write: Callable[[Path], None]) -> None:

@@ -1,11 +1,12 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts in, text out: what the command line and the integration tests share."""
+"""Prompts and conversations in, text out: what the command line and the integration tests share."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria
 
 from .configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
+from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, Qwen35VLInferenceConfig
 from .nxdi import NXDI_AVAILABLE, HuggingFaceGenerationAdapter
+from .vision_processing import VisionProcessor, media_of
 
 MINI_CHECKPOINT = Path(__file__).parent / "mini"
 """The small trained checkpoint that ships with the package: a test vehicle with the architecture of the real ones."""
 
 OnToken = Callable[[torch.Tensor], None]
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: messages with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ class _TokenClock(StoppingCriteria):
 
 
 class TextGenerator:
-    """A loaded model with its tokenizer."""
+    """A loaded model with its tokenizer; of the vision-language class where the configuration is."""
 
-    def __init__(self, model: NeuronQwen35ForCausalLM, tokenizer: Any, generation_config: GenerationConfig) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: NeuronQwen35ForCausalLM, model_path: Path, tokenizer: Any, generation_config: GenerationConfig
+    ) -> None:
+        self.model, self.model_path, self.tokenizer = model, model_path, tokenizer
         self.generation_config = generation_config
         self.adapter = HuggingFaceGenerationAdapter(model)
 
@@ -81,12 +88,14 @@ class TextGenerator:
         Raises:
             ValueError: the checkpoint or the configuration does not do.
         """
-        model = NeuronQwen35ForCausalLM(str(model_path), config)
+        with_images = isinstance(config, Qwen35VLInferenceConfig)
+        model_cls = NeuronQwen35VLForCausalLM if with_images else NeuronQwen35ForCausalLM
+        model = model_cls(str(model_path), config)
         if compiled_path is None:
             model.to_cpu()
         else:
             model.load(str(compiled_path))
-        return cls(model, load_tokenizer(model_path), _load_generation_config(model_path, config))
+        return cls(model, model_path, load_tokenizer(model_path), _load_generation_config(model_path, config))
 
     def generate(
         self,
@@ -96,7 +105,31 @@ class TextGenerator:
         on_token: OnToken | None = None,
     ) -> Generation:
         """Complete all prompts as one right-padded batch; `on_token` gets the tokens [B] of each step as they come."""
-        inputs = encode(self.tokenizer, prompts)
+        return self.complete(encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token)
+
+    def chat(
+        self,
+        conversations: Sequence[Messages],
+        max_new_tokens: int,
+        sampling: SamplingOptions = SamplingOptions(),
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """Answer conversations whose messages may hold images and videos (`encode_chat`), as one batch.
+
+        Raises:
+            VisionInputError: an image or a video cannot be used; all are listed, before the model runs.
+        """
+        inputs = encode_chat(self.tokenizer, VisionProcessor.from_pretrained(self.model_path), conversations)
+        return self.complete(inputs, max_new_tokens, sampling, on_token)
+
+    def complete(
+        self,
+        inputs: dict[str, torch.Tensor],
+        max_new_tokens: int,
+        sampling: SamplingOptions = SamplingOptions(),
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """Complete encoded prompts: input_ids and attention_mask [B, S], and pixels and grids as a processor gives."""
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         chosen: dict[str, Any] = {"do_sample": False}
@@ -105,8 +138,7 @@ class TextGenerator:
         clock = _TokenClock(on_token)
         start = time.perf_counter()
         sequences = self.adapter.generate(
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            **inputs,
             generation_config=GenerationConfig(
                 **chosen,
                 max_new_tokens=max_new_tokens,
@@ -159,6 +191,30 @@ def encode(tokenizer: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     }
 
 
+def encode_chat(
+    tokenizer: Any, processor: VisionProcessor, conversations: Sequence[Messages]
+) -> dict[str, torch.Tensor]:
+    """Conversations in the checkpoint's chat template, up to where the assistant speaks, with their media.
+
+    A message's content is a text, or a list of {"type": "text", "text": ...}, {"type": "image", "image": a path, a
+    Pillow image or an array} and {"type": "video", "video": a path, a directory of frames or a list of them}.
+
+    Returns:
+        input_ids and attention_mask [B, S], right-padded, and of `VisionInputs` the tensors there are.
+
+    Raises:
+        VisionInputError: an image or a video cannot be used; all are listed.
+    """
+    images, videos = media_of(message for conversation in conversations for message in conversation)
+    media = processor(images, videos)
+    texts = [
+        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        for conversation in conversations
+    ]
+    tensors = {name: value for name, value in vars(media).items() if isinstance(value, torch.Tensor)}
+    return {**encode(tokenizer, processor.expand_placeholders(texts, media)), **tensors}
+
+
 def as_chat(tokenizer: Any, prompt: str) -> str:
     """One user turn in the checkpoint's chat template, up to where the assistant speaks."""
     return tokenizer.apply_chat_template(
@@ -174,7 +230,9 @@ def load_compiled_config(compiled_path: Path) -> Qwen35InferenceConfig:
     """
     if not (compiled_path / "neuron_config.json").exists():
         raise FileNotFoundError(f"{compiled_path}: no neuron_config.json there; name what 'qwen35 compile' wrote")
-    config = Qwen35InferenceConfig.load(str(compiled_path))
+    fields = json.loads((compiled_path / "neuron_config.json").read_text(encoding="utf-8"))
+    config_cls = Qwen35VLInferenceConfig if fields.get("takes_images") else Qwen35InferenceConfig
+    config = config_cls.load(str(compiled_path))
     assert isinstance(config, Qwen35InferenceConfig)
     return config
 

@@ -42,6 +42,10 @@ class Qwen35VLInferenceConfig(Qwen35InferenceConfig):
         Qwen35ConfigError: as for text, and when the checkpoint has no vision encoder or no placeholder tokens.
     """
 
+    def add_derived_config(self) -> None:
+        super().add_derived_config()
+        self.takes_images = True  # in the JSON, where a compiled model says which of the two classes runs it
+
     def validate_config(self) -> None:
         super().validate_config()
         problems = [
@@ -120,7 +124,8 @@ def extra_arguments(*last: torch.Tensor) -> list[torch.Tensor]:
 class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
     """Qwen3.5 with images and video: the decoder of `NeuronQwen35ForCausalLM` and the vision encoder on the host.
 
-    `HuggingFaceGenerationAdapter(model).generate(**inputs)` takes what the checkpoint's processor gives. Every prompt
+    `HuggingFaceGenerationAdapter(model).generate(**inputs)` takes what the checkpoint's processor gives;
+    `generation.TextGenerator.chat` takes messages with paths, images and frames. Every prompt
     starts anew: rows keep their own offset between token index and position until their line gets another prompt.
     """
 
@@ -182,6 +187,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         image_grid_thw: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As for text. A prompt may come with images and videos, in the order of their placeholders, rows in order.
@@ -189,6 +195,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         Args:
             pixel_values: patches of all images; image_grid_thw: [N, 3] their grids, as the processor gives them.
             pixel_values_videos, video_grid_thw: the same of videos.
+            mm_token_type_ids: what transformers 5's processor adds; the placeholders say the same.
 
         Raises:
             ValueError: placeholders and grids do not match; before the encoder runs.
