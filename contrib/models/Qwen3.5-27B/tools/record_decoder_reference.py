@@ -18,24 +18,32 @@ TESTS = Path(__file__).resolve().parents[1] / "test" / "unit"
 sys.path.insert(0, str(TESTS))
 
 from decoder_cases import CASES, REFERENCE_FILE, STEPS  # noqa: E402
-from oracle import reference_greedy, transformers_model  # noqa: E402
+from oracle import reference_greedy, transformers_model, vl_reference_greedy  # noqa: E402
+from vl_cases import EXAMPLE, save_vl_checkpoint  # noqa: E402
 
 SMALLEST_MARGIN = 1e-3
 """Ten times the tolerance of the comparison: a nearer tie between two tokens would prove nothing."""
 
 
 def main() -> None:
+    outputs = {}
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        for case in CASES:
+            model = transformers_model(case.checkpoint(scratch))
+            outputs[case.name] = reference_greedy(model, case.prompts(), STEPS)
+        save_vl_checkpoint(scratch / "vision-language")
+        model = transformers_model(scratch / "vision-language")
+        rows = [vl_reference_greedy(model, row, STEPS) for row in EXAMPLE]
+        outputs["vision-language"] = tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True))
     tensors: dict[str, torch.Tensor] = {}
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as scratch:
-            model = transformers_model(case.checkpoint(Path(scratch)))
-            tokens, logits = reference_greedy(model, case.prompts(), STEPS)
+    for name, (tokens, logits) in outputs.items():
         best = logits.topk(2, dim=-1).values
         margin = float((best[..., 0] - best[..., 1]).min())
-        print(f"{case.name}: {tokens.shape[0]} prompts, {STEPS} steps, smallest margin {margin:.4f}")
+        print(f"{name}: {tokens.shape[0]} prompts, {STEPS} steps, smallest margin {margin:.4f}")
         if margin < SMALLEST_MARGIN:
-            raise SystemExit(f"{case.name}: margin {margin} is below {SMALLEST_MARGIN}: choose another seed")
-        tensors |= {f"{case.name}.tokens": tokens, f"{case.name}.logits": logits}
+            raise SystemExit(f"{name}: margin {margin} is below {SMALLEST_MARGIN}: choose another seed")
+        tensors |= {f"{name}.tokens": tokens, f"{name}.logits": logits}
     unfinished = REFERENCE_FILE.with_suffix(".tmp")
     save_file(tensors, unfinished)
     unfinished.replace(REFERENCE_FILE)

@@ -73,5 +73,10 @@ CASES = (
 
 def recorded(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' greedy tokens [rows, STEPS] and the logits [rows, STEPS, V] they are the largest of."""
+    return recorded_tensors(case.name)
+
+
+def recorded_tensors(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by name; "vision-language" are the rows of `vl_cases.EXAMPLE`."""
     tensors = load_file(REFERENCE_FILE)
-    return tensors[f"{case.name}.tokens"], tensors[f"{case.name}.logits"]
+    return tensors[f"{name}.tokens"], tensors[f"{name}.logits"]

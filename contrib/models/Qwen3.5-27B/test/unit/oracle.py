@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models import TINY, random_weights, save_checkpoint
+from vl_cases import Row, media, options, types
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 from transformers import GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig  # noqa: E402
@@ -54,3 +55,18 @@ def reference_greedy(model: Any, prompts: Sequence[Sequence[int]], steps: int) -
         tokens.append(output.sequences[0, len(prompt) :])
         logits.append(torch.stack(output.logits, dim=1)[0])
     return torch.stack(tokens), torch.stack(logits)
+
+
+@torch.no_grad()
+def vl_reference_greedy(model: Any, row: Row, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens [steps] and logits [steps, V] of a row with images and videos, alone and unpadded."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([row.ids])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=types(ids),
+        generation_config=options(steps),
+        **media([row]),
+    )
+    return output.sequences[0, ids.shape[1] :], torch.stack(output.logits, dim=1)[0]
