@@ -78,10 +78,10 @@ class Rule:
 
 
 class LazyStateDict(MutableMapping[str, torch.Tensor]):
-    """A state dict whose tensors are built each time they are asked for, so that one at a time is in memory.
+    """A state dict whose tensors are built when they are first asked for, and kept from then on.
 
-    A tensor that is assigned is kept. If it is a view it is kept as a copy: NxD assigns each rank's block of a tensor
-    that it has just asked for, and a view would keep the whole tensor alive, once for every rank.
+    NxD asks for each several times over: it compares their storages, then their dtypes, then cuts a block a rank. A
+    copy shares what is built already and builds the rest for itself: to hold a few tensors at a time, work on copies.
     """
 
     def __init__(
@@ -96,11 +96,12 @@ class LazyStateDict(MutableMapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         item = self._items[name]
-        return item if isinstance(item, torch.Tensor) else item()
+        if not isinstance(item, torch.Tensor):
+            item = self._items[name] = item()
+        return item
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
-        self._items[name] = tensor.clone() if is_view else tensor
+        self._items[name] = tensor
 
     def __delitem__(self, name: str) -> None:
         del self._items[name]
@@ -115,7 +116,7 @@ class LazyStateDict(MutableMapping[str, torch.Tensor]):
         return len(self._items)
 
     def copy(self) -> LazyStateDict:
-        """Another dict of the same tensors, still unbuilt."""
+        """Another dict of the same tensors; those not built yet are built by each for itself."""
         return LazyStateDict(self._items, self.report, self.progress)
 
     def materialise(self, progress: bool | None = None) -> dict[str, torch.Tensor]:
