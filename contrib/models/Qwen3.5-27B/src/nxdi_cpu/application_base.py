@@ -23,8 +23,8 @@ from tqdm import tqdm
 from .config import InferenceConfig, NeuronConfig
 from .layers import ColumnParallelLinear
 from .model_builder import ModelBuilder
-from .parallel_state import as_rank, get_tensor_model_parallel_rank, initialize_model_parallel
-from .sharding import get_sharded_checkpoint, write_safetensors
+from .parallel_state import get_tensor_model_parallel_rank, initialize_model_parallel
+from .sharding import get_sharded_checkpoint
 
 COMPILED_MODEL_FILE_NAME = "model.pt"
 
@@ -32,10 +32,6 @@ COMPILED_MODEL_FILE_NAME = "model.pt"
 def normalize_path(path: str | os.PathLike[str]) -> str:
     """The path with one trailing slash."""
     return os.path.join(os.path.normpath(path), "")
-
-
-def _shard_file(compiled_model_path: str | os.PathLike[str], rank: int) -> Path:
-    return Path(compiled_model_path) / "weights" / f"tp{rank}_sharded_checkpoint.safetensors"
 
 
 class NeuronApplicationBase(nn.Module):
@@ -115,26 +111,8 @@ class NeuronApplicationBase(nn.Module):
     def shard_weights(
         self, compiled_model_path: str | os.PathLike[str], debug: bool = False, pre_shard_weights_hook: Any = None
     ) -> None:
-        """Write `weights/tp{rank}_sharded_checkpoint.safetensors` for every rank, one rank in memory at a time."""
-        if pre_shard_weights_hook:
-            pre_shard_weights_hook(self)
-        if self.neuron_config.skip_sharding or not self.neuron_config.save_sharded_checkpoint:
-            return
-        first = self.neuron_config.start_rank_id
-        ranks = range(first, first + self.neuron_config.local_ranks_size)
-        for rank in tqdm(ranks, desc="Sharding", unit="rank", delay=1):
-            path = _shard_file(compiled_model_path, rank)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(path, self._rank_state_dict(rank))
-
-    def _rank_state_dict(self, rank: int) -> dict[str, torch.Tensor]:
-        tp_degree = self.neuron_config.tp_degree
-        with as_rank(rank, tp_degree), torch.device("meta"):
-            module = self.models[0].model_cls(self.models[0].config)
-        checkpoint = self.checkpoint_loader_fn()
-        get_sharded_checkpoint(checkpoint, module, rank, tp_degree)
-        names = tqdm(sorted(checkpoint), desc=f"Converting for rank {rank}", unit="tensor", leave=False, delay=1)
-        return {name: checkpoint[name].contiguous() for name in names}
+        """Write `weights/tp{rank}_sharded_checkpoint.safetensors` for every local rank, when that is asked for."""
+        raise NotImplementedError("shard_weights is not implemented")
 
     def load(
         self,
@@ -171,7 +149,7 @@ class NeuronApplicationBase(nn.Module):
         rank = get_tensor_model_parallel_rank()
         checkpoint: MutableMapping[str, torch.Tensor]
         if sharded_path is not None:
-            checkpoint = load_file(_shard_file(sharded_path, rank))
+            checkpoint = load_file(Path(sharded_path, "weights", f"tp{rank}_sharded_checkpoint.safetensors"))
         else:
             checkpoint = self.checkpoint_loader_fn()
             get_sharded_checkpoint(checkpoint, module, rank, neuron_config.tp_degree)

@@ -1,19 +1,16 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""From a whole checkpoint to the tensors of one rank, and to a file; stands in for NxD's `trace.trace`."""
+"""From a whole checkpoint to the tensors of one rank; stands in for NxD's `trace.trace`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, MutableMapping
-from pathlib import Path
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from .layers import BaseParallelLinear, ParallelEmbedding, SPMDRank, divide
+from .layers import BaseParallelLinear, ParallelEmbedding, SPMDRank, divide, require_inert
 
 _SHARDED_MODULES = (BaseParallelLinear, ParallelEmbedding, SPMDRank)
 
@@ -30,14 +27,23 @@ def invoke_preshard_hook(module: nn.Module, checkpoint: Checkpoint, prefix: str)
         invoke_preshard_hook(child, checkpoint, f"{prefix}{name}.")
 
 
-def _shard_children(module: nn.Module, checkpoint: Checkpoint, prefix: str, rank: int) -> None:
+def shard_children(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    dtype: torch.dtype | None,
+    rank: int,
+    tp_degree: int,
+    is_lora_cpu_shard: bool = False,
+) -> None:
     """Replace each sharded tensor of `checkpoint` by the block of `rank`, a copy that does not keep the whole alive.
 
     Raises:
         ValueError: a block has not the shape of its parameter.
     """
+    require_inert("shard_children", is_lora_cpu_shard=is_lora_cpu_shard)
     for name, child in module.named_children():
-        _shard_children(child, checkpoint, f"{prefix}{name}.", rank)
+        shard_children(child, checkpoint, f"{prefix}{name}.", dtype, rank, tp_degree)
     if not isinstance(module, _SHARDED_MODULES):
         return
     for name, parameter in module.named_parameters(recurse=False):
@@ -65,24 +71,4 @@ def get_sharded_checkpoint(
         known = set(model.state_dict())
         for name in [name for name in checkpoint if name not in known]:
             del checkpoint[name]
-    _shard_children(model, checkpoint, "", rank)
-
-
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write `tensors` to `path`, whole or not at all: under a temporary name in the same directory, then renamed."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    plain: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if storage in seen else tensor  # the format holds no two names for one storage
-        seen.add(storage)
-    try:
-        save_file(plain, unfinished, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    shard_children(model, checkpoint, "", None, rank, tp_degree)

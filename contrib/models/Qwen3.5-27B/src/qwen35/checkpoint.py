@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face safetensors on disk: every header checked at once, tensors read one at a time."""
+"""Safetensors on disk: every header of a checkpoint checked at once, tensors read and written one at a time."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -187,3 +188,29 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
             f"{path.name} is truncated or corrupt: its header says {8 + length + end} bytes, it has {size}; {again}"
         )
     return specs
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """Where everything is in a safetensors file, known before any tensor is."""
+
+    header: bytes  # what the file starts with
+    offsets: dict[str, int]  # of each tensor's bytes, from the start of the file
+    nbytes: int  # of the whole file
+
+
+def lay_out(specs: Mapping[str, TensorSpec]) -> FileLayout:
+    """The file that holds tensors of these specs, those of larger dtypes first.
+
+    So each tensor is aligned to its dtype, which readers that map the file want, though the format allows no gaps.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+        spec, begin, end = specs[name], end, end + specs[name].nbytes
+        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
+    return FileLayout(header, offsets, len(header) + end)

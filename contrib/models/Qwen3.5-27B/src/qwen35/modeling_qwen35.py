@@ -7,7 +7,7 @@ Read this file first. The parts it puts together:
 - `configuration_qwen35`: the checkpoint's config.json and NxDI's options, validated at once;
 - `gated_deltanet`, `attention`, `norms`, `rope`: the layers; `ops`: DeltaNet's operators in plain PyTorch;
 - `cache`: what is kept between steps;
-- `checkpoint`, `conversion`: Hugging Face weights to this module tree;
+- `checkpoint`, `conversion`, `presharding`: Hugging Face weights to this module tree, and to a file a rank;
 - `nxdi`: the seam to NxDI, or to the CPU stand-ins where it is not installed.
 
 Letters: B batch, S tokens, D hidden.
@@ -41,6 +41,7 @@ from .nxdi import (
     RowParallelLinear,
     as_rank,
 )
+from .presharding import StreamedSharding
 
 FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
 """Endings of the names of parameters that are float32 whatever `torch_dtype` is."""
@@ -258,7 +259,7 @@ def _rows(value: Any, rows: int, chosen: torch.Tensor | slice) -> Any:
     return value
 
 
-class NeuronQwen35ForCausalLM(NeuronBaseForCausalLM):
+class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     """Qwen3.5 as an NxDI application: `compile`, `load` (or `to_cpu`), and `generate` through the HF adapter."""
 
     _model_cls = NeuronQwen35Model

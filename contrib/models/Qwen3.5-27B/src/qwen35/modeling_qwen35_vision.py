@@ -34,11 +34,11 @@ from .nxdi import (
     EncoderModelInstance,
     InferenceConfig,
     ModelWrapper,
-    NeuronApplicationBase,
     NeuronConfig,
     RowParallelLinear,
     get_tensor_model_parallel_size,
 )
+from .presharding import StreamedSharding
 from .vision_positions import FramePositions, checked_grids, frame_positions
 
 NORM_EPS = 1e-6  # transformers' Qwen3_5VisionBlock; not in config.json
@@ -411,7 +411,7 @@ class Qwen35VisionModelWrapper(ModelWrapper):
         return tokens[: len(pixel_values) // self.config.vision.merge_unit]
 
 
-class NeuronQwen35VisionForImageEncoding(NeuronApplicationBase):
+class NeuronQwen35VisionForImageEncoding(StreamedSharding):
     """The vision encoder as an NxDI application: `compile`, `load` (or `to_cpu`), then call it."""
 
     _model_cls = Qwen35VisionEncoder

@@ -45,6 +45,7 @@ if TYPE_CHECKING or not NXDI_AVAILABLE:
         ModelWrapper,
     )
     from nxdi_cpu.parallel_state import get_tensor_model_parallel_size
+    from nxdi_cpu.sharding import invoke_preshard_hook, shard_children
 else:
     from neuronx_distributed.parallel_layers.layers import (
         BaseParallelLinear,
@@ -54,6 +55,7 @@ else:
     )
     from neuronx_distributed.parallel_layers.parallel_state import get_tensor_model_parallel_size
     from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
+    from neuronx_distributed.trace.trace import invoke_preshard_hook, shard_children
     from neuronx_distributed_inference.models.application_base import NeuronApplicationBase
     from neuronx_distributed_inference.models.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
     from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
@@ -114,6 +116,8 @@ __all__ = [
     "RowParallelLinear",
     "as_rank",
     "get_tensor_model_parallel_size",
+    "invoke_preshard_hook",
     "load_pretrained_config",
     "set_tensor_model_parallel_attributes",
+    "shard_children",
 ]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from _compare import assert_close
-from nxdi_cpu import sharding
-from nxdi_cpu.sharding import write_safetensors
 from qwen35 import checkpoint
-from qwen35.checkpoint import CheckpointError, CheckpointReader, TensorSpec
+from qwen35.checkpoint import CheckpointError, CheckpointReader, TensorSpec, lay_out
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -220,33 +217,17 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
 # Writing
 
 
-def test_written_tensors_are_read_back_with_their_metadata(tmp_path: Path) -> None:
+def test_a_file_written_by_its_layout_is_read_back(tmp_path: Path) -> None:
+    held = tensors() | {"d": torch.arange(3, dtype=torch.int32), "e": torch.ones(3, 3).bfloat16()}
+    layout = lay_out({name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()})
     path = tmp_path / checkpoint.SINGLE_FILE
-    write_safetensors(path, tensors(), {"made_by": "a test"})
-    for name, expected in tensors().items():
-        assert_close(load_file(path)[name], expected, label=name)
-    with checkpoint.safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"made_by": "a test"}
-    assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.SINGLE_FILE]
-
-
-def test_views_and_tied_tensors_are_written_whole(tmp_path: Path) -> None:
-    base = torch.arange(12.0).view(3, 4)
-    written = {"all": base, "tied": base, "rows": base[1:], "transposed": base.T}
-    write_safetensors(tmp_path / "x.safetensors", written)
-    for name, tensor in load_file(tmp_path / "x.safetensors").items():
-        assert_close(tensor, written[name], label=name)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"old": torch.ones(1)})
-
-    def fail(held: Any, file: Path, metadata: Any) -> None:
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(sharding, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_safetensors(path, {"new": torch.ones(1)})
-    assert list(load_file(path)) == ["old"] and list(tmp_path.iterdir()) == [path]
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for name in reversed(held):  # any order will do
+            file.seek(layout.offsets[name])
+            file.write(held[name].view(torch.uint8).numpy())
+    assert path.stat().st_size == layout.nbytes
+    assert sorted(load_file(path)) == sorted(CheckpointReader(tmp_path)) == sorted(held)
+    for name, tensor in load_file(path).items():
+        assert_close(tensor, held[name], label=name)
+        assert layout.offsets[name] % tensor.dtype.itemsize == 0, f"{name} is not aligned to its dtype"

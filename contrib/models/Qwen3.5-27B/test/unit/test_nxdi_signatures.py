@@ -61,7 +61,6 @@ PLATFORM_FIELDS = {"logical_nc_config", "lm_head_pad", "top_k_kernel_enabled"}
 # What the stand-ins need and the originals do not have.
 OURS_ALONE = {
     "application_base.NeuronApplicationBase._load_modules",
-    "application_base.NeuronApplicationBase._rank_state_dict",
     "attention.BaseGroupQueryAttention._pad_query_heads",
     "config.NeuronConfig._check",
     "hf_adapter.HuggingFaceGenerationAdapter._prepare_cache_for_generation",  # overrides transformers
@@ -72,7 +71,6 @@ OURS_ALONE = {
     "model_builder.input_problems",
     "parallel_state.TensorParallelGroup",
     "parallel_state.as_rank",
-    "sharding.write_safetensors",
 }
 
 
