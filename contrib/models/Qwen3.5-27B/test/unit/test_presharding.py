@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +32,7 @@ if NXDI_AVAILABLE:
 else:
     from nxdi_cpu.sharding import get_sharded_checkpoint
 
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_convert.py"
 # On 4 ranks: 45 words are padded to 48, 6 query heads to 8, and each of the 2 KV heads is on two ranks.
 UNEVEN: dict[str, Any] = {
     "model_type": "qwen3_5_text",
@@ -242,3 +245,14 @@ def test_nothing_is_written_unless_asked_for_but_the_hook_is_called(tmp_path: Pa
         setattr(model.neuron_config, name, value)
     model.shard_weights(str(tmp_path / "compiled"), pre_shard_weights_hook=called.append)
     assert called == [model] and not (tmp_path / "compiled").exists()
+
+
+@pytest.mark.slow
+def test_converting_4_gb_takes_far_less_memory_than_a_shard_and_a_rank(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARK), "--json", "--directory", str(tmp_path)]
+    figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert figures["source"] >= 4e9 and figures["bound"] == figures["largest_shard"] + figures["rank"]
+    assert figures["resident"] <= figures["bound"], figures
+    # The largest tensor that is made of others, and a rank's block of the embedding: 0.17 and 0.16 GB.
+    assert figures["anonymous"] <= 0.4e9 <= figures["bound"], figures
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and time of `qwen35 convert` on a synthetic checkpoint: 27B's layers and proportions, fewer of them.
+
+The conversion runs in a process of its own, on Linux, and is measured over what the process held before it:
+
+- anonymous memory (RssAnon of /proc/self/status, read every 2 ms): what the conversion allocates;
+- resident memory (VmHWM, kept by the kernel): also pages of the source file that is mapped, which the kernel takes back
+  when it needs them.
+
+The bound of both is the largest source shard plus one rank's tensors. Needs disk for the checkpoint twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from safetensors import safe_open
+
+from qwen35 import cli
+from qwen35.checkpoint import INDEX_FILE, CheckpointReader, TensorSpec, lay_out
+from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.conversion import conversion_plan
+
+# A quarter of the vocabulary goes with the fewer layers.
+VOCAB_SIZE = 248320 // 4
+SHARD_BYTES = 1 << 30
+SPLIT_ALONG = {"embed_tokens.weight": 1, "layers.0.mlp.down_proj.weight": 1, "layers.0.mlp.up_proj.weight": 0}
+"""Tensors that are split as they are, and the axis: compared with the source after the conversion."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Sizes in bytes; memory is the peak over what the process held before."""
+
+    source: int
+    largest_shard: int
+    rank: int
+    anonymous: int
+    resident: int
+    seconds: float
+
+    @property
+    def bound(self) -> int:
+        return self.largest_shard + self.rank
+
+
+def write_checkpoint(directory: Path, layers: int) -> None:
+    """A sharded bfloat16 checkpoint; each tensor repeats bit patterns, in runs whose length divides no row's."""
+    fields = QWEN35_PRESETS["27B"] | {"num_hidden_layers": layers, "vocab_size": VOCAB_SIZE}
+    (directory / "config.json").write_text(json.dumps(fields))
+    shards: list[list[str]] = [[]]
+    shapes = {name: shape for rule in conversion_plan(_config(directory)) for name, shape in rule.sources.items()}
+    for name in shapes:
+        if shards[-1] and sum(2 * math.prod(shapes[held]) for held in [*shards[-1], name]) > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    longest = max(map(math.prod, shapes.values()))
+    content = torch.arange(32749, dtype=torch.int16).repeat(longest // 32749 + 1).numpy()
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        specs = {_published(name): TensorSpec(shapes[name], torch.bfloat16) for name in names}
+        with (directory / file).open("wb") as shard:
+            shard.write(lay_out(specs).header)
+            for name in names:  # in the order of the layout, since all have one dtype
+                shard.write(content[: math.prod(shapes[name])])
+        weight_map |= dict.fromkeys(specs, file)
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _config(directory: Path) -> Qwen35InferenceConfig:
+    return Qwen35InferenceConfig.from_pretrained(directory, Qwen35NeuronConfig())
+
+
+def _published(name: str) -> str:
+    return name if name == "lm_head.weight" else f"model.language_model.{name}"
+
+
+def measure(source: Path, output: Path, tp_degree: int) -> Figures:
+    """Convert in a fresh process, and compare some of what it wrote with the source."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        anonymous, resident, seconds = pool.submit(_convert, source, output, tp_degree).result()
+    files = [output / "weights" / f"tp{rank}_sharded_checkpoint.safetensors" for rank in range(tp_degree)]
+    with CheckpointReader(source) as reader:
+        for name, dim in SPLIT_ALONG.items():
+            # As integers: some of the bit patterns are NaN, which equals nothing.
+            blocks = reader[_published(name)].view(torch.int16).chunk(tp_degree, dim)
+            for file, block in zip(files, blocks, strict=True):
+                with safe_open(file, framework="pt") as written:
+                    if not torch.equal(written.get_tensor(name).view(torch.int16), block):
+                        raise AssertionError(f"{name} of {file.name} is not its block of the source")
+    shards = [file.stat().st_size for file in source.glob("*.safetensors")]
+    return Figures(sum(shards), max(shards), files[0].stat().st_size, anonymous, resident, seconds)
+
+
+def _convert(source: Path, output: Path, tp_degree: int) -> tuple[int, int, float]:
+    """(peak of anonymous memory, peak of resident memory, seconds), in this process."""
+    before, peak, done = _status(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, _status()["RssAnon"])
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        failed = cli.main(["convert", str(output), "--model", str(source), "--tp", str(tp_degree)])
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    if failed:
+        raise RuntimeError("qwen35 convert failed; its message is above")
+    return peak - before["RssAnon"], _status()["VmHWM"] - before["VmRSS"], seconds
+
+
+def _status() -> dict[str, int]:
+    """The memory lines of /proc/self/status, in bytes."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[-1] == "kB"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="0.77 GB each, beside 1.27 GB of vocabulary")
+    parser.add_argument("--tp", type=int, default=4, help="tensor-parallel degree")
+    parser.add_argument("--directory", type=Path, help="where to make, and remove, the files (default: the system's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+        source = Path(scratch, "source")
+        source.mkdir()
+        write_checkpoint(source, args.layers)
+        figures = measure(source, Path(scratch, "output"), args.tp)
+    if args.json:
+        print(json.dumps(asdict(figures) | {"bound": figures.bound, "tp_degree": args.tp}))
+        return
+    rows = {
+        "source": figures.source,
+        "largest source shard": figures.largest_shard,
+        "file of a rank": figures.rank,
+        "anonymous memory, peak": figures.anonymous,
+        "resident memory, peak": figures.resident,
+        "bound of both": figures.bound,
+    }
+    for name, nbytes in rows.items():
+        print(f"{name:<24} {nbytes / 1e9:>7.3f} GB")
+    print(f"{'time':<24} {figures.seconds:>7.1f} s   {figures.source / figures.seconds / 1e9:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
