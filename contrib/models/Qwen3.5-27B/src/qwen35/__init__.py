@@ -4,6 +4,7 @@
 
 from .attention import NeuronQwen35Attention
 from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
+from .configuration_qwen35_vision import Qwen35VisionConfig
 from .gated_deltanet import NeuronGatedDeltaNet
 from .modeling_qwen35 import (
     NeuronQwen35DecoderLayer,
@@ -13,7 +14,11 @@ from .modeling_qwen35 import (
     Qwen35MLP,
     Qwen35ModelWrapper,
 )
-from .modeling_qwen35_vision import NeuronQwen35VisionForImageEncoding, NeuronQwen35VisionModel
+from .modeling_qwen35_vision import (
+    NeuronQwen35VisionForImageEncoding,
+    NeuronQwen35VisionModel,
+    Qwen35VisionInferenceConfig,
+)
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel, Qwen35VLInferenceConfig
 from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
 
@@ -39,4 +44,6 @@ __all__ = [
     "Qwen35ModelWrapper",
     "Qwen35NeuronConfig",
     "Qwen35VLInferenceConfig",
+    "Qwen35VisionConfig",
+    "Qwen35VisionInferenceConfig",
 ]
