@@ -17,8 +17,8 @@ TOKEN_GENERATION_MODEL_TAG = "token_generation_model"
 VISION_ENCODER_MODEL_TAG = "vision_encoder_model"
 
 
-class DecoderModelInstance:
-    """Makes the module of a submodel, and the map from its cache parameters to output positions, for each bucket."""
+class _ModelInstance:
+    """Makes the module of a submodel."""
 
     def __init__(self, model_cls: Any, config: InferenceConfig, **kwargs: Any) -> None:
         self.model_cls, self.config, self.neuron_config, self.kwargs = model_cls, config, config.neuron_config, kwargs
@@ -34,6 +34,10 @@ class DecoderModelInstance:
             module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
         self.module = module
 
+
+class DecoderModelInstance(_ModelInstance):
+    """Also the map from its cache parameters to output positions, for each bucket."""
+
     def get(self, bucket_rank: int | None, **kwargs: Any) -> tuple[Any, dict[torch.nn.Parameter, int]]:
         """(module set to the bucket, {cache parameter: index of the output that replaces it})."""
         if bucket_rank is not None:
@@ -45,8 +49,8 @@ class DecoderModelInstance:
         return self.module, self.input_output_aliases
 
 
-class EncoderModelInstance(DecoderModelInstance):
-    """The same for a submodel that keeps nothing between calls and serves every bucket as it is."""
+class EncoderModelInstance(_ModelInstance):
+    """A submodel that keeps nothing between calls and serves every bucket as it is."""
 
     def get(self, bucket_rank: int | None, **kwargs: Any) -> tuple[Any, dict[torch.nn.Parameter, int]]:
         self.input_output_aliases = {}

@@ -251,9 +251,7 @@ class Qwen35ModelWrapper(ModelWrapper):
 
 
 def _rows(value: Any, rows: int, chosen: torch.Tensor | slice) -> Any:
-    """The chosen rows of a tensor, or of each in a list, that has `rows` of them; anything else as it is."""
-    if isinstance(value, list):
-        return [_rows(item, rows, chosen) for item in value]
+    """The chosen rows of a tensor that has `rows` of them; anything else as it is."""
     if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
         return value[chosen]
     return value
@@ -346,6 +344,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
             return super().forward(seq_ids=seq_ids, **inputs)
         order = torch.argsort(seq_ids)
         ordered = {name: _rows(value, len(ids), order) for name, value in inputs.items()}
+        ordered["llava_args"] = [_rows(value, len(ids), order) for value in inputs.get("llava_args", [])]
         outputs = super().forward(seq_ids=seq_ids[order], **ordered)
         back = torch.argsort(order)
         for name in ("logits", "tokens", "hidden_states"):
