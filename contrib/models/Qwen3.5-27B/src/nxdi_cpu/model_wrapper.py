@@ -83,7 +83,7 @@ class ModelWrapper(torch.nn.Module):
     def is_neuron(self) -> bool:
         return isinstance(self.model, torch.jit.ScriptModule)
 
-    def get_model_instance(self) -> DecoderModelInstance:
+    def get_model_instance(self) -> _ModelInstance:
         return DecoderModelInstance(model_cls=self.model_cls, config=self.config, **self.model_init_kwargs)
 
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:

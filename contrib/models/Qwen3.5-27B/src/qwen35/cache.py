@@ -93,6 +93,8 @@ class Qwen35CacheManager(KVCacheManager):
         if not self.is_linear[idx]:
             if is_for_context_encoding:  # token i of a prompt; position_ids hold 0 for padding
                 position_ids = torch.arange(kv_per_layer[0].shape[2], device=seq_ids.device).unsqueeze(0)
+            elif position_ids.shape[1] > 1:  # the next tokens of one, of which none has position 0
+                position_ids = torch.where(position_ids > 0, position_ids, caches[0].shape[2] - 1)
             key, value = (
                 write_tokens(cache, rows, seq_ids, position_ids)
                 for cache, rows in zip(caches, kv_per_layer, strict=True)

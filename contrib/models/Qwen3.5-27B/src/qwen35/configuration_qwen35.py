@@ -133,13 +133,23 @@ KERNEL_HEAD_DIM = 128
 
 
 class Qwen35NeuronConfig(NeuronConfig):
-    """NxDI's settings with the one default that Qwen3.5 needs changed, and the choice of DeltaNet kernel.
+    """NxDI's settings with the one default that Qwen3.5 needs changed, and what only this model has.
 
-    `enable_bucketing` stays False as in NxDI. `deltanet_kernel` is a `DeltaNetKernel` or its value, kept as the value.
+    `enable_bucketing` stays False as in NxDI.
+
+    Args:
+        deltanet_kernel: a `DeltaNetKernel` or its value, kept as the value.
+        prefill_chunk_size: tokens of a prompt that are encoded at a time; prompts up to seq_len then need no bucket
+            longer than this. None encodes a prompt in one piece, of at most max_context_length.
     """
 
-    def __init__(self, deltanet_kernel: str = DeltaNetKernel.AUTO, **kwargs: Any) -> None:
+    def __init__(
+        self, deltanet_kernel: str = DeltaNetKernel.AUTO, prefill_chunk_size: int | None = None, **kwargs: Any
+    ) -> None:
         kwargs.setdefault("cast_type", "as-declared")
+        if prefill_chunk_size is not None:
+            kwargs["max_context_length"] = prefill_chunk_size
+        self.prefill_chunk_size = prefill_chunk_size
         super().__init__(**kwargs)
         self.deltanet_kernel = deltanet_kernel.value if isinstance(deltanet_kernel, Enum) else deltanet_kernel
 
@@ -276,7 +286,15 @@ class Qwen35InferenceConfig(InferenceConfig):
                 self.neuron_config.attn_kernel_enabled = False
             # A batch is compiled for a number of rows; with fewer, the rest must not write to the lines of sequences
             # that wait. A single line is never idle in its own batch, and needs no room for what is masked.
-            self.neuron_config.apply_seq_ids_mask = self.neuron_config.kv_cache_batch_size > 1
+            # The padding of a chunk needs that room too.
+            masked = self.neuron_config.kv_cache_batch_size > 1 or self.prefill_chunk_size is not None
+            self.neuron_config.apply_seq_ids_mask = masked
+
+    @property
+    def prefill_chunk_size(self) -> int | None:
+        """Tokens of a prompt that are encoded at a time, or None; a plain NeuronConfig does not know of it."""
+        size: int | None = getattr(self.neuron_config, "prefill_chunk_size", None)
+        return size
 
     @property
     def rotary_dim(self) -> int:

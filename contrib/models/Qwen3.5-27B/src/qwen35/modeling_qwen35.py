@@ -15,6 +15,7 @@ Letters: B batch, S tokens, D hidden.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
@@ -45,6 +46,10 @@ from .presharding import StreamedSharding
 
 FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
 """Endings of the names of parameters that are float32 whatever `torch_dtype` is."""
+
+
+CONTINUATION_MODEL_TAG = "prompt_continuation_model"
+"""The submodel that encodes the next tokens of a prompt whose beginning is in the cache and the states."""
 
 
 class Qwen35MLP(nn.Module):
@@ -93,6 +98,9 @@ class NeuronQwen35DecoderLayer(nn.Module):
 class NeuronQwen35Model(NeuronBaseModel):
     """The traced module: embedding, layers, norm, head, cache."""
 
+    continues = False
+    """Whether several tokens are the next ones of a prompt; set with the bucket, before tracing or a call."""
+
     def setup_attr_for_model(self, config: Qwen35InferenceConfig) -> None:
         self.on_device_sampling = config.neuron_config.on_device_sampling_config is not None
         self.tp_degree = config.neuron_config.tp_degree
@@ -138,6 +146,17 @@ class NeuronQwen35Model(NeuronBaseModel):
         first = torch.arange(position_ids.shape[1], device=position_ids.device) == 0
         return (position_ids > 0) | first
 
+    def _is_context_encoding(self, input_ids: torch.Tensor) -> bool:
+        return not self.continues and bool(super()._is_context_encoding(input_ids))
+
+    def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
+        """NxDI's decoder loop; the tokens of a prompt that goes on see the cache, and each other from left to right."""
+        if self.continues:
+            tokens = kwargs["input_ids"].shape[1]
+            index = torch.arange(tokens, device=kwargs["input_ids"].device)
+            kwargs["active_mask"] = (index.unsqueeze(1) >= index).view(1, 1, tokens, tokens)
+        return super().get_model_output(*args, **kwargs)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NeuronQwen35Model:
         # Every parameter is declared with the dtype it needs. A cast of the whole module, as NxDI makes under
         # cast_type="config" and on a CPU, would take A_log, the norms and the recurrent state down to bfloat16.
@@ -166,16 +185,26 @@ def require_float32(module: NeuronQwen35Model) -> None:
 class Qwen35DecoderModelInstance(DecoderModelInstance):
     """Makes the traced module, and checks that what must be float32 still is."""
 
+    continues = False
+
     def load_module(self) -> None:
         super().load_module()
         require_float32(self.module)
+        self.module.continues = self.continues
 
 
 class Qwen35ModelWrapper(ModelWrapper):
     """NxDI's wrapper, with positions that tell padding from tokens and with filling rows that write nowhere."""
 
+    @property
+    def continues(self) -> bool:
+        """Whether this is the submodel of a prompt that goes on; its buckets are lengths of what is cached."""
+        return self.tag == CONTINUATION_MODEL_TAG
+
     def get_model_instance(self) -> DecoderModelInstance:
-        return Qwen35DecoderModelInstance(model_cls=self.model_cls, config=self.config, **self.model_init_kwargs)
+        instance = Qwen35DecoderModelInstance(model_cls=self.model_cls, config=self.config, **self.model_init_kwargs)
+        instance.continues = self.continues
+        return instance
 
     def get_target_bucket(self, *args: torch.Tensor, strategy: str = "first_fit") -> int:
         """The bucket for an attention mask args[1] [B, length]; a prompt may fill its bucket to the last token.
@@ -195,6 +224,11 @@ class Qwen35ModelWrapper(ModelWrapper):
         """
         if not self.neuron_config.is_prefill_stage:
             return super().pad_inputs(*args, pad_type=pad_type)
+        if self.continues:
+            bucket, tokens = self.get_target_bucket(*args, strategy=pad_type), self.neuron_config.n_active_tokens
+            cached = F.pad(args[1], (0, bucket - args[1].shape[1]))
+            input_ids, position_ids = (F.pad(arg, (0, tokens - arg.shape[1])) for arg in (args[0], args[2]))
+            return (input_ids, cached, position_ids, *args[3:])
         longest = int(args[1].sum(dim=1).max())
         cut = tuple(arg[:, :longest] for arg in args[:3])
         padding = (0, self.get_target_bucket(*cut, strategy=pad_type) - longest)
@@ -203,8 +237,8 @@ class Qwen35ModelWrapper(ModelWrapper):
 
     def _forward(self, *args: torch.Tensor) -> Any:
         if not self.is_neuron():
-            # Tracing sets the bucket once in each traced copy; the one module of a CPU serves every bucket.
-            self.model.n_positions = args[1].shape[1]
+            # Tracing sets these once in each traced copy; the one module of a CPU serves every submodel and bucket.
+            self.model.n_positions, self.model.continues = args[1].shape[1], self.continues
         return super()._forward(*args)
 
     def forward(self, *args: Any, pad_type: str = "first_fit") -> Any:
@@ -240,7 +274,8 @@ class Qwen35ModelWrapper(ModelWrapper):
         """
         batch, seq_ids = self.neuron_config.batch_size, args[3].long()
         rows = seq_ids.shape[0]
-        by_line = not self.neuron_config.is_prefill_stage and batch == self.neuron_config.kv_cache_batch_size
+        reads_state = self.continues or not self.neuron_config.is_prefill_stage
+        by_line = reads_state and batch == self.neuron_config.kv_cache_batch_size
         places = seq_ids if by_line else torch.arange(rows)
         source = torch.zeros(-(-rows // batch) * batch, dtype=torch.long)
         source[places] = torch.arange(rows)
@@ -261,6 +296,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     """Qwen3.5 as an NxDI application: `compile`, `load` (or `to_cpu`), and `generate` through the HF adapter."""
 
     _model_cls = NeuronQwen35Model
+    config: Qwen35InferenceConfig
 
     @classmethod
     def get_config_cls(cls) -> type[Qwen35InferenceConfig]:
@@ -287,6 +323,28 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
           save copies of the long activations. The norms, gates and states here ask for float32 explicitly.
         """
 
+    def enable_token_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Also the submodel of prompts that go on, when prompts come in chunks."""
+        super().enable_token_generation(*args, **kwargs)
+        chunk = self.config.prefill_chunk_size
+        if chunk is not None:
+            config = copy.deepcopy(self.context_encoding_model.config)
+            config.neuron_config.bucket_n_active_tokens, config.neuron_config.n_active_tokens = False, chunk
+            config.neuron_config.buckets = list(self.token_generation_model.neuron_config.buckets)
+            self.continuation_model = self.add_submodel(CONTINUATION_MODEL_TAG, config)
+
+    def add_submodel(self, tag: str, config: Any, **model_init_kwargs: Any) -> Any:
+        """Another submodel over the same weights and state, compiled like context encoding."""
+        submodel = self.model_wrapper(
+            config=config,
+            model_cls=self._model_cls,
+            tag=self.context_encoding_model.tag,  # NxDI chooses the compiler's arguments by the tag
+            model_init_kwargs=model_init_kwargs,
+        )
+        submodel.tag = tag
+        self.models.append(submodel)
+        return submodel
+
     def compile(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """NxDI's compile, after the headers of the checkpoint were held against the configuration.
 
@@ -302,6 +360,10 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
 
     def to_cpu(self) -> None:
         super().to_cpu()
+        for submodel in self.models:
+            # Under continuous batching NxDI makes a module a submodel; those that encode prompts share theirs.
+            if submodel.neuron_config.is_prefill_stage:
+                submodel.model = self.context_encoding_model.model
         self._check_modules()
 
     def bytes_per_rank(self) -> RankBytes:
@@ -324,6 +386,10 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     ) -> Any:
         """NxDI's forward, for rows in any order: they run in ascending order of `seq_ids` [B] and are put back.
 
+        input_ids [B, S] are prompts, when `position_ids` [B, S] start at 0; or the next token of each row; or, with
+        `prefill_chunk_size`, the next tokens of prompts: position_ids then count on, 0 at padding, and attention_mask
+        [B, cached tokens] tells what is cached. Prompts longer than a chunk are cut here.
+
         Raises:
             ValueError: an id is not that of a cache line, or is given twice.
         """
@@ -333,7 +399,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
             position_ids = attention_mask.sum(dim=1, keepdim=True)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         if seq_ids is None:
-            return super().forward(**inputs)
+            return self._forward_in_order(torch.arange(input_ids.shape[0]), **inputs)
         lines, ids = self.neuron_config.kv_cache_batch_size, seq_ids.tolist()
         if len({*ids}) < len(ids) or min(ids) < 0 or max(ids) >= lines:
             raise ValueError(
@@ -341,15 +407,106 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
                 f"for more sequences at a time raise kv_cache_batch_size={lines}"
             )
         if ids == sorted(ids):
-            return super().forward(seq_ids=seq_ids, **inputs)
+            return self._forward_in_order(seq_ids, **inputs)
         order = torch.argsort(seq_ids)
         ordered = {name: _rows(value, len(ids), order) for name, value in inputs.items()}
         ordered["llava_args"] = [_rows(value, len(ids), order) for value in inputs.get("llava_args", [])]
-        outputs = super().forward(seq_ids=seq_ids[order], **ordered)
+        outputs = self._forward_in_order(seq_ids[order], **ordered)
         back = torch.argsort(order)
         for name in ("logits", "tokens", "hidden_states"):
             setattr(outputs, name, _rows(getattr(outputs, name, None), len(ids), back))
         return outputs
+
+    def _forward_in_order(self, seq_ids: torch.Tensor, **inputs: Any) -> Any:
+        chunk, position_ids = self.config.prefill_chunk_size, inputs["position_ids"]
+        if chunk is None or inputs["input_ids"].shape[1] <= chunk or not self._is_prefill(position_ids):
+            return super().forward(seq_ids=seq_ids, **inputs)
+        return self._encode_in_chunks(chunk, seq_ids, **inputs)
+
+    def _encode_in_chunks(
+        self,
+        chunk: int,
+        seq_ids: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        llava_args: Sequence[torch.Tensor] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Context-encode the first `chunk` tokens of each prompt, then `chunk` more at a time; outputs of last tokens.
+
+        A row takes part until its prompt ends. State, conv inputs and keys pass from one call to the next in the cache.
+        """
+        mask = self._infer_attention_mask(position_ids) if attention_mask is None else attention_mask
+        rows, lengths = input_ids.shape[0], mask.sum(dim=1)
+        if int(lengths.max()) > self.neuron_config.seq_len:
+            raise ValueError(
+                f"a prompt of {int(lengths.max())} tokens exceeds seq_len={self.neuron_config.seq_len}: raise seq_len, "
+                "or shorten the prompt"
+            )
+        ended: dict[str, list[torch.Tensor]] = {"logits": [], "tokens": []}
+        order: list[torch.Tensor] = []
+        for start in range(0, int(lengths.max()), chunk):
+            active = torch.nonzero(lengths > start).flatten()
+            columns = slice(start, start + chunk)
+            real = mask[active, columns]
+            index = start + torch.arange(real.shape[1])
+            outputs = super().forward(
+                seq_ids=seq_ids[active],
+                input_ids=input_ids[active, columns],
+                attention_mask=real if start == 0 else mask.new_ones(len(active), start),
+                position_ids=torch.where(real > 0, index, 0),
+                llava_args=[_rows(arg, rows, active) for arg in self._columns_of(llava_args, columns)],
+                **{name: _rows(value, rows, active) for name, value in kwargs.items()},
+            )
+            at_end = torch.nonzero(lengths[active] <= start + chunk).flatten()
+            order.append(active[at_end])
+            for name, tensors in ended.items():
+                if isinstance(tensor := getattr(outputs, name, None), torch.Tensor):
+                    tensors.append(tensor[at_end])
+        back = torch.argsort(torch.cat(order))
+        for name, tensors in ended.items():
+            if tensors:
+                setattr(outputs, name, torch.cat(tensors)[back])
+        return outputs
+
+    def _columns_of(self, llava_args: Sequence[torch.Tensor], columns: slice) -> Sequence[torch.Tensor]:
+        """What belongs to some columns of input_ids."""
+        return llava_args
+
+    def _get_model_outputs(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        seq_ids: torch.Tensor,
+        sampling_params: torch.Tensor,
+        prev_hidden: Any,
+        adapter_ids: Any,
+        medusa_args: Any,
+        llava_args: Sequence[torch.Tensor],
+        **kwargs: Any,
+    ) -> Any:
+        plain = (input_ids, attention_mask, position_ids, seq_ids, sampling_params, prev_hidden, adapter_ids)
+        submodel = self._submodel_for(input_ids, position_ids, llava_args)
+        if submodel is None:
+            return super()._get_model_outputs(*plain, medusa_args, llava_args, **kwargs)
+        outputs = submodel(*plain, *llava_args)
+        self.kv_cache_populated = True  # it encodes prompts
+        return outputs, submodel.is_neuron()
+
+    def _submodel_for(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, llava_args: Sequence[torch.Tensor]
+    ) -> Any:
+        """The submodel of a call that NxDI does not know of; None for its own two."""
+        if input_ids.shape[1] == 1 or int(position_ids[:, 0].min()) == 0:
+            return None
+        if self.config.prefill_chunk_size is None:
+            raise ValueError(
+                f"position_ids start at {int(position_ids[:, 0].min())}: a prompt that goes on needs "
+                "prefill_chunk_size in Qwen35NeuronConfig"
+            )
+        return self.continuation_model
 
     def _get_constructed_outputs(self, *args: Any) -> Any:
         outputs = super()._get_constructed_outputs(*args)

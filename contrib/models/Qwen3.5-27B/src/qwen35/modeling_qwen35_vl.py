@@ -27,7 +27,8 @@ from .modeling_qwen35_vision import NeuronQwen35VisionModel
 from .nxdi import ModelWrapper
 
 VISION_CONTEXT_ENCODING_MODEL_TAG = "vision_context_encoding_model"
-"""The submodel that encodes prompts with images; its buckets are those of context encoding."""
+VISION_CONTINUATION_MODEL_TAG = "vision_prompt_continuation_model"
+"""The submodels of prompts with images; their buckets are those of the submodels of text."""
 
 # Positions of the last arguments of NxDI's traced `forward`; what lies between them and the first seven stays empty.
 _ROTARY, _EMBEDDINGS, _MASK = 21, 22, 23
@@ -69,6 +70,13 @@ class Qwen35VLInferenceConfig(Qwen35InferenceConfig):
 class NeuronQwen35VLModel(NeuronQwen35Model):
     """The text decoder whose embeddings may come from outside."""
 
+    def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
+        if self.continues and kwargs.get("vision_embeddings") is not None:  # NxDI places them in first chunks only
+            kwargs["inputs_embeds"] = self.encode_vision_to_input(
+                self.embed_tokens(kwargs["input_ids"]), kwargs.pop("vision_embeddings"), kwargs.pop("vision_mask")
+            )
+        return super().get_model_output(*args, **kwargs)
+
     def encode_vision_to_input(
         self, inputs_embeds: torch.Tensor, vision_embeddings: torch.Tensor, vision_mask: torch.Tensor
     ) -> torch.Tensor:
@@ -82,7 +90,7 @@ class Qwen35VLModelWrapper(Qwen35ModelWrapper):
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
         """One tuple of sample inputs a bucket.
 
-        Context encoding of text has the seven plain ones. Decoding adds rotary positions [B, 1]; a prompt with images
+        Prompts of text have the seven plain ones. Decoding adds rotary positions [B, 1]; a prompt with images
         rotary positions [B, 3, S], vision embeddings [B, S, D] and a mask [B, S, 1].
         """
         if self.neuron_config.is_prefill_stage and not self.takes_images:
@@ -91,7 +99,11 @@ class Qwen35VLModelWrapper(Qwen35ModelWrapper):
 
     @property
     def takes_images(self) -> bool:
-        return self.tag == VISION_CONTEXT_ENCODING_MODEL_TAG
+        return self.tag in (VISION_CONTEXT_ENCODING_MODEL_TAG, VISION_CONTINUATION_MODEL_TAG)
+
+    @property
+    def continues(self) -> bool:
+        return super().continues or self.tag == VISION_CONTINUATION_MODEL_TAG
 
     def _sample(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
         if not self.takes_images:
@@ -146,17 +158,18 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         return Qwen35VLModelWrapper
 
     def enable_context_encoding(self, **model_init_kwargs: Any) -> None:
-        """Two submodels over the same weights and state: prompts of text, and prompts with images."""
+        """Two submodels: prompts of text, and prompts with images."""
         super().enable_context_encoding(**model_init_kwargs)
-        text = self.context_encoding_model
-        self.vision_context_encoding_model = self.model_wrapper(
-            config=copy.deepcopy(text.config),
-            model_cls=self._model_cls,
-            tag=text.tag,  # NxDI chooses the compiler's arguments by the tag
-            model_init_kwargs=model_init_kwargs,
+        config = copy.deepcopy(self.context_encoding_model.config)
+        self.vision_context_encoding_model = self.add_submodel(
+            VISION_CONTEXT_ENCODING_MODEL_TAG, config, **model_init_kwargs
         )
-        self.vision_context_encoding_model.tag = VISION_CONTEXT_ENCODING_MODEL_TAG
-        self.models.append(self.vision_context_encoding_model)
+
+    def enable_token_generation(self, *args: Any, **kwargs: Any) -> None:
+        super().enable_token_generation(*args, **kwargs)
+        if self.config.prefill_chunk_size is not None:
+            config = copy.deepcopy(self.continuation_model.config)
+            self.vision_continuation_model = self.add_submodel(VISION_CONTINUATION_MODEL_TAG, config)
 
     def load(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         super().load(compiled_model_path, *args, **kwargs)
@@ -164,8 +177,6 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
 
     def to_cpu(self) -> None:
         super().to_cpu()
-        # Under continuous batching NxDI makes a module a submodel; prompts with and without images share theirs.
-        self.vision_context_encoding_model.model = self.context_encoding_model.model
         self._load_vision()
 
     def _load_vision(self) -> None:
@@ -234,16 +245,19 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
                 placed |= here
         return embeddings, placed
 
-    def _get_model_outputs(self, *args: Any, **kwargs: Any) -> Any:
-        # NxDI hands the extra arguments to its own submodel of a prompt; that of images takes its place for the call.
-        llava_args = args[8] if len(args) > 8 else kwargs["llava_args"]
-        text = self.context_encoding_model
-        if len(llava_args) > _EMBEDDINGS - _PLAIN_ARGUMENTS:
-            self.context_encoding_model = self.vision_context_encoding_model
-        try:
-            return super()._get_model_outputs(*args, **kwargs)
-        finally:
-            self.context_encoding_model = text
+    def _columns_of(self, llava_args: Sequence[torch.Tensor], columns: slice) -> Sequence[torch.Tensor]:
+        if len(llava_args) == 0:
+            return llava_args
+        *empty, rotary, embeddings, mask = llava_args
+        return [*empty, rotary[:, :, columns], embeddings[:, columns], mask[:, columns]]
+
+    def _submodel_for(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, llava_args: Sequence[torch.Tensor]
+    ) -> Any:
+        submodel = super()._submodel_for(input_ids, position_ids, llava_args)
+        if len(llava_args) <= _EMBEDDINGS - _PLAIN_ARGUMENTS:
+            return submodel
+        return self.vision_context_encoding_model if submodel is None else self.vision_continuation_model
 
 
 def get_rope_index(

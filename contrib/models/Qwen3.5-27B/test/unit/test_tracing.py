@@ -36,8 +36,9 @@ STOCK = """
 # What ours adds: elementwise operations, comparisons and reductions, views, constants. Each is one HLO instruction or a
 # few, of static shape; those that end in _ are made functional before they are lowered.
 OURS = """
-    addcmul_ alias any.dim bitwise_or.Tensor clamp eq.Scalar eq.Tensor ge.Scalar gt.Scalar lt.Scalar mul_.Tensor
-    sigmoid silu_ softplus index_select select.int split.Tensor split_with_sizes new_zeros empty_like new_empty
+    addcmul_ alias amax any.dim bitwise_or.Tensor clamp eq.Scalar eq.Tensor ge.Scalar ge.Tensor gt.Scalar lt.Scalar
+    mul_.Tensor sigmoid silu_ softplus index_select select.int split.Tensor split_with_sizes new_zeros empty_like
+    new_empty
 """
 # The gated delta rule in plain PyTorch, for head sizes that the kernels do not have.
 PLAIN_DELTA_RULE = """
@@ -55,6 +56,7 @@ OPTIONS = {
     "two rows of four lines": dict(
         batch_size=2, ctx_batch_size=1, kv_cache_batch_size=4, max_batch_size=4, is_continuous_batching=True
     ),
+    "prompts in chunks": dict(batch_size=2, prefill_chunk_size=128, enable_bucketing=True),
     "sampled tokens and logits": dict(
         batch_size=2, on_device_sampling_config=OnDeviceSamplingConfig(), output_logits=True, on_cpu=True
     ),

@@ -1,0 +1,147 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that are encoded in chunks, carrying state, conv inputs and keys: the same as in one piece.
+
+The oracle for text is transformers on the whole prompt; for the way it is cut, the same model in one piece. Tolerance:
+1e-4 on float32 logits of order one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from _compare import assert_close
+from decoder_cases import CASES, STEPS, recorded, recorded_tensors
+from models import load_neuron, neuron_greedy, random_prompts, right_padded, save_checkpoint
+from qwen35 import OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
+from vl_cases import EXAMPLE, load, save_vl_checkpoint
+from vl_cases import greedy as vl_greedy
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
+SEQ_LEN = 256
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(path, seed=1)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(prefill_chunk_size=16),
+        dict(prefill_chunk_size=16, enable_bucketing=True, token_generation_buckets=[24, 64, 160]),
+        dict(prefill_chunk_size=16, ctx_batch_size=1, is_continuous_batching=True),
+        dict(prefill_chunk_size=32, ctx_batch_size=2, is_continuous_batching=True),
+        dict(prefill_chunk_size=16, on_device_sampling_config=OnDeviceSamplingConfig(), output_logits=True),
+    ],
+    ids=["one bucket", "buckets", "one prompt at a time", "two prompts at a time", "sampled tokens and logits"],
+)
+def test_a_ragged_batch_in_chunks_generates_what_transformers_generates(options: dict[str, Any], path: Path) -> None:
+    case = CASES[1]  # its longest prompt has 40 tokens
+    tokens, logits = neuron_greedy(load_neuron(path, seq_len=160, batch_size=4, **options), case.prompts(), STEPS)
+    expected_tokens, expected_logits = recorded(case)
+    assert_close(logits, expected_logits, atol=1e-4, label="logits")
+    assert torch.equal(tokens, expected_tokens)
+
+
+def greedy_on_rank(path: str, prompts: list[list[int]], options: dict[str, Any]) -> Any:
+    return neuron_greedy(load_neuron(Path(path), **options), prompts, STEPS)
+
+
+def test_two_ranks_encode_in_chunks_too(path: Path, rank_pool: Callable[[int], Any]) -> None:
+    options = dict(seq_len=160, batch_size=4, prefill_chunk_size=16, tp_degree=2)
+    for tokens, _ in rank_pool(2).call(greedy_on_rank, str(path), CASES[1].prompts(), options):
+        assert torch.equal(tokens, recorded(CASES[1])[0])
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(path: Path) -> Any:
+    return load_neuron(path, batch_size=3, seq_len=SEQ_LEN)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 64])
+def test_any_split_of_any_batch_is_the_same_as_one_piece(chunk: int, path: Path, in_one_piece: Any) -> None:
+    model = load_neuron(path, batch_size=3, seq_len=SEQ_LEN, prefill_chunk_size=max(chunk, 2))
+
+    @settings(max_examples=8, phases=WITHOUT_SHRINKING)
+    @given(st.lists(st.integers(1, min(6 * chunk + 40, SEQ_LEN - 3)), min_size=1, max_size=3), st.integers(0, 2**16))
+    def run(lengths: list[int], seed: int) -> None:
+        prompts = random_prompts(lengths, seed=seed)
+        tokens, logits = neuron_greedy(model, prompts, 3)
+        expected_tokens, expected_logits = neuron_greedy(in_one_piece, prompts, 3)
+        assert_close(logits, expected_logits, atol=1e-4, label="logits")
+        assert torch.equal(tokens, expected_tokens)
+
+    run()
+
+
+def test_the_caller_may_cut_a_prompt_anywhere(path: Path, in_one_piece: Any) -> None:
+    """The request engine's way: each call gives the next tokens of the rows it likes, of different cached lengths."""
+    prompts = random_prompts([50, 23, 37], seed=4)
+    expected = neuron_greedy(in_one_piece, prompts, 1)[1][:, 0]
+    model = load_neuron(path, batch_size=3, seq_len=SEQ_LEN, prefill_chunk_size=16, is_continuous_batching=True)
+    done = [0, 0, 0]
+    logits: dict[int, torch.Tensor] = {}
+    for rows, sizes in (([2, 0], [5, 16]), ([1], [16]), ([0, 2], [3, 16]), ([1, 2, 0], [7, 16, 16]), ([0], [15])):
+        pieces = [prompts[row][done[row] : done[row] + size] for row, size in zip(rows, sizes, strict=True)]
+        ids, mask = right_padded(pieces)
+        starts = torch.tensor([done[row] for row in rows]).unsqueeze(1)
+        positions = torch.where(mask > 0, starts + torch.arange(ids.shape[1]), 0)
+        if any(done[row] for row in rows):
+            mask = (torch.arange(int(starts.max())) < starts).long()
+        outputs = model(ids, torch.tensor(rows), mask, positions).logits[:, -1]
+        for i, row in enumerate(rows):
+            done[row] += len(pieces[i])
+            logits[row] = outputs[i]
+    assert done == [len(prompt) for prompt in prompts]
+    for row in range(3):
+        assert_close(logits[row], expected[row], atol=1e-4, label=f"row {row}")
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_token(path: Path) -> None:
+    prompts = random_prompts([96], seed=6)
+    expected = neuron_greedy(load_neuron(path, seq_len=96), prompts, 1)[1]
+    logits = neuron_greedy(load_neuron(path, seq_len=96, prefill_chunk_size=64), prompts, 1)[1]
+    assert_close(logits, expected, atol=1e-4, label="logits")
+
+
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_images_and_video_are_encoded_in_chunks(chunk: int, tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    tokens, logits = vl_greedy(load(str(tmp_path), prefill_chunk_size=chunk), EXAMPLE, STEPS)
+    expected_tokens, expected_logits = recorded_tensors("vision-language")
+    assert_close(logits, expected_logits, atol=1e-4, label="logits")
+    assert torch.equal(tokens, expected_tokens)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_its_first_chunk(path: Path) -> None:
+    model = load_neuron(path, seq_len=96, prefill_chunk_size=64)
+    with pytest.raises(ValueError, match=r"prompt of 97 tokens exceeds seq_len=96"):
+        neuron_greedy(model, random_prompts([97]), 1)
+    state = model.models[0].model.kv_mgr.past_key_values
+    assert not any(entry.any() for entry in state)
+
+
+def test_a_chunk_size_bounds_the_buckets_of_prompts(path: Path) -> None:
+    neuron_config = Qwen35NeuronConfig(seq_len=1024, prefill_chunk_size=256, enable_bucketing=True)
+    config = Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config)
+    assert config.neuron_config.max_context_length == config.prefill_chunk_size == 256
+    assert type(config).from_json_string(config.to_json_string()).prefill_chunk_size == 256
+
+
+def test_going_on_without_a_chunk_size_is_an_error_that_names_it(in_one_piece: Any) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"position_ids start at 4.*prefill_chunk_size"):
+        in_one_piece(ids, torch.tensor([0]), torch.ones(1, 4, dtype=torch.long), torch.tensor([[4, 5, 6]]))
