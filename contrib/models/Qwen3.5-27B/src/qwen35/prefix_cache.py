@@ -1,0 +1,148 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Beginnings of prompts that were encoded before: states at block boundaries with the keys and values up to them.
+
+A prompt that begins like an earlier one goes on from the last boundary that both share. A DeltaNet state is the sum of
+everything before it, so that it can be taken up only where it was put down: at the end of a block. Keys and values are
+kept block by block. A block is known by a hash over its tokens and images and all blocks before it.
+
+Letters: L cache lines, M KV heads, P positions, E head dim, all of this rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .modeling_qwen35 import NeuronQwen35ForCausalLM
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or a video: the index of its first placeholder in the prompt, and a digest of its pixels and grid."""
+
+    start: int
+    digest: bytes
+
+
+def digest_of(pixels: torch.Tensor, grid_thw: torch.Tensor) -> bytes:
+    """What tells one image from another: its patches, as the encoder gets them, and its shape."""
+    content = hashlib.sha256(grid_thw.contiguous().numpy().tobytes())
+    content.update(pixels.contiguous().view(torch.uint8).numpy().data)
+    return content.digest()
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a line of the cache held when a block of its prompt had been encoded."""
+
+    states: list[torch.Tensor]  # recurrent and conv of each DeltaNet layer at the end of the block
+    key_values: list[torch.Tensor]  # K and V of each attention layer, [M, block, E]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.states, *self.key_values))
+
+
+class PrefixCache:
+    """Blocks of encoded prompts of one model, the least recently used dropped beyond a budget.
+
+    Args:
+        model: loaded on a CPU. On a device state and caches are not in reach of the host.
+        budget_bytes: host memory of this rank for all blocks.
+
+    Raises:
+        ValueError: the model has no `prefill_chunk_size`, which is the size of a block.
+        NotImplementedError: the model is on a device.
+    """
+
+    def __init__(self, model: NeuronQwen35ForCausalLM, budget_bytes: int) -> None:
+        if model.config.prefill_chunk_size is None:
+            raise ValueError("prefill_chunk_size is not set: prompts are taken up where a chunk ended, set it")
+        if model.context_encoding_model.is_neuron():
+            raise NotImplementedError("a prefix cache on a device: the states there are not in reach of the host")
+        self.model, self.budget_bytes = model, budget_bytes
+        self.block: int = model.config.prefill_chunk_size
+        self.nbytes = 0
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # least recently used first
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are kept."""
+        return len(self._blocks)
+
+    def take_up(self, line: int, tokens: Sequence[int], media: Sequence[Medium] = ()) -> int:
+        """Put the longest known beginning of a prompt on a line; returns its length, 0 when nothing is known.
+
+        At least one token is left to encode, because the logits of the last token are kept nowhere. The line then holds
+        exactly what encoding these tokens would have left there.
+        """
+        known = []
+        for key in self._keys(tokens[:-1], media):
+            if key not in self._blocks:
+                break
+            known.append(key)
+        if known:
+            states, caches = self._line(line)
+            for entry, kept in zip(states, self._blocks[known[-1]].states, strict=True):
+                entry.copy_(kept)
+            for i, key in enumerate(known):
+                for entry, kept in zip(caches, self._blocks[key].key_values, strict=True):
+                    entry[:, i * self.block : (i + 1) * self.block].copy_(kept)
+        self._touch(known)
+        return len(known) * self.block
+
+    def put_down(self, line: int, tokens: Sequence[int], media: Sequence[Medium] = ()) -> None:
+        """Keep what a line holds right after `tokens`, a whole number of blocks, were encoded from the beginning.
+
+        Does nothing when the block is kept already, or when a block before it is not: it could never be taken up.
+        """
+        if not tokens or len(tokens) % self.block:
+            raise ValueError(
+                f"{len(tokens)} tokens are not whole blocks of {self.block}: put down at the end of a chunk"
+            )
+        *before, key = self._keys(tokens, media)
+        if key not in self._blocks and all(earlier in self._blocks for earlier in before):
+            states, caches = self._line(line)
+            columns = slice(len(tokens) - self.block, len(tokens))
+            block = Block([entry.clone() for entry in states], [entry[:, columns].clone() for entry in caches])
+            if block.nbytes > self.budget_bytes:
+                return
+            self._blocks[key] = block
+            self.nbytes += block.nbytes
+        self._touch([*before, key])
+        while self.nbytes > self.budget_bytes:
+            _, dropped = self._blocks.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        # The first block last, so that of a chain the end is dropped first: without its beginning it is of no use.
+        for key in reversed(keys):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+
+    def _keys(self, tokens: Sequence[int], media: Sequence[Medium]) -> Iterator[bytes]:
+        """A hash for each whole block of `tokens`, over it and all before it."""
+        key = b""
+        for start in range(0, len(tokens) - self.block + 1, self.block):
+            content = hashlib.sha256(key)
+            content.update(torch.tensor(tokens[start : start + self.block], dtype=torch.int64).numpy().tobytes())
+            for medium in media:
+                if start <= medium.start < start + self.block:
+                    content.update(medium.start.to_bytes(8, "little") + medium.digest)
+            key = content.digest()
+            yield key
+
+    def _line(self, line: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(states, K and V caches [M, P, E]) of a line, as views."""
+        entries: Any = self.model.context_encoding_model.model.kv_mgr.past_key_values
+        linear, full = self.model.config.linear_attention_layers, self.model.config.full_attention_layers
+        states = [entries[2 * i + pair].data[line] for i in linear for pair in (0, 1)]
+        caches = [entries[2 * i + pair].data[line] for i in full for pair in (0, 1)]
+        return states, caches

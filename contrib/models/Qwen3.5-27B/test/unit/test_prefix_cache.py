@@ -1,0 +1,116 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Beginnings of prompts that are taken up again: bit for bit what a cold run gives, never those of another prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from models import load_neuron, random_prompts, save_checkpoint
+from qwen35.prefix_cache import Medium, PrefixCache, digest_of
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+BLOCK, LINES, SEQ_LEN = 8, 2, 96
+WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(path, seed=1)
+    return load_neuron(
+        path,
+        batch_size=LINES,
+        ctx_batch_size=1,
+        seq_len=SEQ_LEN,
+        prefill_chunk_size=BLOCK,
+        is_continuous_batching=True,
+    )
+
+
+def encode(model: Any, line: int, prompt: list[int], cache: PrefixCache | None, media: Any = ()) -> tuple[int, Any]:
+    """(tokens taken up, logits of the last token and what the line then holds)."""
+    taken = cache.take_up(line, prompt, media) if cache is not None else 0
+    for start in range(taken, len(prompt), BLOCK):
+        piece = torch.tensor([prompt[start : start + BLOCK]])
+        positions = start + torch.arange(piece.shape[1]).unsqueeze(0)
+        mask = torch.ones(1, start or piece.shape[1], dtype=torch.long)
+        logits = model(piece, torch.tensor([line]), mask, positions).logits[0, -1]
+        if cache is not None and piece.shape[1] == BLOCK:
+            cache.put_down(line, prompt[: start + BLOCK], media)
+    state = model.context_encoding_model.model.kv_mgr.past_key_values
+    held = [entry[line, ..., : len(prompt), :].clone() for entry in state]
+    return taken, [logits.clone(), *held]
+
+
+def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_warm_run_is_bit_identical_to_a_cold_one_on_any_line(model: Any) -> None:
+    @settings(max_examples=30, phases=WITHOUT_SHRINKING)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        cache = PrefixCache(model, budget_bytes=data.draw(st.sampled_from([1 << 18, 1 << 19, 1 << 30])))
+        # Few tokens, so that prompts share beginnings of any length.
+        prompts = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=40), min_size=2, max_size=6))
+        for prompt in prompts:
+            shared = data.draw(st.sampled_from(prompts))[: data.draw(st.integers(0, 40))]
+            prompt = [*shared, *prompt]
+            cold = encode(model, 0, prompt, None)[1]
+            taken, warm = encode(model, data.draw(st.integers(0, LINES - 1)), prompt, cache)
+            assert taken % BLOCK == 0 and taken < len(prompt)
+            assert equal(warm, cold)
+            assert cache.nbytes <= cache.budget_bytes
+
+    run()
+
+
+def test_the_longest_shared_boundary_is_taken_up(model: Any) -> None:
+    cache = PrefixCache(model, budget_bytes=1 << 30)
+    (prompt,) = random_prompts([40])
+    assert encode(model, 0, prompt, cache)[0] == 0
+    assert encode(model, 1, prompt, cache)[0] == 32, "the last token must be encoded again"
+    assert encode(model, 1, [*prompt, 5], cache)[0] == 40
+    assert encode(model, 0, [*prompt[:20], 0, *prompt[21:]], cache)[0] == 16
+    assert encode(model, 0, [prompt[0] + 1, *prompt[1:]], cache)[0] == 0
+
+
+def test_equal_tokens_with_another_image_are_another_prompt(model: Any) -> None:
+    cache = PrefixCache(model, budget_bytes=1 << 30)
+    (prompt,) = random_prompts([30])
+    grid = torch.tensor([1, 2, 2])
+    one, other = (digest_of(torch.full((4, 3), value), grid) for value in (0.0, 1e-7))
+    assert one != other != digest_of(torch.full((4, 3), 0.0), torch.tensor([1, 1, 4]))
+    encode(model, 0, prompt, cache, [Medium(10, one)])
+    assert encode(model, 0, prompt, cache, [Medium(10, one)])[0] == 24
+    assert encode(model, 0, prompt, cache, [Medium(10, other)])[0] == 8
+    assert encode(model, 0, prompt, cache, [Medium(11, one)])[0] == 8
+
+
+def test_the_least_recently_used_ends_go_first_and_beginnings_last(model: Any) -> None:
+    first, second = random_prompts([24, 24], seed=3)
+    cache = PrefixCache(model, budget_bytes=1 << 30)
+    encode(model, 0, first, cache)
+    size = cache.nbytes // cache.blocks
+    cache = PrefixCache(model, budget_bytes=4 * size)
+    encode(model, 0, first, cache)
+    encode(model, 0, second, cache)
+    assert cache.blocks == 4 and cache.nbytes == 4 * size
+    assert encode(model, 0, [*second, 1], cache)[0] == 24
+    assert encode(model, 0, [*first, 1], cache)[0] == 8
+
+
+def test_a_cache_needs_chunks_and_whole_blocks(model: Any, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="prefill_chunk_size is not set"):
+        PrefixCache(load_neuron(tmp_path), 1)
+    with pytest.raises(ValueError, match="9 tokens are not whole blocks of 8"):
+        PrefixCache(model, 1).put_down(0, [1] * 9)
