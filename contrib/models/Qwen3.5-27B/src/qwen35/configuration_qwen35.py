@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .hardware import INSTANCES
 from .nxdi import InferenceConfig, NeuronConfig
 
 LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
@@ -141,10 +142,16 @@ class Qwen35NeuronConfig(NeuronConfig):
         deltanet_kernel: a `DeltaNetKernel` or its value, kept as the value.
         prefill_chunk_size: tokens of a prompt that are encoded at a time; prompts up to seq_len then need no bucket
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
+        instance: where the model will run, a key of `hardware.INSTANCES`: compiling for a device then first checks that
+            it fits there. It is not guessed, since one machine may compile for another; None checks nothing.
     """
 
     def __init__(
-        self, deltanet_kernel: str = DeltaNetKernel.AUTO, prefill_chunk_size: int | None = None, **kwargs: Any
+        self,
+        deltanet_kernel: str = DeltaNetKernel.AUTO,
+        prefill_chunk_size: int | None = None,
+        instance: str | None = None,
+        **kwargs: Any,
     ) -> None:
         kwargs.setdefault("cast_type", "as-declared")
         if prefill_chunk_size is not None:
@@ -152,6 +159,7 @@ class Qwen35NeuronConfig(NeuronConfig):
         self.prefill_chunk_size = prefill_chunk_size
         super().__init__(**kwargs)
         self.deltanet_kernel = deltanet_kernel.value if isinstance(deltanet_kernel, Enum) else deltanet_kernel
+        self.instance = instance
 
 
 class Qwen35InferenceConfig(InferenceConfig):
@@ -485,6 +493,9 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
         reason = "gates and decays overflow float16; " if neuron.torch_dtype == torch.float16 else ""
         yield f"torch_dtype={neuron.torch_dtype} is not supported: {reason}set torch_dtype to bfloat16 or float32"
     yield from _kernel_problems(config, malformed)
+    instance = getattr(neuron, "instance", None)
+    if instance is not None and instance not in INSTANCES:
+        yield f"instance={instance!r} is unknown; set it to {', '.join(INSTANCES)}, or None to check no memory"
     if neuron.on_cpu and neuron.torch_dtype == torch.bfloat16 and neuron.tp_degree != 1:
         yield f"torch_dtype=bfloat16 with tp_degree={neuron.tp_degree} on a CPU: gloo reduces float32, set it to that"
     if neuron.attention_dtype not in (None, neuron.torch_dtype):

@@ -17,6 +17,14 @@ from .configuration_qwen35 import Qwen35ConfigError, _as_dict, _is_number, _is_s
 _MODEL_TYPES = ("qwen3_5_vision", "qwen3_5")  # older dumps carry the type of the whole model
 _PIXELS = ("patch_size", "temporal_patch_size")  # transformers 5 also writes them as a list with one entry an axis
 
+QWEN35_VISION_PRESETS: dict[str, dict[str, Any]] = {
+    "27B": dict(
+        depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=5120,
+        num_position_embeddings=2304, patch_size=16, temporal_patch_size=2, spatial_merge_size=2,
+    ),
+}  # fmt: skip
+"""The `vision_config` of published checkpoints, beside the text configs of `QWEN35_PRESETS`."""
+
 
 @dataclass(frozen=True)
 class Qwen35VisionConfig:

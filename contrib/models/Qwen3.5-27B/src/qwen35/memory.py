@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,13 +32,55 @@ class RankBytes:
         )
 
 
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the weights of a rank, by what they are for."""
+
+    embedding: int
+    lm_head: int
+    deltanet: int
+    attention: int
+    mlp: int
+    norms: int
+    """Between the layers; the norms within a DeltaNet or attention layer are counted there."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+_GROUPS = {
+    "embed_tokens": "embedding",
+    "lm_head": "lm_head",
+    "linear_attn": "deltanet",
+    "self_attn": "attention",
+    "mlp": "mlp",
+}
+
+
+def count_weights(module: NeuronQwen35Model) -> WeightBytes:
+    """The weights of one rank's module, by group."""
+    sums = dict.fromkeys((field.name for field in fields(WeightBytes)), 0)
+    for name, parameter in module.named_parameters():
+        if not name.startswith("kv_mgr."):
+            sums[next((group for part, group in _GROUPS.items() if part in name.split(".")), "norms")] += (
+                parameter.nbytes
+            )
+    return WeightBytes(**sums)
+
+
+def count_whole_deltanet(module: NeuronQwen35Model) -> int:
+    """Bytes of the DeltaNet layers if every rank held them whole, as in the published ports."""
+    parameters = [p for name, p in module.named_parameters() if ".linear_attn." in name]
+    return sum(p.nbytes * getattr(p, "num_partitions", 1) for p in parameters)
+
+
 def count_bytes(module: NeuronQwen35Model) -> RankBytes:
     """The bytes of a module, on whatever device; its parameters are those of one rank."""
     state = module.kv_mgr.past_key_values
     linear, full = module.config.linear_attention_layers, module.config.full_attention_layers
-    kept = {id(entry) for entry in state}
     return RankBytes(
-        weights=sum(p.nbytes for p in module.parameters() if id(p) not in kept),
+        weights=count_weights(module).total,
         kv_cache=sum(state[2 * i].nbytes + state[2 * i + 1].nbytes for i in full),
         recurrent_state=sum(state[2 * i].nbytes for i in linear),
         conv_state=sum(state[2 * i + 1].nbytes for i in linear),

@@ -7,6 +7,7 @@ Read this file first. The parts it puts together:
 - `configuration_qwen35`: the checkpoint's config.json and NxDI's options, validated at once;
 - `gated_deltanet`, `attention`, `norms`, `rope`: the layers; `ops`: DeltaNet's operators in plain PyTorch;
 - `cache`: what is kept between steps;
+- `planning`: what it takes of a device;
 - `checkpoint`, `conversion`, `presharding`: Hugging Face weights to this module tree, and to a file a rank;
 - `nxdi`: the seam to NxDI, or to the CPU stand-ins where it is not installed.
 
@@ -42,6 +43,7 @@ from .nxdi import (
     RowParallelLinear,
     as_rank,
 )
+from .planning import require_fits
 from .presharding import StreamedSharding
 
 FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
@@ -346,11 +348,14 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         return submodel
 
     def compile(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """NxDI's compile, after the headers of the checkpoint were held against the configuration.
+        """NxDI's compile, after the plan was held against `neuron_config.instance` and the checkpoint's headers against
+        the configuration.
 
         Raises:
+            ValueError: the instance has not the memory; it says what to change.
             CheckpointError, ConversionError: the weights would not load; known before minutes of compilation.
         """
+        require_fits(self)
         self.checkpoint_loader_fn()
         super().compile(compiled_model_path, *args, **kwargs)
 

@@ -1,0 +1,72 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trainium 2 and its instances, as figures with their sources.
+
+Sources are documents of github.com/aws-neuron/aws-neuron-sdk, release 2.29, unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A constant with its unit and where it is from."""
+
+    value: int
+    unit: str
+    source: str
+
+
+_CHIP = "about-neuron/arch/neuron-hardware/trainium2.rst"
+CHIP_CORES = Figure(8, "physical NeuronCores a chip", _CHIP)
+CHIP_HBM = Figure(96 * 2**30, "bytes of HBM a chip, a quarter to each pair of cores", _CHIP)
+CHIP_HBM_BANDWIDTH = Figure(2_900 * 10**9, "bytes of HBM a second and chip", _CHIP)
+CHIP_BF16_FLOPS = Figure(667 * 10**12, "dense bfloat16 FLOP a second and chip", _CHIP)
+CHIP_FP32_FLOPS = Figure(181 * 10**12, "float32 FLOP a second and chip", _CHIP)
+DEFAULT_LNC = Figure(
+    2,
+    "physical cores a logical core (LNC), a rank each",
+    "about-neuron/arch/neuron-features/logical-neuroncore-config.rst",
+)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An EC2 instance of Trainium 2 chips. A rank has one logical core of `lnc` physical cores."""
+
+    name: str
+    chips: Figure
+
+    def ranks(self, lnc: int) -> int:
+        """Logical cores, and so the most ranks."""
+        return self.chips.value * CHIP_CORES.value // lnc
+
+
+TRN2_3XLARGE = Instance(
+    # The SDK's trn2-arch.rst lists the larger sizes only; deploy/files/manifests/daemonset.yaml names this one.
+    "trn2.3xlarge", Figure(1, "chips of trn2.3xlarge", "aws.amazon.com/ec2/instance-types/trn2"),
+)  # fmt: skip
+TRN2_48XLARGE = Instance(
+    "trn2.48xlarge", Figure(16, "chips of trn2.48xlarge", "about-neuron/arch/neuron-hardware/trn2-arch.rst")
+)
+INSTANCES = {instance.name: instance for instance in (TRN2_3XLARGE, TRN2_48XLARGE)}
+
+
+def rank_hbm_bytes(lnc: int) -> int:
+    """HBM of a rank: its cores' share of the chip's. At LNC=1 two ranks share a bank of 24 GiB."""
+    return CHIP_HBM.value * lnc // CHIP_CORES.value
+
+
+def rank_bandwidth(lnc: int) -> float:
+    """Bytes a second that a rank reads or writes when all cores of its chip do."""
+    return CHIP_HBM_BANDWIDTH.value * lnc / CHIP_CORES.value
+
+
+def rank_flops(lnc: int, dtype: torch.dtype) -> float:
+    """Peak FLOP a second of a rank in bfloat16 or float32."""
+    peak = CHIP_BF16_FLOPS if dtype == torch.bfloat16 else CHIP_FP32_FLOPS
+    return peak.value * lnc / CHIP_CORES.value

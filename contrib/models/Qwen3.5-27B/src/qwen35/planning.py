@@ -1,0 +1,505 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration takes of a rank's HBM and time, before anything is compiled.
+
+Weights, caches and states are counted from the modules of a rank on the meta device. **Activations and times are
+modelled**: activations are the most bytes that live at once when a bucket's module runs there, operation by operation
+as in plain PyTorch; times are rooflines, which collectives, launches and waits can only add to.
+
+A layout has one copy of DeltaNet's heads over all ranks, or `tp_degree` copies: whole on every rank, as published ports
+have it.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig
+from .configuration_qwen35_vision import Qwen35VisionConfig
+from .hardware import INSTANCES, Figure, Instance, rank_bandwidth, rank_flops, rank_hbm_bytes
+from .memory import RankBytes, WeightBytes, count_bytes, count_weights, count_whole_deltanet
+from .modeling_qwen35_vision import NeuronQwen35VisionModel, Qwen35VisionEncoder, Qwen35VisionInferenceConfig
+from .nxdi import NXDI_AVAILABLE, NeuronConfig, as_rank
+
+if TYPE_CHECKING:
+    from .modeling_qwen35 import NeuronQwen35ForCausalLM
+
+RESERVE = Figure(
+    3_500_000_000,
+    "bytes a rank for code, DMA rings, collectives and the compiler's scratch",
+    "inferred: what NxDI pull request 128 reports in use at 128 tokens, 23.57 GiB, is 3.3 GB more than is counted here",
+)
+LENGTH_STEP = 128
+"""Contexts are looked for in steps of NxDI's smallest bucket (`modules/autobucketing.py`)."""
+MOST_LINES = 512
+"""No larger batch is looked for."""
+
+
+@dataclass(frozen=True)
+class BucketBytes:
+    """Most bytes of activations that live at once in a bucket of a submodel; modelled."""
+
+    submodel: str
+    bucket: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bytes of a rank."""
+
+    weights: WeightBytes
+    kv_cache: int
+    recurrent_state: int
+    conv_state: int
+    activations: int
+    """Of the largest bucket: programs take turns on one scratchpad (neuron-runtime/explore/device-memory.rst)."""
+    reserve: int
+    hbm: int
+
+    @property
+    def total(self) -> int:
+        kept = self.kv_cache + self.recurrent_state + self.conv_state
+        return self.weights.total + kept + self.activations + self.reserve
+
+    @property
+    def headroom(self) -> int:
+        return self.hbm - self.total
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What else fits; 0 where nothing does."""
+
+    context: int
+    """Most tokens of a sequence at this batch."""
+    batch: int
+    """Most cache lines at this context."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank computes and moves, from the shapes of its parameters and caches. The times are modelled."""
+
+    token_flops: int
+    """A token: 2 for each weight of the layers' matrices, and three products with the state of each DeltaNet head."""
+    pair_flops: int
+    """A token and one that it attends to: the products with its key and its value, in all attention layers."""
+    head_flops: int
+    """A sequence and step: the output head, of the last token alone."""
+    weight_bytes: int
+    """Read by every program: all but the embedding, of which a token needs one row."""
+    state_bytes: int
+    """A sequence: recurrent and conv state, read and written."""
+    token_bytes: int
+    """A token in the KV cache."""
+    flops_per_second: float
+    bytes_per_second: float
+
+    def ttft(self, tokens: int, piece: int, rows: int = 1) -> float:
+        """Least seconds for `rows` prompts of `tokens` each, in pieces of at most `piece` tokens."""
+        seconds = 0.0
+        for start in range(0, tokens, piece):
+            length = min(piece, tokens - start)
+            pairs = length * start + length * (length + 1) // 2
+            flops = length * self.token_flops + pairs * self.pair_flops + self.head_flops
+            seconds += self._seconds(rows * flops, start + length, rows)
+        return seconds
+
+    def tpot(self, context: int, rows: int = 1) -> float:
+        """Least seconds for a token of each of `rows` sequences that have `context` tokens in the cache."""
+        flops = self.token_flops + context * self.pair_flops + self.head_flops
+        return self._seconds(rows * flops, context, rows)
+
+    def _seconds(self, flops: int, cached: int, rows: int) -> float:
+        moved = self.weight_bytes + rows * (2 * self.state_bytes + cached * self.token_bytes)
+        return max(flops / self.flops_per_second, moved / self.bytes_per_second)
+
+
+@dataclass(frozen=True)
+class VisionBytes:
+    """Weights of the vision encoder: on the host, where it runs and takes no HBM, and what a rank would hold."""
+
+    host: int
+    rank: int | None
+    """None where the ranks cannot split its heads."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One layout with its limits and its work."""
+
+    layout: Layout
+    limits: Limits
+    work: Work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration takes on an instance."""
+
+    instance: Instance
+    tp_degree: int
+    lnc: int
+    dtype: torch.dtype
+    seq_len: int
+    lines: int
+    """Sequences that the cache holds."""
+    rows: int
+    """Sequences of a decoding step."""
+    prompt_rows: int
+    """Sequences whose prompts are encoded together."""
+    prompt_bucket: int
+    """Tokens of the largest context-encoding bucket."""
+    sharded: Column
+    replicated: Column
+    """For comparison: DeltaNet whole on every rank. Its activations are taken to be those of `sharded`."""
+    buckets: tuple[BucketBytes, ...]
+    valid_tp_degrees: tuple[int, ...]
+    """Of this checkpoint on this instance."""
+    vision: VisionBytes | None
+
+    @property
+    def fits(self) -> bool:
+        return self.sharded.layout.fits
+
+
+def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
+    """Count what `model`, an application that need not be loaded, takes on `instance`.
+
+    `logical_nc_config` says which share of a chip a rank has. Where NxDI is installed activations are left out, since
+    its layers do not run without a process group.
+
+    Raises:
+        ValueError: the instance has fewer ranks than `tp_degree`.
+    """
+    neuron = model.neuron_config
+    valid = tp_degrees(model, instance)
+    counts = cache(partial(_count_resized, model))
+
+    def column(copies: int) -> Column:
+        return Column(
+            counts(neuron.max_length, neuron.kv_cache_batch_size).layout(copies),
+            _limits(model, lambda seq_len, lines: counts(seq_len, lines).layout(copies)),
+            work_of(model, copies),
+        )
+
+    return Plan(
+        instance=instance,
+        tp_degree=neuron.tp_degree,
+        lnc=neuron.logical_nc_config,
+        dtype=neuron.torch_dtype,
+        seq_len=neuron.max_length,
+        lines=neuron.kv_cache_batch_size,
+        rows=neuron.tkg_batch_size,
+        prompt_rows=neuron.ctx_batch_size,
+        prompt_bucket=neuron.max_context_length,
+        sharded=column(1),
+        replicated=column(neuron.tp_degree),
+        buckets=tuple(walk_buckets(model)),
+        valid_tp_degrees=tuple(valid),
+        vision=_vision(model.config),
+    )
+
+
+def require_fits(model: NeuronQwen35ForCausalLM) -> None:
+    """Check that a model fits the instance that its configuration names; without a name, or on a CPU, do nothing.
+
+    Raises:
+        ValueError: it does not fit; the message says which context, batch and tensor-parallel degrees do.
+    """
+    neuron = model.neuron_config
+    name = getattr(neuron, "instance", None)
+    if neuron.on_cpu or name is None:
+        return
+    degrees = tp_degrees(model, INSTANCES[name])
+    layout = count(model).layout()
+    if layout.fits:
+        return
+    limits = _limits(model, lambda seq_len, lines: _count_resized(model, seq_len, lines).layout())
+    fitting = [degree for degree in degrees if count(_with_tp_degree(model, degree)).layout().fits]
+    remedies = [
+        f"lower {field} to at most {most}"
+        for field, most in (("seq_len", limits.context), ("kv_cache_batch_size", limits.batch))
+        if most
+    ]
+    remedies += [f"set tp_degree to {' or '.join(map(str, fitting))}"] if fitting else []
+    raise ValueError(
+        f"seq_len={neuron.max_length} with kv_cache_batch_size={neuron.kv_cache_batch_size} at "
+        f"tp_degree={neuron.tp_degree} needs {layout.total / 1e9:.1f} GB of HBM a rank, instance={name!r} has "
+        f"{layout.hbm / 1e9:.1f} GB: {', or '.join(remedies) or 'use a larger instance'}; see 'qwen35 plan'"
+    )
+
+
+def tp_degrees(model: NeuronQwen35ForCausalLM, instance: Instance) -> list[int]:
+    """The tensor-parallel degrees of the checkpoint that the instance has ranks for.
+
+    Raises:
+        ValueError: the configured degree is more than that.
+    """
+    neuron = model.neuron_config
+    ranks = instance.ranks(neuron.logical_nc_config)
+    valid = [degree for degree in model.config.valid_tp_degrees() if degree <= ranks]
+    if neuron.tp_degree > ranks:
+        raise ValueError(
+            f"tp_degree={neuron.tp_degree} exceeds the {ranks} logical cores of {instance.name} at "
+            f"logical_nc_config={neuron.logical_nc_config}; valid degrees: {', '.join(map(str, valid))}"
+        )
+    return valid
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+def resized(model: NeuronQwen35ForCausalLM, seq_len: int, lines: int) -> NeuronQwen35ForCausalLM:
+    """The model for another context and number of cache lines; what was equal to the old number follows the new."""
+    config = copy.deepcopy(model.config)
+    neuron = config.neuron_config
+    old_length, old_lines = neuron.max_length, neuron.kv_cache_batch_size
+    for name in ("seq_len", "max_length", "n_positions", "max_context_length"):
+        value = getattr(neuron, name)
+        setattr(neuron, name, seq_len if value == old_length else min(value, seq_len))
+    for name in ("batch_size", "tkg_batch_size", "max_batch_size", "kv_cache_batch_size", "ctx_batch_size"):
+        value = getattr(neuron, name)
+        follows = value == old_lines and not (name == "ctx_batch_size" and neuron.is_continuous_batching)
+        setattr(neuron, name, lines if follows else min(value, lines))
+    for name, last in (
+        ("context_encoding_buckets", neuron.max_context_length),
+        ("token_generation_buckets", neuron.max_length),
+    ):
+        if buckets := getattr(neuron, name):
+            setattr(neuron, name, [*(bucket for bucket in buckets if bucket < last), last])
+    return _with_config(model, config)
+
+
+def _with_tp_degree(model: NeuronQwen35ForCausalLM, tp_degree: int) -> NeuronQwen35ForCausalLM:
+    config = copy.deepcopy(model.config)
+    config.neuron_config.tp_degree = tp_degree
+    return _with_config(model, config)
+
+
+def _with_config(model: NeuronQwen35ForCausalLM, config: Qwen35InferenceConfig) -> NeuronQwen35ForCausalLM:
+    config.add_derived_config()
+    return type(model)(model.model_path, config)
+
+
+@contextmanager
+def _on_a_rank(config: Qwen35InferenceConfig) -> Iterator[None]:
+    with as_rank(0, config.neuron_config.tp_degree), torch.device("meta"), torch.no_grad():
+        yield
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted of a model, for any layout."""
+
+    kept: RankBytes
+    weights: WeightBytes
+    whole_deltanet: int
+    activations: int
+    hbm: int
+
+    def layout(self, copies: int = 1) -> Layout:
+        """With `copies` of DeltaNet's heads over all ranks."""
+        weights = self.weights if copies == 1 else replace(self.weights, deltanet=self.whole_deltanet)
+        return Layout(
+            weights=weights,
+            kv_cache=self.kept.kv_cache,
+            recurrent_state=copies * self.kept.recurrent_state,
+            conv_state=copies * self.kept.conv_state,
+            activations=self.activations,
+            reserve=RESERVE.value,
+            hbm=self.hbm,
+        )
+
+
+def count(model: NeuronQwen35ForCausalLM) -> Counted:
+    """The bytes of a rank: one build of its module, and the walk of the largest bucket of each submodel."""
+    with _on_a_rank(model.config):
+        module = model._model_cls(model.config)
+    return Counted(
+        kept=count_bytes(module),
+        weights=count_weights(module),
+        whole_deltanet=count_whole_deltanet(module),
+        activations=max((bucket.bytes for bucket in walk_buckets(model, slice(-1, None))), default=0),
+        hbm=rank_hbm_bytes(model.neuron_config.logical_nc_config),
+    )
+
+
+def _count_resized(model: NeuronQwen35ForCausalLM, seq_len: int, lines: int) -> Counted:
+    return count(resized(model, seq_len, lines))
+
+
+def _limits(model: NeuronQwen35ForCausalLM, layout: Callable[[int, int], Layout]) -> Limits:
+    neuron, longest = model.neuron_config, model.config.max_position_embeddings
+
+    def length(step: int) -> int:
+        return min(step * LENGTH_STEP, longest)
+
+    steps = largest(lambda step: layout(length(step), neuron.kv_cache_batch_size).headroom, -(-longest // LENGTH_STEP))
+    return Limits(
+        context=length(steps), batch=largest(lambda lines: layout(neuron.max_length, lines).headroom, MOST_LINES)
+    )
+
+
+def largest(headroom: Callable[[int], int], limit: int) -> int:
+    """The largest n from 1 to `limit` with headroom(n) >= 0, or 0; headroom falls with n.
+
+    Few calls where it falls nearly in proportion, as memory does: the next n is where a straight line is 0, or the
+    middle when that did not halve what is left.
+    """
+    low, high = 1, limit
+    at_low, at_high = headroom(low), headroom(high)
+    if at_high >= 0 or at_low < 0:
+        return limit if at_high >= 0 else 0
+    halved = True
+    while high - low > 1:
+        left = high - low
+        step = left * at_low // (at_low - at_high) if halved else left // 2
+        middle = low + min(max(step, 1), left - 1)
+        found = headroom(middle)
+        if found >= 0:
+            low, at_low = middle, found
+        else:
+            high, at_high = middle, found
+        halved = 2 * (high - low) <= left
+    return low
+
+
+# --- Activations -----------------------------------------------------------------------------------------------------
+def walk_buckets(model: NeuronQwen35ForCausalLM, which: slice = slice(None)) -> list[BucketBytes]:
+    """The activations of some buckets of every submodel; none where NxDI is installed.
+
+    A block of layers is walked alone and beside a second one, and the difference added for each further block: what a
+    layer needs for itself is freed, what it leaves for later is the same for every block.
+    """
+    if NXDI_AVAILABLE:
+        return []
+    kinds = model.config.layer_types
+    period = next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n))
+    blocks = len(kinds) // period
+    if blocks <= 3:
+        return list(_walk(model, which))
+    one, two = (_walk(_with_layers(model, n * period), which) for n in (1, 2))
+    return [
+        replace(first, bytes=first.bytes + (blocks - 1) * (second.bytes - first.bytes))
+        for first, second in zip(one, two, strict=True)
+    ]
+
+
+def _with_layers(model: NeuronQwen35ForCausalLM, layers: int) -> NeuronQwen35ForCausalLM:
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+    return _with_config(model, config)
+
+
+def _walk(model: NeuronQwen35ForCausalLM, which: slice) -> Iterator[BucketBytes]:
+    for wrapper in model.models:
+        samples = wrapper.input_generator()
+        chosen = range(len(samples))[which]
+        instance = wrapper.get_model_instance()
+        with _on_a_rank(model.config):
+            instance.load_module()
+            for i in chosen:
+                module, aliases = instance.get(i)
+                inputs = [tensor.to("meta") for tensor in samples[i]]
+                with _LiveStorages(module.parameters()) as live:
+                    live.add(inputs)
+                    outputs = module(*inputs)
+                peak = live.peak(without=[outputs[position] for position in aliases.values()])
+                yield BucketBytes(wrapper.tag, wrapper.neuron_config.buckets[i], peak)
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the storages that operations make, from the first tensor on each until the last is gone."""
+
+    def __init__(self, resident: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._numbers = {tensor.untyped_storage()._cdata: -1 for tensor in resident}  # by address, while it lives
+        self._changes: list[tuple[int, int]] = []  # (number of the storage, bytes more or less)
+        self._sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.add([leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)])
+        return output
+
+    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._numbers:
+                number = self._numbers[storage._cdata] = len(self._sizes)
+                self._sizes.append(storage.nbytes())
+                self._changes.append((number, storage.nbytes()))
+                weakref.finalize(storage, self._remove, storage._cdata)
+
+    def _remove(self, address: int) -> None:
+        number = self._numbers.pop(address)
+        self._changes.append((number, -self._sizes[number]))
+
+    def peak(self, without: Sequence[torch.Tensor]) -> int:
+        """Most bytes at once, `without` the storages of some tensors: outputs that take the place of a parameter."""
+        left_out = {self._numbers[tensor.untyped_storage()._cdata] for tensor in without}
+        now = most = 0
+        for number, change in self._changes:
+            now += 0 if number in left_out else change
+            most = max(most, now)
+        return most
+
+
+# --- Work and vision -------------------------------------------------------------------------------------------------
+def work_of(model: NeuronQwen35ForCausalLM, copies: int = 1) -> Work:
+    """What a rank computes and moves, with `copies` of DeltaNet's heads over all ranks."""
+    with _on_a_rank(model.config):
+        module: Any = model._model_cls(model.config)
+    config, neuron = model.config, model.neuron_config
+    weights = count_weights(module)
+    deltanet = weights.deltanet if copies == 1 else count_whole_deltanet(module)
+    linear, full = config.linear_attention_layers, config.full_attention_layers
+    states = [module.kv_mgr.past_key_values[2 * i : 2 * i + 2] for i in range(config.num_hidden_layers)]
+    products = sum(
+        parameter.numel() * (copies if ".linear_attn." in name else 1)
+        for name, parameter in module.layers.named_parameters()
+        if parameter.dim() == 2
+    )
+    return Work(
+        token_flops=2 * products + 6 * copies * sum(states[i][0][0].numel() for i in linear),
+        pair_flops=4 * sum(module.layers[i].self_attn.gate_proj.weight.shape[0] for i in full),
+        head_flops=2 * module.lm_head.weight.numel(),
+        weight_bytes=weights.total - weights.embedding - weights.deltanet + deltanet,
+        state_bytes=copies * sum(state[0].nbytes for i in linear for state in states[i]),
+        token_bytes=sum(state[0, :, 0].nbytes for i in full for state in states[i]),
+        flops_per_second=rank_flops(neuron.logical_nc_config, neuron.torch_dtype),
+        bytes_per_second=rank_bandwidth(neuron.logical_nc_config),
+    )
+
+
+def _vision(config: Qwen35InferenceConfig) -> VisionBytes | None:
+    if config.vision_config is None:
+        return None
+    vision, dtype = Qwen35VisionConfig.from_dict(config.vision_config), config.neuron_config.torch_dtype
+
+    def nbytes(module: torch.nn.Module) -> int:
+        return sum(parameter.nbytes for parameter in module.parameters())
+
+    with torch.device("meta"):
+        host = nbytes(NeuronQwen35VisionModel(vision, dtype))
+    neuron = NeuronConfig(tp_degree=config.neuron_config.tp_degree, torch_dtype=dtype, buckets=[vision.merge_unit])
+    try:
+        on_device = Qwen35VisionInferenceConfig(neuron, load_config=lambda c: vars(c).update(vars(vision)))
+    except Qwen35ConfigError:
+        return VisionBytes(host, None)
+    with _on_a_rank(config):
+        return VisionBytes(host, nbytes(Qwen35VisionEncoder(on_device)))
