@@ -30,10 +30,13 @@ from .generation import (
     load_compiled_config,
     load_tokenizer,
 )
+from .hardware import INSTANCES
 from .kernel_report import add_kernels_command
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, Qwen35VLInferenceConfig
 from .nxdi import NXDI_AVAILABLE, NeuronConfig
+from .plan_report import add_plan_command
+from .recommended import RECOMMENDED
 from .vision_processing import VisionProcessor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     compile_.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at a time (1)")
     compile_.add_argument("--vision", action="store_true", help="also take images and videos")
+    compile_.add_argument(
+        "--instance", choices=INSTANCES, help="where it will run; on Neuron, check that it fits there"
+    )
+    compile_.add_argument(
+        "--recommended",
+        choices=RECOMMENDED,
+        help="of 'qwen35 plan --recommended', in place of --tp, --dtype, --seq-len, --batch, --instance; for a device",
+    )
     compile_.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
     convert = commands.add_parser(
@@ -106,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="the directory to make")
     _add_model_options(convert)
     convert.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_plan_command(commands)
     add_kernels_command(commands)
     return parser
 
@@ -126,7 +138,11 @@ def _positive(text: str) -> int:
 
 
 def _compile(args: argparse.Namespace) -> None:
-    neuron_config = default_neuron_config(args.seq_len, args.batch, args.tp, _DTYPES.get(args.dtype))
+    if args.recommended is not None:
+        neuron_config = RECOMMENDED[args.recommended].neuron_config()
+    else:
+        neuron_config = default_neuron_config(args.seq_len, args.batch, args.tp, _DTYPES.get(args.dtype))
+        neuron_config.instance = args.instance
     neuron_config.save_sharded_checkpoint = True
     model = _model(args, neuron_config, NeuronQwen35VLForCausalLM if args.vision else NeuronQwen35ForCausalLM)
     _write_whole(args.output, lambda path: model.compile(str(path)))

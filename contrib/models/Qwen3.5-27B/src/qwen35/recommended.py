@@ -1,0 +1,71 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Recommended configurations of 27B on each instance; `qwen35 plan --recommended` says what they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .configuration_qwen35 import Qwen35NeuronConfig
+from .hardware import DEFAULT_LNC, TRN2_3XLARGE, TRN2_48XLARGE, Instance
+
+PROMPT_BUCKET = 2048
+"""Tokens of the largest context-encoding bucket. On 27B at TP=4 its arithmetic takes 8 times as long as reading the
+weights, and its activations 0.4 GB of a rank; both modelled."""
+
+
+def device_neuron_config(
+    instance: Instance,
+    tp_degree: int,
+    seq_len: int,
+    batch: int,
+    dtype: torch.dtype = torch.bfloat16,
+    prompt_bucket: int = PROMPT_BUCKET,
+) -> Qwen35NeuronConfig:
+    """Settings for a device: `batch` sequences of `seq_len` tokens, whose prompts are encoded one at a time."""
+    return Qwen35NeuronConfig(
+        tp_degree=tp_degree,
+        batch_size=batch,
+        ctx_batch_size=1,
+        is_continuous_batching=batch > 1,
+        seq_len=seq_len,
+        max_context_length=min(prompt_bucket, seq_len),
+        enable_bucketing=True,
+        torch_dtype=dtype,
+        logical_nc_config=DEFAULT_LNC.value,
+        instance=instance.name,
+    )
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """A configuration of 27B in bfloat16, by name."""
+
+    name: str
+    instance: Instance
+    tp_degree: int
+    seq_len: int
+    batch: int
+    use: str
+
+    def neuron_config(self) -> Qwen35NeuronConfig:
+        return device_neuron_config(self.instance, self.tp_degree, self.seq_len, self.batch)
+
+    @property
+    def replicas(self) -> int:
+        """Models that the instance has room for."""
+        return self.instance.ranks(DEFAULT_LNC.value) // self.tp_degree
+
+
+RECOMMENDED = {
+    entry.name: entry
+    for entry in (
+        Recommended("trn2.3xlarge", TRN2_3XLARGE, 4, 262144, 1, "the longest context"),
+        Recommended("trn2.3xlarge-batch", TRN2_3XLARGE, 4, 32768, 8, "several requests"),
+        Recommended("trn2.48xlarge-tp4", TRN2_48XLARGE, 4, 32768, 8, "most requests a second"),
+        Recommended("trn2.48xlarge-tp8", TRN2_48XLARGE, 8, 262144, 2, "long contexts, half the time a token of TP=4"),
+        Recommended("trn2.48xlarge-tp16", TRN2_48XLARGE, 16, 262144, 1, "least time a token"),
+    )
+}
