@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,34 @@ class Qwen35VLModelWrapper(Qwen35ModelWrapper):
         return (*padded[:_ROTARY], fit(args[_ROTARY], 2), fit(args[_EMBEDDINGS], 1), fit(args[_MASK], 1))
 
 
+@dataclass(frozen=True)
+class PlacedMedia:
+    """What images and videos add to B prompts, for S of their tokens: all, or those of a chunk.
+
+    positions [B, 3, S] on the axes; embeddings [B, S, D], zero at text; mask [B, S] bool, true where they are;
+    rope_deltas [B], what a decoding step adds to the index of its token.
+    """
+
+    positions: torch.Tensor
+    embeddings: torch.Tensor
+    mask: torch.Tensor
+    rope_deltas: torch.Tensor
+
+    def columns(self, start: int, width: int) -> PlacedMedia:
+        """`width` tokens from `start`, padded on the right."""
+
+        def cut(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            part = tensor.narrow(dim, start, min(width, tensor.shape[dim] - start))
+            return F.pad(part, (0, 0) * (tensor.dim() - 1 - dim) + (0, width - part.shape[dim]))
+
+        return PlacedMedia(cut(self.positions, 2), cut(self.embeddings, 1), cut(self.mask, 1), self.rope_deltas)
+
+    @classmethod
+    def stack(cls, rows: Sequence[PlacedMedia]) -> PlacedMedia:
+        """Rows of the same number of tokens as one batch."""
+        return cls(*(torch.cat([getattr(row, field.name) for row in rows]) for field in fields(cls)))
+
+
 def extra_arguments(*last: torch.Tensor) -> list[torch.Tensor]:
     """The arguments of NxDI's traced `forward` after the plain ones: rotary positions, vision embeddings, mask."""
     return [*(torch.empty(0) for _ in range(_ROTARY - _PLAIN_ARGUMENTS)), *last]
@@ -199,6 +228,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        placed: PlacedMedia | None = None,
         **kwargs: Any,
     ) -> Any:
         """As for text. A prompt may come with images and videos, in the order of their placeholders, rows in order.
@@ -207,29 +237,59 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             pixel_values: patches of all images; image_grid_thw: [N, 3] their grids, as the processor gives them.
             pixel_values_videos, video_grid_thw: the same of videos.
             mm_token_type_ids: what transformers 5's processor adds; the placeholders say the same.
+            placed: instead of these, the columns of what `place` gave for whole prompts that belong to input_ids: for
+                a caller that gives prompts in pieces.
 
         Raises:
-            ValueError: placeholders and grids do not match; before the encoder runs.
+            ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images goes on
+                without `placed`.
         """
         if position_ids is None:
             raise ValueError("position_ids is None: NxDI's forward needs them; the prompt's count from 0")
         lines = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
-        if not self._is_prefill(position_ids):
+        begins = self._is_prefill(position_ids[:, :1])
+        if begins and placed is None and not (image_grid_thw is None and video_grid_thw is None):
+            placed = self.place(
+                input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+            )
+        extra: Sequence[torch.Tensor] = []
+        if placed is not None:
+            self.rope_deltas[lines] = placed.rope_deltas
+            extra = extra_arguments(placed.positions, placed.embeddings, placed.mask.int().unsqueeze(-1))
+        elif begins:
+            self.rope_deltas[lines] = 0
+        elif input_ids.shape[1] == 1:
             index = position_ids if attention_mask is None else attention_mask.sum(dim=1, keepdim=True)
             extra = extra_arguments(index + self.rope_deltas[lines].unsqueeze(1))
-        elif image_grid_thw is None and video_grid_thw is None:
-            self.rope_deltas[lines] = 0
-            extra = []
-        else:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            positions, deltas = get_rope_index(self.config, input_ids, mask, image_grid_thw, video_grid_thw)
-            embeddings, placed = self._place(
-                input_ids.masked_fill(mask == 0, -1),
-                [(pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)],
+        elif self.rope_deltas[lines].any():
+            raise ValueError(
+                f"seq_ids={lines.tolist()} hold prompts with images, and placed is None: pass the next columns of what "
+                "place() gave for the whole prompts"
             )
-            self.rope_deltas[lines] = deltas
-            extra = extra_arguments(positions, embeddings, placed.int().unsqueeze(-1))
         return super().forward(input_ids, seq_ids, attention_mask, position_ids, llava_args=extra, **kwargs)
+
+    @torch.no_grad()
+    def place(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+    ) -> PlacedMedia:
+        """Encode the images and videos of whole prompts input_ids [B, S], and place them; arguments as in `forward`.
+
+        Raises:
+            ValueError: placeholders and grids do not match; before the encoder runs.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions, deltas = get_rope_index(self.config, input_ids, mask, image_grid_thw, video_grid_thw)
+        embeddings, placed = self._place(
+            input_ids.masked_fill(mask == 0, -1),
+            [(pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)],
+        )
+        return PlacedMedia(positions, embeddings, placed, deltas)
 
     def _place(
         self, input_ids: torch.Tensor, media: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
@@ -257,7 +317,9 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         submodel = super()._submodel_for(input_ids, position_ids, llava_args)
         if len(llava_args) <= _EMBEDDINGS - _PLAIN_ARGUMENTS:
             return submodel
-        return self.vision_context_encoding_model if submodel is None else self.vision_continuation_model
+        if int(position_ids[:, 0].min()) == 0:
+            return self.vision_context_encoding_model
+        return self.vision_continuation_model
 
 
 def get_rope_index(

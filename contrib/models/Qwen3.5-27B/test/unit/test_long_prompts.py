@@ -8,7 +8,7 @@ The oracle for text is transformers on the whole prompt; for the way it is cut, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from _compare import assert_close
 from decoder_cases import CASES, STEPS, recorded, recorded_tensors
 from models import load_neuron, neuron_greedy, random_prompts, right_padded, save_checkpoint
-from qwen35 import OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
-from vl_cases import EXAMPLE, load, save_vl_checkpoint
+from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.modeling_qwen35_vl import PlacedMedia
+from vl_cases import EXAMPLE, IMAGE, START, Row, load, media, save_vl_checkpoint
 from vl_cases import greedy as vl_greedy
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -87,14 +88,16 @@ def test_any_split_of_any_batch_is_the_same_as_one_piece(chunk: int, path: Path,
     run()
 
 
-def test_the_caller_may_cut_a_prompt_anywhere(path: Path, in_one_piece: Any) -> None:
+CUT = (([2, 0], [5, 16]), ([1], [16]), ([0, 2], [3, 16]), ([1, 2, 0], [7, 16, 16]), ([0], [15]))
+
+
+def last_logits_of_pieces(
+    model: NeuronQwen35ForCausalLM, prompts: list[list[int]], calls: Sequence[tuple[list[int], list[int]]]
+) -> dict[int, torch.Tensor]:
     """The request engine's way: each call gives the next tokens of the rows it likes, of different cached lengths."""
-    prompts = random_prompts([50, 23, 37], seed=4)
-    expected = neuron_greedy(in_one_piece, prompts, 1)[1][:, 0]
-    model = load_neuron(path, batch_size=3, seq_len=SEQ_LEN, prefill_chunk_size=16, is_continuous_batching=True)
-    done = [0, 0, 0]
+    done = [0] * len(prompts)
     logits: dict[int, torch.Tensor] = {}
-    for rows, sizes in (([2, 0], [5, 16]), ([1], [16]), ([0, 2], [3, 16]), ([1, 2, 0], [7, 16, 16]), ([0], [15])):
+    for rows, sizes in calls:
         pieces = [prompts[row][done[row] : done[row] + size] for row, size in zip(rows, sizes, strict=True)]
         ids, mask = right_padded(pieces)
         starts = torch.tensor([done[row] for row in rows]).unsqueeze(1)
@@ -106,8 +109,15 @@ def test_the_caller_may_cut_a_prompt_anywhere(path: Path, in_one_piece: Any) -> 
             done[row] += len(pieces[i])
             logits[row] = outputs[i]
     assert done == [len(prompt) for prompt in prompts]
-    for row in range(3):
-        assert_close(logits[row], expected[row], atol=1e-4, label=f"row {row}")
+    return logits
+
+
+def test_the_caller_may_cut_a_prompt_anywhere(path: Path, in_one_piece: Any) -> None:
+    prompts = random_prompts([50, 23, 37], seed=4)
+    expected = neuron_greedy(in_one_piece, prompts, 1)[1][:, 0]
+    model = load_neuron(path, batch_size=3, seq_len=SEQ_LEN, prefill_chunk_size=16, is_continuous_batching=True)
+    for row, logits in last_logits_of_pieces(model, prompts, CUT).items():
+        assert_close(logits, expected[row], atol=1e-4, label=f"row {row}")
 
 
 def test_a_prompt_may_fill_the_context_to_the_last_token(path: Path) -> None:
@@ -122,6 +132,50 @@ def test_images_and_video_are_encoded_in_chunks(chunk: int, tmp_path: Path) -> N
     save_vl_checkpoint(tmp_path)
     tokens, logits = vl_greedy(load(str(tmp_path), prefill_chunk_size=chunk), EXAMPLE, STEPS)
     expected_tokens, expected_logits = recorded_tensors("vision-language")
+    assert_close(logits, expected_logits, atol=1e-4, label="logits")
+    assert torch.equal(tokens, expected_tokens)
+
+
+def test_the_caller_may_cut_prompts_of_text_where_images_are_possible(tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    prompts = random_prompts([50, 23, 37], seed=4)
+    expected = neuron_greedy(load(str(tmp_path)), prompts, 1)[1][:, 0]
+    model = load(str(tmp_path), prefill_chunk_size=16, is_continuous_batching=True)
+    for row, logits in last_logits_of_pieces(model, prompts, CUT).items():
+        assert_close(logits, expected[row], atol=1e-4, label=f"row {row}")
+
+
+def test_the_caller_may_cut_prompts_with_images(tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    model = load(str(tmp_path), prefill_chunk_size=8, is_continuous_batching=True)
+    rows, prompts = torch.tensor([2, 0]), [EXAMPLE[2], EXAMPLE[0]]
+    ids = [torch.tensor([prompt.ids]) for prompt in prompts]
+    placed = [model.place(row, **media([prompt])) for row, prompt in zip(ids, prompts, strict=True)]
+
+    def take(which: list[int], start: int, sizes: list[int], **given: Any) -> torch.Tensor:
+        tokens, mask = right_padded([ids[i][0, start : start + n].tolist() for i, n in zip(which, sizes, strict=True)])
+        positions = torch.where(mask > 0, start + torch.arange(tokens.shape[1]), 0)
+        cached = mask.new_ones(len(which), start) if start else mask
+        return model(tokens, rows[which], cached, positions, **given).logits[:, -1]
+
+    def columns(which: list[int], start: int, width: int) -> PlacedMedia:
+        return PlacedMedia.stack([placed[i].columns(start, width) for i in which])
+
+    take([0, 1], 0, [8, 8], placed=columns([0, 1], 0, 8))
+    with pytest.raises(ValueError, match=r"seq_ids=\[2\] hold prompts with images, and placed is None"):
+        take([0], 8, [8])
+    expected = recorded_tensors("vision-language")[1][:, 0]
+    logits = take([0, 1], 8, [8, 6], placed=columns([0, 1], 8, 8))
+    assert_close(logits[1], expected[0], atol=1e-4, label="row 0")
+    logits = take([0], 16, [2], placed=columns([0], 16, 2))
+    assert_close(logits[0], expected[2], atol=1e-4, label="row 2")
+
+
+def test_an_image_may_end_in_a_chunk_of_one_token(tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    rows = [Row([3, START, *[IMAGE] * 7], images=[(1, 4, 6), (1, 2, 2)])]  # nine tokens in chunks of four
+    tokens, logits = vl_greedy(load(str(tmp_path), prefill_chunk_size=4), rows, 2)
+    expected_tokens, expected_logits = vl_greedy(load(str(tmp_path)), rows, 2)
     assert_close(logits, expected_logits, atol=1e-4, label="logits")
     assert torch.equal(tokens, expected_tokens)
 
