@@ -5,7 +5,9 @@
 from .attention import NeuronQwen35Attention
 from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
 from .configuration_qwen35_vision import Qwen35VisionConfig
+from .engine import FinishReason, Qwen35Engine, Request, StepOutput
 from .gated_deltanet import NeuronGatedDeltaNet
+from .generation import SamplingOptions
 from .modeling_qwen35 import (
     NeuronQwen35DecoderLayer,
     NeuronQwen35ForCausalLM,
@@ -25,6 +27,7 @@ from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingCo
 __version__ = "0.1.0"
 
 __all__ = [
+    "FinishReason",
     "HuggingFaceGenerationAdapter",
     "NeuronConfig",
     "NeuronGatedDeltaNet",
@@ -39,6 +42,7 @@ __all__ = [
     "OnDeviceSamplingConfig",
     "Qwen35ConfigError",
     "Qwen35DecoderModelInstance",
+    "Qwen35Engine",
     "Qwen35InferenceConfig",
     "Qwen35MLP",
     "Qwen35ModelWrapper",
@@ -46,4 +50,7 @@ __all__ = [
     "Qwen35VLInferenceConfig",
     "Qwen35VisionConfig",
     "Qwen35VisionInferenceConfig",
+    "Request",
+    "SamplingOptions",
+    "StepOutput",
 ]

@@ -26,6 +26,7 @@ from .configuration_qwen35_vision import Qwen35VisionConfig
 from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model, Qwen35ModelWrapper
 from .modeling_qwen35_vision import NeuronQwen35VisionModel
 from .nxdi import ModelWrapper
+from .vision_positions import checked_grids
 
 VISION_CONTEXT_ENCODING_MODEL_TAG = "vision_context_encoding_model"
 VISION_CONTINUATION_MODEL_TAG = "vision_prompt_continuation_model"
@@ -290,6 +291,29 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             [(pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)],
         )
         return PlacedMedia(positions, embeddings, placed, deltas)
+
+    def check_media(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+    ) -> None:
+        """What `place` would check for an unpadded prompt input_ids [1, S], without encoding anything.
+
+        Raises:
+            ValueError: placeholders, grids and pixels do not match.
+        """
+        get_rope_index(self.config, input_ids, torch.ones_like(input_ids), image_grid_thw, video_grid_thw)
+        for name, pixels, grids in (
+            ("image", pixel_values, image_grid_thw),
+            ("video", pixel_values_videos, video_grid_thw),
+        ):
+            if (pixels is None) != (grids is None):
+                raise ValueError(f"{name}s have only one of pixels and grid_thw; pass both as the processor gave them")
+            if pixels is not None and grids is not None:
+                checked_grids(pixels, grids, self.config.vision)
 
     def _place(
         self, input_ids: torch.Tensor, media: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
