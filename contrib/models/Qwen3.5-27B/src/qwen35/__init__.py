@@ -23,6 +23,7 @@ from .modeling_qwen35_vision import (
 )
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel, Qwen35VLInferenceConfig
 from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
+from .prefix_cache import PrefixCache
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "NeuronQwen35VisionForImageEncoding",
     "NeuronQwen35VisionModel",
     "OnDeviceSamplingConfig",
+    "PrefixCache",
     "Qwen35ConfigError",
     "Qwen35DecoderModelInstance",
     "Qwen35Engine",

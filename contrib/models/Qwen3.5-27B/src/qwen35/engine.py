@@ -33,6 +33,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from .generation import SamplingOptions
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
+from .prefix_cache import Medium, PrefixCache, media_digests
 
 
 class FinishReason(str, Enum):
@@ -81,6 +82,7 @@ class _Row:
         self.cached = 0  # tokens that the line's state and keys have taken in
         self.tokens: list[int] = []
         self.placed: PlacedMedia | None = None
+        self.media: list[Medium] = []
         sampling = request.sampling
         seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
         self.generator = torch.Generator().manual_seed(seed)
@@ -111,6 +113,9 @@ class _Row:
 class Qwen35Engine:
     """Continuous batching over a loaded model, which it has for itself; see the module's docstring for the policy.
 
+    With a `prefix_cache` of the same model, a prompt goes on from the last boundary it shares with an earlier one; a
+    request gets the same tokens.
+
     Outputs are handed out once: by `step` to whoever drives the engine, or by `stream`. Under tensor parallelism on a
     CPU every rank runs the same calls, with a seed in each request that samples.
 
@@ -118,7 +123,7 @@ class Qwen35Engine:
         ValueError: the configuration leaves no logits to sample from.
     """
 
-    def __init__(self, model: NeuronQwen35ForCausalLM) -> None:
+    def __init__(self, model: NeuronQwen35ForCausalLM, prefix_cache: PrefixCache | None = None) -> None:
         neuron_config = model.neuron_config
         if neuron_config.on_device_sampling_config is not None and not neuron_config.output_logits:
             raise ValueError(
@@ -127,7 +132,7 @@ class Qwen35Engine:
             )
         if neuron_config.async_mode:
             raise ValueError("async_mode=True: the host samples each token before the next step; set it to False")
-        self.model = model
+        self.model, self.prefix_cache = model, prefix_cache
         self._rows: dict[int, _Row] = {}  # by id, in order of arrival
         self._free = [*range(neuron_config.kv_cache_batch_size)]
         self._outputs: dict[int, list[StepOutput]] = {}  # not handed out yet
@@ -234,6 +239,9 @@ class Qwen35Engine:
                 row.placed = self._vision_model.place(torch.tensor([row.prompt]), **row.request.media)
             row.line = line
             self._free.remove(line)
+            if self.prefix_cache is not None:
+                row.media = media_digests(self.model.config, row.prompt, row.request.media)
+                row.cached = self.prefix_cache.take_up(line, row.prompt, row.media)
         if encoding := [row for row in self._rows.values() if row.line is not None and not row.encoded]:
             together = [row for row in encoding if row.kind == encoding[0].kind]
             self._encode(together[: self.model.neuron_config.ctx_batch_size])
@@ -264,6 +272,8 @@ class Qwen35Engine:
         logits = self.model(ids, _lines(rows), mask, positions, **media).logits[:, -1]
         for row, piece in zip(rows, pieces, strict=True):
             row.cached += len(piece)
+            if self.prefix_cache is not None and row.line is not None and len(piece) == chunk:
+                self.prefix_cache.put_down(row.line, row.prompt[: row.cached], row.media)
         ended = [i for i, row in enumerate(rows) if row.encoded]
         for i in ended:
             rows[i].placed = None

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from .configuration_qwen35 import Qwen35InferenceConfig
     from .modeling_qwen35 import NeuronQwen35ForCausalLM
 
 
@@ -36,6 +37,27 @@ def digest_of(pixels: torch.Tensor, grid_thw: torch.Tensor) -> bytes:
     content = hashlib.sha256(grid_thw.contiguous().numpy().tobytes())
     content.update(pixels.contiguous().view(torch.uint8).numpy().data)
     return content.digest()
+
+
+def media_digests(
+    config: Qwen35InferenceConfig, prompt: Sequence[int], media: Mapping[str, torch.Tensor]
+) -> list[Medium]:
+    """The images and videos of a prompt, from what the processor gives: pixels and grids by name."""
+    found = []
+    for pixels_name, grids_name, token_name in (
+        ("pixel_values", "image_grid_thw", "image_token_id"),
+        ("pixel_values_videos", "video_grid_thw", "video_token_id"),
+    ):
+        if grids_name not in media:
+            continue
+        grids, merge = media[grids_name], config.vision_config["spatial_merge_size"] ** 2  # type: ignore[index]
+        placeholders = [i for i, token in enumerate(prompt) if token == getattr(config, token_name)]
+        patches = grids.prod(dim=1).tolist()
+        first = 0
+        for pixels, grid in zip(media[pixels_name].split(patches), grids, strict=True):
+            found.append(Medium(placeholders[first], digest_of(pixels, grid)))
+            first += len(pixels) // merge
+    return found
 
 
 @dataclass(frozen=True)

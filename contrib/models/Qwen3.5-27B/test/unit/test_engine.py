@@ -24,6 +24,7 @@ from qwen35 import (
     FinishReason,
     NeuronQwen35ForCausalLM,
     OnDeviceSamplingConfig,
+    PrefixCache,
     Qwen35Engine,
     Request,
     StepOutput,
@@ -380,3 +381,40 @@ def test_media_that_do_not_match_are_refused_when_they_are_added(
     change(given)
     with pytest.raises(ValueError, match=message):
         Qwen35Engine(load(str(tmp_path))).add(Request(EXAMPLE[0].ids, 1, media=given))
+
+
+@pytest.mark.parametrize("options", ["one prompt at a time", "two prompts at a time"])
+def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str], NeuronQwen35ForCausalLM]) -> None:
+    model = model_of(options)
+    (first,) = random_prompts([33], seed=9)
+    # The turns of a conversation, a branch of it, and a prompt that shares nothing.
+    prompts = [first, [*first, 1, 2, 3], [*first, 1, 2, 3, *first[:9]], [*first[:20], 7, 8], [5, *first[1:]], first]
+    tokens, taken = [], []
+    for cache in (None, PrefixCache(model, budget_bytes=1 << 30)):
+        engine = Qwen35Engine(model, cache)
+        outputs: dict[int, list[int]] = {}
+        for prompt in prompts:
+            request_id = engine.add(Request(prompt, STEPS))
+            outputs[request_id] = [output.token for output in engine.stream(request_id) if output.token is not None]
+            if cache is not None:
+                taken.append(cache.take_up(0, [*prompt, 0]))
+        tokens.append([*outputs.values()])
+    assert tokens[0] == tokens[1]
+    block = model.config.prefill_chunk_size
+    assert block is not None and taken == [len(prompt) // block * block for prompt in prompts]
+
+
+def test_a_prefix_with_another_image_is_not_taken_up(tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    model = load(str(tmp_path), batch_size=2, ctx_batch_size=1, is_continuous_batching=True, prefill_chunk_size=4)
+    row = EXAMPLE[0]
+    pixels = media([row])
+    changed = {**pixels, "pixel_values": pixels["pixel_values"].roll(1, 0)}
+    cold = [answer(Qwen35Engine(model), row.ids, given) for given in (pixels, changed)]
+    engine = Qwen35Engine(model, PrefixCache(model, budget_bytes=1 << 30))
+    assert [answer(engine, row.ids, given) for given in (pixels, changed, pixels)] == [*cold, cold[0]]
+    assert cold[0] != cold[1], "the images do not matter here, and the test proves nothing"
+
+
+def answer(engine: Qwen35Engine, prompt: list[int], given: dict[str, torch.Tensor]) -> list[int | None]:
+    return [output.token for output in engine.stream(engine.add(Request(prompt, STEPS, media=given)))]
