@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .chat import CHUNK_SIZE, Conversation
 from .configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
 from .generation import (
     MINI_CHECKPOINT,
@@ -75,15 +76,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     _add_model_options(generate)
-    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    _add_sampling_options(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     generate.add_argument(
         "--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron there must be one"
     )
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk, turn by turn",
+        description="Answer each line of standard input as the next turn of a conversation, until its end.",
+    )
+    chat.set_defaults(run=_chat)
+    _add_model_options(chat)
+    chat.add_argument("--seq-len", type=_positive, default=4096, metavar="N", help="the whole conversation (4096)")
+    _add_sampling_options(chat)
+    chat.add_argument("--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron needed")
 
     compile_ = commands.add_parser(
         "compile",
@@ -130,11 +138,47 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a CPU, bfloat16 on Neuron")
 
 
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def _sampling(args: argparse.Namespace) -> SamplingOptions:
+    return SamplingOptions(args.temperature, args.top_p, args.top_k, args.seed)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
     return value
+
+
+def _chat(args: argparse.Namespace) -> None:
+    sampling = _sampling(args)
+    if args.compiled is not None:
+        config = load_compiled_config(args.compiled)
+    else:
+        if args.tp != 1:
+            raise ValueError(f"--tp {args.tp}: a chat on a CPU has one rank, which reads the questions; leave it out")
+        neuron_config = default_neuron_config(args.seq_len, 1, 1, _DTYPES.get(args.dtype), CHUNK_SIZE)
+        config = Qwen35InferenceConfig.from_pretrained(
+            _existing(args.model or MINI_CHECKPOINT), neuron_config=neuron_config
+        )
+    model_path = args.model or Path(config._name_or_path)
+    conversation = Conversation(TextGenerator.load(model_path, config, args.compiled), args.max_new_tokens, sampling)
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        print(prompt, end="", flush=True)
+        if not (question := sys.stdin.readline()):
+            return
+        if question.strip():
+            for piece in conversation.ask(question.strip()):
+                print(piece, end="", flush=True)
+            print(flush=True)
 
 
 def _compile(args: argparse.Namespace) -> None:
@@ -163,7 +207,7 @@ def _generate(args: argparse.Namespace) -> None:
     if with_media and len(prompts) > 1:
         raise ValueError("--batch with --image or --video: ask one question at a time")
     inputs = _encode(args, prompts)
-    sampling = SamplingOptions(args.temperature, args.top_p, args.top_k, args.seed)
+    sampling = _sampling(args)
     # Everything a configuration can have wrong is said here, before processes start and weights are read.
     length = inputs["input_ids"].shape[1] + args.max_new_tokens
     if args.compiled is None:

@@ -250,7 +250,11 @@ def checkpoint_of(compiled_path: Path) -> Path:
 
 
 def default_neuron_config(
-    seq_len: int, batch_size: int = 1, tp_degree: int = 1, torch_dtype: torch.dtype | None = None
+    seq_len: int,
+    batch_size: int = 1,
+    tp_degree: int = 1,
+    torch_dtype: torch.dtype | None = None,
+    prefill_chunk_size: int | None = None,
 ) -> Qwen35NeuronConfig:
     """Options for prompts and answers of `seq_len` tokens together: float32 on a CPU, bfloat16 on Neuron."""
     return Qwen35NeuronConfig(
@@ -258,6 +262,7 @@ def default_neuron_config(
         batch_size=batch_size,
         seq_len=seq_len,
         max_context_length=seq_len,
+        prefill_chunk_size=prefill_chunk_size,
         torch_dtype=torch_dtype or (torch.bfloat16 if NXDI_AVAILABLE else torch.float32),
         on_cpu=not NXDI_AVAILABLE,
         enable_bucketing=True,

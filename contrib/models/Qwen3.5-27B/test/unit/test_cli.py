@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from qwen35.cli import main
 from qwen35.generation import MINI_CHECKPOINT
+from qwen35.prefix_cache import PrefixCache
 
 PROMPT = "The capital of France is"
 
@@ -81,6 +83,24 @@ def test_convert_writes_a_shard_a_rank_and_no_more(tmp_path: Path, capsys: pytes
     # 4 key and 8 value heads of 128: half of 2 * 512 + 2 * 1024 rows.
     assert shard["layers.0.linear_attn.in_proj_qkvz.weight"].shape == (1536, 128)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_chat_answers_line_by_line_and_takes_up_what_was_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[int] = []
+    take_up = PrefixCache.take_up
+    monkeypatch.setattr(
+        PrefixCache,
+        "take_up",
+        lambda *args: taken.append(take_up(*args)) or taken[-1],  # type: ignore[func-returns-value]
+    )
+    questions = ["What is the capital of Italy?", "What is the capital of France?"] * 4
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions)))
+    assert main(["chat", "--seq-len", "512"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 8 and answers[0] == "Rome." and "Paris" in answers[1]
+    assert taken[0] == 0 and taken[-1] >= 128
 
 
 def test_a_compiled_model_generates_by_its_path_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
