@@ -85,13 +85,18 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_names_both_lengths(tm
         neuron_greedy(model, random_prompts([65]), 1)
 
 
-def test_the_usage_example_of_the_readme_runs(tmp_path: Path) -> None:
-    example = re.search(r"```python\n(.*?)```", (MODEL_ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [("Usage", "The capital of France is Paris"), ("Many requests", "Tokyo")],
+)
+def test_the_examples_of_the_readme_run(section: str, expected: str, tmp_path: Path) -> None:
+    readme = (MODEL_ROOT / "README.md").read_text()
+    example = re.search(rf"^## {section}\n.*?```python\n(.*?)```", readme, re.DOTALL | re.MULTILINE)
     assert example is not None
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-c", example[1]]
     output = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
-    assert "The capital of France is Paris" in output
+    assert expected in output
 
 
 def test_only_the_seam_imports_neuron_packages() -> None:

@@ -138,18 +138,15 @@ class Arrival:
         return tokens[: self.max_new_tokens], FinishReason.LENGTH
 
 
-ARRIVALS = st.lists(
-    st.builds(
-        Arrival,
-        case=st.integers(0, len(CASES) - 1),
-        pause=st.integers(0, 3),
-        max_new_tokens=st.integers(1, STEPS),
-        eos_at=st.none() | st.integers(0, STEPS - 1),
-        cancel_after=st.sampled_from([None, None, None, 0, 1, 3, 6]),
-    ),
-    min_size=1,
-    max_size=7,
+ARRIVAL = st.builds(
+    Arrival,
+    case=st.integers(0, len(CASES) - 1),
+    pause=st.integers(0, 3),
+    max_new_tokens=st.sampled_from([1, 2, 3, 5, STEPS, STEPS, STEPS]),
+    eos_at=st.none() | st.integers(0, STEPS - 1),
+    cancel_after=st.sampled_from([None] * 8 + [0, 1, 3, 6]),
 )
+SCHEDULES = st.integers(2, 10).flatmap(lambda size: st.lists(ARRIVAL, min_size=size, max_size=size))
 
 
 def schedules_agree(model: NeuronQwen35ForCausalLM, alone: list[list[int]], schedule: list[Arrival]) -> None:
@@ -205,7 +202,7 @@ def test_a_schedule_gives_each_request_what_it_gets_alone(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
 ) -> None:
     @settings(max_examples=7, phases=WITHOUT_SHRINKING)
-    @given(ARRIVALS)
+    @given(SCHEDULES)
     def run(schedule: list[Arrival]) -> None:
         schedules_agree(model_of(options), alone, schedule)
 
@@ -218,11 +215,22 @@ def test_500_schedules_give_each_request_what_it_gets_alone(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
 ) -> None:
     @settings(max_examples=84, phases=WITHOUT_SHRINKING)  # 504 over the six configurations
-    @given(ARRIVALS)
+    @given(SCHEDULES)
     def run(schedule: list[Arrival]) -> None:
         schedules_agree(model_of(options), alone, schedule)
 
     run()
+
+
+def tokens_on_rank(path: str, options: dict[str, Any]) -> list[list[int | None]]:
+    engine = Qwen35Engine(load_neuron(Path(path), seq_len=SEQ_LEN, tp_degree=2, **options))
+    ids = [engine.add(Request(prompt, STEPS, sampling)) for prompt, sampling in CASES]
+    return [[output.token for output in engine.stream(i)] for i in ids]
+
+
+def test_two_ranks_give_the_tokens_of_one(path: Path, rank_pool: Callable[[int], Any], alone: list[list[int]]) -> None:
+    for tokens in rank_pool(2).call(tokens_on_rank, str(path), OPTIONS["two prompts at a time"]):
+        assert tokens == alone
 
 
 @pytest.mark.parametrize("options", ["one prompt at a time", "two prompts at a time"])
