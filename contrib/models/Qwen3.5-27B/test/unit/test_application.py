@@ -87,7 +87,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_names_both_lengths(tm
 
 @pytest.mark.parametrize(
     ("section", "expected"),
-    [("Usage", "The capital of France is Paris"), ("Many requests", "Tokyo")],
+    [("Usage", "The capital of France is Paris"), ("Images and video", "red"), ("Many requests", "Tokyo")],
 )
 def test_the_examples_of_the_readme_run(section: str, expected: str, tmp_path: Path) -> None:
     readme = (MODEL_ROOT / "README.md").read_text()
