@@ -180,7 +180,8 @@ def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> Non
         raise ValueError("a picture needs matplotlib: pip install 'qwen35-neuron[plot]'") from error
 
     longest = model.config.max_position_embeddings
-    contexts = [n for n in (SHORTEST_DRAWN << i for i in range(longest.bit_length())) if n < longest] + [longest]
+    shortest = min(SHORTEST_DRAWN, longest // 2)
+    contexts = [n for n in (shortest << i for i in range(longest.bit_length())) if n < longest] + [longest]
     counts = [count(resized(model, context, of.lines)) for context in contexts]
     sharded, replicated = ([each.layout(copies) for each in counts] for copies in (1, of.tp_degree))
     parts: dict[str, list[float]] = {

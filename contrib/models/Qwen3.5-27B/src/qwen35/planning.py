@@ -13,6 +13,7 @@ have it.
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -361,9 +362,10 @@ def largest(headroom: Callable[[int], int], limit: int) -> int:
     middle when that did not halve what is left.
     """
     low, high = 1, limit
-    at_low, at_high = headroom(low), headroom(high)
-    if at_high >= 0 or at_low < 0:
-        return limit if at_high >= 0 else 0
+    if (at_high := headroom(high)) >= 0:
+        return limit
+    if (at_low := headroom(low)) < 0:
+        return 0
     halved = True
     while high - low > 1:
         left = high - low
@@ -382,20 +384,19 @@ def largest(headroom: Callable[[int], int], limit: int) -> int:
 def walk_buckets(model: NeuronQwen35ForCausalLM, which: slice = slice(None)) -> list[BucketBytes]:
     """The activations of some buckets of every submodel; none where NxDI is installed.
 
-    A block of layers is walked alone and beside a second one, and the difference added for each further block: what a
-    layer needs for itself is freed, what it leaves for later is the same for every block.
+    Of a model of like blocks of layers two are walked: what the second leaves behind it every further one leaves too,
+    and what a layer needs for itself is freed before the next.
     """
     if NXDI_AVAILABLE:
         return []
     kinds = model.config.layer_types
-    period = next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n))
+    period = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
     blocks = len(kinds) // period
-    if blocks <= 3:
-        return list(_walk(model, which))
-    one, two = (_walk(_with_layers(model, n * period), which) for n in (1, 2))
+    if blocks <= 2:
+        return [bucket for bucket, _ in _walk(model, which, period)]
     return [
-        replace(first, bytes=first.bytes + (blocks - 1) * (second.bytes - first.bytes))
-        for first, second in zip(one, two, strict=True)
+        replace(bucket, bytes=bucket.bytes + (blocks - 2) * left)
+        for bucket, left in _walk(_with_layers(model, 2 * period), which, period)
     ]
 
 
@@ -405,21 +406,26 @@ def _with_layers(model: NeuronQwen35ForCausalLM, layers: int) -> NeuronQwen35For
     return _with_config(model, config)
 
 
-def _walk(model: NeuronQwen35ForCausalLM, which: slice) -> Iterator[BucketBytes]:
+def _walk(model: NeuronQwen35ForCausalLM, which: slice, period: int) -> Iterator[tuple[BucketBytes, int]]:
+    """Buckets, each with the bytes that the last `period` layers leave behind them."""
     for wrapper in model.models:
-        samples = wrapper.input_generator()
-        chosen = range(len(samples))[which]
         instance = wrapper.get_model_instance()
         with _on_a_rank(model.config):
             instance.load_module()
-            for i in chosen:
+            samples = wrapper.input_generator()  # here, where a mask of 512 rows of 256K tokens takes no memory
+            for i in range(len(samples))[which]:
                 module, aliases = instance.get(i)
-                inputs = [tensor.to("meta") for tensor in samples[i]]
+                inputs = samples[i]
                 with _LiveStorages(module.parameters()) as live:
                     live.add(inputs)
+                    hooks = [layer.register_forward_hook(live.mark) for layer in module.layers]
                     outputs = module(*inputs)
-                peak = live.peak(without=[outputs[position] for position in aliases.values()])
-                yield BucketBytes(wrapper.tag, wrapper.neuron_config.buckets[i], peak)
+                for hook in hooks:
+                    hook.remove()
+                # What an alias writes over a parameter takes no room of its own.
+                peak, after = live.replay(without=[outputs[position] for position in aliases.values()])
+                left = after[-1] - after[-1 - period] if len(after) > period else 0
+                yield BucketBytes(wrapper.tag, wrapper.neuron_config.buckets[i], peak), left
 
 
 class _LiveStorages(TorchDispatchMode):
@@ -430,6 +436,7 @@ class _LiveStorages(TorchDispatchMode):
         self._numbers = {tensor.untyped_storage()._cdata: -1 for tensor in resident}  # by address, while it lives
         self._changes: list[tuple[int, int]] = []  # (number of the storage, bytes more or less)
         self._sizes: list[int] = []
+        self._marks: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -449,14 +456,16 @@ class _LiveStorages(TorchDispatchMode):
         number = self._numbers.pop(address)
         self._changes.append((number, -self._sizes[number]))
 
-    def peak(self, without: Sequence[torch.Tensor]) -> int:
-        """Most bytes at once, `without` the storages of some tensors: outputs that take the place of a parameter."""
+    def mark(self, *_: Any) -> None:
+        """Remember this moment."""
+        self._marks.append(len(self._changes))
+
+    def replay(self, without: Sequence[torch.Tensor]) -> tuple[int, list[int]]:
+        """Most bytes at once, and the bytes at each mark, leaving out the storages of some tensors."""
         left_out = {self._numbers[tensor.untyped_storage()._cdata] for tensor in without}
-        now = most = 0
-        for number, change in self._changes:
-            now += 0 if number in left_out else change
-            most = max(most, now)
-        return most
+        sizes = (0 if number in left_out else change for number, change in self._changes)
+        history = list(itertools.accumulate(sizes, initial=0))
+        return max(history), [history[mark] for mark in self._marks]
 
 
 # --- Work and vision -------------------------------------------------------------------------------------------------
