@@ -19,7 +19,7 @@ from .configuration_qwen35_vision import QWEN35_VISION_PRESETS
 from .hardware import INSTANCES, Figure
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM
-from .planning import RESERVE, Layout, Plan, count, plan, resized, work_of
+from .planning import MOST_LINES, RESERVE, Column, Layout, Plan, count, plan, resized, work_of
 from .recommended import PROMPT_BUCKET, RECOMMENDED, Recommended, device_neuron_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -56,7 +56,7 @@ def _lines(of: Plan) -> Iterator[str]:
 
     yield row("fits", *("yes" if layout.fits else "NO" for layout in layouts))
     yield row(f"longest context at batch {of.lines}", *(f"{column.limits.context:,}" for column in columns))
-    yield row(f"largest batch at {of.seq_len:,}", *(f"{column.limits.batch:,}" for column in columns))
+    yield row(f"largest batch at {of.seq_len:,}", *map(_batch, columns))
     yield "least time (modelled)"
     for tokens in sorted({of.prompt_bucket, of.seq_len}):
         times = (column.work.ttft(tokens, of.prompt_bucket, of.prompt_rows) for column in columns)
@@ -98,6 +98,10 @@ def _rows(layouts: list[Layout]) -> Iterator[tuple[str, list[int]]]:
         ("headroom", "headroom"),
     ):
         yield label, [getattr(layout, field) for layout in layouts]
+
+
+def _batch(column: Column) -> str:
+    return f"{column.limits.batch:,}" + (" or more" if column.limits.batch == MOST_LINES else "")
 
 
 def _time(seconds: float) -> str:
