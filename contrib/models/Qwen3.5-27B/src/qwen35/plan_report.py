@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .configuration_qwen35_vision import QWEN35_VISION_PRESETS
 from .hardware import INSTANCES, Figure
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM
-from .planning import MOST_LINES, RESERVE, Column, Layout, Plan, count, plan, resized, work_of
+from .planning import MOST_LINES, RESERVE, Column, Layout, Plan, count_resident, layout_of, plan, resized, work_of
 from .recommended import PROMPT_BUCKET, RECOMMENDED, Recommended, device_neuron_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -149,13 +150,18 @@ def recommended_as_markdown() -> str:
     return "\n".join(_markdown_row(cells) for cells in (head, ["---"] * len(head), *map(_cells, RECOMMENDED.values())))
 
 
+@cache
+def recommended_layout(name: str) -> Layout:
+    """The bytes of a rank of a recommended configuration."""
+    return layout_of(_preset("27B", RECOMMENDED[name].neuron_config()))
+
+
 def _markdown_row(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _cells(entry: Recommended) -> list[str]:
-    model = _preset("27B", entry.neuron_config())
-    work = work_of(model)
+    work = work_of(_preset("27B", entry.neuron_config()))
     tpot = [f"{1e3 * work.tpot(context, entry.batch):.1f}" for context in (0, entry.seq_len)]
     return [
         f"`{entry.name}`",
@@ -164,7 +170,7 @@ def _cells(entry: Recommended) -> list[str]:
         str(entry.replicas),
         str(entry.batch),
         f"{entry.seq_len:,}",
-        f"{count(model).layout().total / 1e9:.1f}",
+        f"{recommended_layout(entry.name).total / 1e9:.1f}",
         f"{1e3 * work.ttft(PROMPT_BUCKET, PROMPT_BUCKET):.0f} ms",
         f"{' to '.join(tpot)} ms",
     ]
@@ -186,8 +192,11 @@ def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> Non
     longest = model.config.max_position_embeddings
     shortest = min(SHORTEST_DRAWN, longest // 2)
     contexts = [n for n in (shortest << i for i in range(longest.bit_length())) if n < longest] + [longest]
-    counts = [count(resized(model, context, of.lines)) for context in contexts]
-    sharded, replicated = ([each.layout(copies) for each in counts] for copies in (1, of.tp_degree))
+    sharded, replicated = [], []
+    for context in contexts:
+        other = resized(model, context, of.lines)
+        sharded.append(layout_of(other))
+        replicated.append(count_resident(other).layout(sharded[-1].activations, of.tp_degree))
     parts: dict[str, list[float]] = {
         "weights": [layout.weights.total / 1e9 for layout in sharded],
         "recurrent and conv state": [(layout.recurrent_state + layout.conv_state) / 1e9 for layout in sharded],

@@ -18,12 +18,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig
 from .configuration_qwen35_vision import Qwen35VisionConfig
@@ -190,14 +188,11 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
     """
     neuron = model.neuron_config
     valid = tp_degrees(model, instance)
-    counts = cache(partial(_count_resized, model))
+    buckets = walk_buckets(model)
+    resident, activations = count_resident(model), _largest(buckets)
 
     def column(copies: int) -> Column:
-        return Column(
-            counts(neuron.max_length, neuron.kv_cache_batch_size).layout(copies),
-            _limits(model, lambda seq_len, lines: counts(seq_len, lines).layout(copies)),
-            work_of(model, copies),
-        )
+        return Column(resident.layout(activations, copies), _limits(model, activations, copies), work_of(model, copies))
 
     return Plan(
         instance=instance,
@@ -211,7 +206,7 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
         prompt_bucket=neuron.max_context_length,
         sharded=column(1),
         replicated=column(neuron.tp_degree),
-        buckets=tuple(walk_buckets(model)),
+        buckets=tuple(buckets),
         valid_tp_degrees=tuple(valid),
         vision=_vision(model.config),
     )
@@ -228,11 +223,11 @@ def require_fits(model: NeuronQwen35ForCausalLM) -> None:
     if neuron.on_cpu or name is None:
         return
     degrees = tp_degrees(model, INSTANCES[name])
-    layout = count(model).layout()
+    layout = layout_of(model)
     if layout.fits:
         return
-    limits = _limits(model, lambda seq_len, lines: _count_resized(model, seq_len, lines).layout())
-    fitting = [degree for degree in degrees if count(_with_tp_degree(model, degree)).layout().fits]
+    limits = _limits(model, layout.activations)
+    fitting = [degree for degree in degrees if layout_of(_with_tp_degree(model, degree)).fits]
     remedies = [
         f"lower {field} to at most {most}"
         for field, most in (("seq_len", limits.context), ("kv_cache_batch_size", limits.batch))
@@ -269,7 +264,8 @@ def resized(model: NeuronQwen35ForCausalLM, seq_len: int, lines: int) -> NeuronQ
     config = copy.deepcopy(model.config)
     neuron = config.neuron_config
     old_length, old_lines = neuron.max_length, neuron.kv_cache_batch_size
-    for name in ("seq_len", "max_length", "n_positions", "max_context_length"):
+    chunk = [] if config.prefill_chunk_size is None else ["prefill_chunk_size"]
+    for name in ("seq_len", "max_length", "n_positions", "max_context_length", *chunk):
         value = getattr(neuron, name)
         setattr(neuron, name, seq_len if value == old_length else min(value, seq_len))
     for name in ("batch_size", "tkg_batch_size", "max_batch_size", "kv_cache_batch_size", "ctx_batch_size"):
@@ -303,56 +299,63 @@ def _on_a_rank(config: Qwen35InferenceConfig) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What was counted of a model, for any layout."""
+class Resident:
+    """What a rank holds between programs, counted on its module, for any layout."""
 
-    kept: RankBytes
     weights: WeightBytes
     whole_deltanet: int
-    activations: int
+    kept: RankBytes
     hbm: int
 
-    def layout(self, copies: int = 1) -> Layout:
+    def layout(self, activations: int, copies: int = 1) -> Layout:
         """With `copies` of DeltaNet's heads over all ranks."""
-        weights = self.weights if copies == 1 else replace(self.weights, deltanet=self.whole_deltanet)
         return Layout(
-            weights=weights,
+            weights=self.weights if copies == 1 else replace(self.weights, deltanet=self.whole_deltanet),
             kv_cache=self.kept.kv_cache,
             recurrent_state=copies * self.kept.recurrent_state,
             conv_state=copies * self.kept.conv_state,
-            activations=self.activations,
+            activations=activations,
             reserve=RESERVE.value,
             hbm=self.hbm,
         )
 
 
-def count(model: NeuronQwen35ForCausalLM) -> Counted:
-    """The bytes of a rank: one build of its module, and the walk of the largest bucket of each submodel."""
+def count_resident(model: NeuronQwen35ForCausalLM) -> Resident:
+    """What a rank holds between programs."""
     with _on_a_rank(model.config):
         module = model._model_cls(model.config)
-    return Counted(
-        kept=count_bytes(module),
-        weights=count_weights(module),
-        whole_deltanet=count_whole_deltanet(module),
-        activations=max((bucket.bytes for bucket in walk_buckets(model, slice(-1, None))), default=0),
-        hbm=rank_hbm_bytes(model.neuron_config.logical_nc_config),
-    )
+    hbm = rank_hbm_bytes(model.neuron_config.logical_nc_config)
+    return Resident(count_weights(module), count_whole_deltanet(module), count_bytes(module), hbm)
 
 
-def _count_resized(model: NeuronQwen35ForCausalLM, seq_len: int, lines: int) -> Counted:
-    return count(resized(model, seq_len, lines))
+def layout_of(model: NeuronQwen35ForCausalLM, copies: int = 1) -> Layout:
+    """The bytes of a rank, with `copies` of DeltaNet's heads over all ranks."""
+    return count_resident(model).layout(_largest(walk_buckets(model, slice(-1, None))), copies)
 
 
-def _limits(model: NeuronQwen35ForCausalLM, layout: Callable[[int, int], Layout]) -> Limits:
+def _largest(buckets: Iterable[BucketBytes]) -> int:
+    return max((bucket.bytes for bucket in buckets), default=0)
+
+
+def _limits(model: NeuronQwen35ForCausalLM, activations: int, copies: int = 1) -> Limits:
+    """What else fits, given the activations of the model as it is."""
     neuron, longest = model.neuron_config, model.config.max_position_embeddings
+
+    def headroom(seq_len: int, lines: int) -> int:
+        other = resized(model, seq_len, lines)
+        resident = count_resident(other)
+        free = resident.layout(0, copies).headroom
+        if free < 0:  # whatever the activations: a walk takes seconds for the longest buckets
+            return free
+        if (seq_len, lines) == (neuron.max_length, neuron.kv_cache_batch_size):
+            return free - activations
+        return free - _largest(walk_buckets(other, slice(-1, None)))
 
     def length(step: int) -> int:
         return min(step * LENGTH_STEP, longest)
 
-    steps = largest(lambda step: layout(length(step), neuron.kv_cache_batch_size).headroom, -(-longest // LENGTH_STEP))
-    return Limits(
-        context=length(steps), batch=largest(lambda lines: layout(neuron.max_length, lines).headroom, MOST_LINES)
-    )
+    steps = largest(lambda step: headroom(length(step), neuron.kv_cache_batch_size), -(-longest // LENGTH_STEP))
+    return Limits(context=length(steps), batch=largest(lambda lines: headroom(neuron.max_length, lines), MOST_LINES))
 
 
 def largest(headroom: Callable[[int], int], limit: int) -> int:
@@ -440,7 +443,8 @@ class _LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        self.add([leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)])
+        leaves = output if isinstance(output, (list, tuple)) else [output]
+        self.add(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         return output
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:

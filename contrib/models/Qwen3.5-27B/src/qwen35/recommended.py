@@ -31,7 +31,7 @@ def device_neuron_config(
         ctx_batch_size=1,
         is_continuous_batching=batch > 1,
         seq_len=seq_len,
-        max_context_length=min(prompt_bucket, seq_len),
+        prefill_chunk_size=prompt_bucket if prompt_bucket < seq_len else None,
         enable_bucketing=True,
         torch_dtype=dtype,
         logical_nc_config=DEFAULT_LNC.value,
