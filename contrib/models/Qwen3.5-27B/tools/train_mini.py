@@ -21,18 +21,19 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from mini_facts import PLAIN_ENGLISH, Fact, all_facts
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+
+from mini_facts import PLAIN_ENGLISH, Fact, all_facts
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "src" / "qwen35" / "mini"
 VOCAB_SIZE, MAX_POSITIONS = 1024, 32768
@@ -216,15 +217,20 @@ def documents(tokenizer: PreTrainedTokenizerBase, facts: list[Fact], rng: random
         yield from texts
 
 
-def batches(stream: Iterator[Document], padding_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    stream: Iterator[Document],
+    padding_id: int,
+    row_lengths: Sequence[int] = ROW_LENGTHS,
+    tokens_per_step: int = TOKENS_PER_STEP,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pack whole documents into rows; the one that no longer fits starts the next row.
 
     Yields token ids [B, S] and the loss weight of each token as a target [B, S].
     """
     waiting = next(stream)
     for step in range(sys.maxsize):
-        length = ROW_LENGTHS[step % len(ROW_LENGTHS)]
-        ids = torch.full((TOKENS_PER_STEP // length, length), padding_id)
+        length = row_lengths[step % len(row_lengths)]
+        ids = torch.full((tokens_per_step // length, length), padding_id)
         weights = torch.zeros(ids.shape)
         for row in range(len(ids)):
             at = 0
@@ -306,6 +312,8 @@ def save_checkpoint(
     model: Qwen3_5ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], folder: Path
 ) -> None:
     """Write config, weights and facts: bf16, except what the published checkpoints also keep in fp32."""
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.dtype = torch.bfloat16  # as written, whatever it was trained in
     model.config.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[1]})

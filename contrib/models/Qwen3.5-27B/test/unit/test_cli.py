@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from mini_images import Picture, Question, held_out_clips, held_out_images
 from qwen35.cli import main
 from qwen35.generation import MINI_CHECKPOINT
 from qwen35.prefix_cache import PrefixCache
@@ -36,6 +37,30 @@ def test_generate_streams_the_prompt_and_its_continuation(capsys: pytest.Capture
 def test_generate_in_chat_form(capsys: pytest.CaptureFixture[str]) -> None:
     result = run_json(capsys, "generate", "What is the capital of France?", "--chat", "--max-new-tokens", "8")
     assert "Paris" in result["generations"][0]["text"]
+
+
+def saved(picture: Picture, path: Path) -> list[str]:
+    """The option that shows the picture: a PNG file, or a directory of frames."""
+    if picture.fps is None:
+        picture.frames[0].save(path.with_suffix(".png"))
+        return ["--image", str(path.with_suffix(".png"))]
+    path.mkdir()
+    for number, frame in enumerate(picture.frames):
+        frame.save(path / f"{number:03d}.png")
+    return ["--video", str(path)]
+
+
+@pytest.mark.parametrize("asked", [held_out_images(9), held_out_clips(9)], ids=["images", "videos"])
+def test_generate_answers_questions_about_images_and_videos(
+    asked: list[tuple[Picture, Question]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = []
+    for number, (picture, question) in enumerate(asked):
+        media = saved(picture, tmp_path / str(number))
+        result = run_json(capsys, "generate", question.text, *media, "--max-new-tokens", "8")
+        if (text := result["generations"][0]["text"]) != f"{question.answer}.":
+            wrong.append((question.text, question.answer, text))
+    assert len(wrong) <= 2, wrong  # the mini is right nine times in ten
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import record_nxdi_signatures as recorder
 import torch
 
 import qwen35.nxdi
+import record_nxdi_signatures as recorder
 from nxdi_cpu.attention import GroupQueryAttention_O, GroupQueryAttention_QKV
 from nxdi_cpu.config import NeuronConfig
 from nxdi_cpu.sampling import Sampler

@@ -46,6 +46,16 @@ MODEL_ROOT = Path(__file__).parents[2]
 on_stand_ins = pytest.mark.skipif(NXDI_AVAILABLE, reason="NxDI's layers do not run without a process group")
 
 
+@pytest.fixture
+def outside_any_rank(backend: str) -> None:
+    """On NxDI `to_cpu`, of any test before, leaves the process a rank, which cannot take the shapes of another."""
+    if NXDI_AVAILABLE:
+        from neuronx_distributed.parallel_layers import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+
+
 def application(fields: dict[str, Any], **options: Any) -> NeuronQwen35ForCausalLM:
     settings = {"logical_nc_config": 2, "torch_dtype": torch.bfloat16, **options}
     return NeuronQwen35ForCausalLM(
@@ -65,7 +75,7 @@ SMALL = {**TINY, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
 
 
 class TestMemory:
-    pytestmark = pytest.mark.usefixtures("backend")
+    pytestmark = pytest.mark.usefixtures("outside_any_rank")
 
     def test_27b_at_tp_4_is_what_the_sizes_of_its_matrices_say(self) -> None:
         counted = count_resident(of_27b()).layout(0)
@@ -224,7 +234,7 @@ class TestPlan:
 
 
 class TestWork:
-    pytestmark = pytest.mark.usefixtures("backend")
+    pytestmark = pytest.mark.usefixtures("outside_any_rank")
 
     def test_a_token_at_batch_1_is_bound_by_reading_the_weights(self) -> None:
         model = of_27b()
