@@ -352,7 +352,8 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
             medusa_args,
             llava_args,
         )
-        self._copy_past_key_values(outputs)
+        if not is_run_on_neuron:
+            self._copy_past_key_values(outputs)
         return self._get_constructed_outputs(outputs, is_run_on_neuron)
 
     def _is_prefill(self, position_ids: torch.Tensor) -> bool:
@@ -396,12 +397,15 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
             for cache, updated in zip(submodel.model.kv_mgr.past_key_values, outputs[first:], strict=True):
                 cache.data = updated.data
 
-    def _get_constructed_outputs(self, outputs: list[torch.Tensor], is_run_on_neuron: bool) -> CausalLMOutputWithPast:
-        logits: torch.Tensor | None = outputs[0]
+    def _get_constructed_outputs(
+        self, outputs: list[torch.Tensor] | torch.Tensor, is_run_on_neuron: bool
+    ) -> CausalLMOutputWithPast:
+        first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]  # a device keeps the caches
+        logits: torch.Tensor | None = first
         if self.on_device_sampling:
             logits = outputs[1] if self.neuron_config.output_logits else None
-        result = CausalLMOutputWithPast(logits=logits, hidden_states=outputs[0], attentions=None)
-        result.tokens = outputs[0]
+        result = CausalLMOutputWithPast(logits=logits, hidden_states=first, attentions=None)
+        result.tokens = first
         return result
 
     def reset(self) -> None:

@@ -13,19 +13,19 @@ from .prefix_cache import PrefixCache
 CHUNK_SIZE = 128
 """Tokens of a prompt encoded at a time, and the grain at which a turn takes up what was encoded before."""
 
-CACHE_BYTES = 1 << 30
-
 
 class Conversation:
     """The turns so far, and the engine that answers the next.
 
-    On a device each turn is encoded anew: states are not in reach of the host there.
+    Without `prefill_chunk_size` each turn is encoded anew; otherwise it takes up blocks kept in `cache_bytes` of host
+    memory.
     """
 
-    def __init__(self, generator: TextGenerator, max_new_tokens: int, sampling: SamplingOptions) -> None:
+    def __init__(
+        self, generator: TextGenerator, max_new_tokens: int, sampling: SamplingOptions, cache_bytes: int
+    ) -> None:
         model = generator.model
-        on_host = not model.context_encoding_model.is_neuron() and model.config.prefill_chunk_size is not None
-        self.cache = PrefixCache(model, CACHE_BYTES) if on_host else None
+        self.cache = PrefixCache(model, cache_bytes) if model.config.prefill_chunk_size is not None else None
         self.engine = Qwen35Engine(model, self.cache)
         self.generator, self.max_new_tokens, self.sampling = generator, max_new_tokens, sampling
         self.messages: list[dict[str, str]] = []

@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     _add_model_options(chat)
     chat.add_argument("--seq-len", type=_positive, default=4096, metavar="N", help="the whole conversation (4096)")
+    chat.add_argument(
+        "--cache-gb", type=float, default=8.0, metavar="GB", help="host memory for what turns take up again (8)"
+    )
     _add_sampling_options(chat)
     chat.add_argument("--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron needed")
 
@@ -169,7 +172,8 @@ def _chat(args: argparse.Namespace) -> None:
             _existing(args.model or MINI_CHECKPOINT), neuron_config=neuron_config
         )
     model_path = args.model or Path(config._name_or_path)
-    conversation = Conversation(TextGenerator.load(model_path, config, args.compiled), args.max_new_tokens, sampling)
+    generator = TextGenerator.load(model_path, config, args.compiled)
+    conversation = Conversation(generator, args.max_new_tokens, sampling, int(args.cache_gb * 1e9))
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         print(prompt, end="", flush=True)

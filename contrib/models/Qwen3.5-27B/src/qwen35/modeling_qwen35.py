@@ -376,6 +376,19 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         with as_rank(0, self.neuron_config.tp_degree), torch.device("meta"):
             return count_bytes(self._model_cls(self.config))
 
+    def cache_entries(self) -> list[list[torch.Tensor]]:
+        """What every rank of this process keeps between steps: two tensors a layer, see `Qwen35CacheManager`.
+
+        On a CPU those of its own rank. On a device those of all local ranks: NxD holds them in the loaded model's
+        `state`, under the names of the parameters, and its programs update them in place. Indices and slices of either
+        are views that `copy_` reads and writes; a call may replace the entries of a CPU, so ask again after each.
+        """
+        submodel = self.context_encoding_model
+        if not submodel.is_neuron():
+            return [[entry.data for entry in submodel.model.kv_mgr.past_key_values]]
+        names = [f"kv_mgr.past_key_values.{i}" for i in range(2 * self.config.num_hidden_layers)]
+        return [[buffers[name] for name in names] for buffers in submodel.model.nxd_model.state]
+
     def _check_modules(self) -> None:
         for submodel in self.models:
             if not submodel.is_neuron():  # the modules of a device were checked when they were traced

@@ -6,7 +6,10 @@ A prompt that begins like an earlier one goes on from the last boundary that bot
 everything before it, so that it can be taken up only where it was put down: at the end of a block. Keys and values are
 kept block by block. A block is known by a hash over its tokens and images and all blocks before it.
 
-Letters: L cache lines, M KV heads, P positions, E head dim, all of this rank.
+Blocks are in host memory. On a device they are read from and written to the buffers that the programs update in place,
+those of all ranks of this process; on a CPU a process has the module of its own rank.
+
+Letters: P positions, E head dim.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -62,10 +65,10 @@ def media_digests(
 
 @dataclass(frozen=True)
 class Block:
-    """What a line of the cache held when a block of its prompt had been encoded."""
+    """What a line of the cache held, on all ranks of this process, when a block of its prompt had been encoded."""
 
     states: list[torch.Tensor]  # recurrent and conv of each DeltaNet layer at the end of the block
-    key_values: list[torch.Tensor]  # K and V of each attention layer, [M, block, E]
+    key_values: list[torch.Tensor]  # K and V of each head of each attention layer, [block, E]
 
     @property
     def nbytes(self) -> int:
@@ -76,19 +79,21 @@ class PrefixCache:
     """Blocks of encoded prompts of one model, the least recently used dropped beyond a budget.
 
     Args:
-        model: loaded on a CPU. On a device state and caches are not in reach of the host.
-        budget_bytes: host memory of this rank for all blocks.
+        model: loaded. Nobody else writes to it while the cache reads: a step in flight (`async_mode`) would.
+        budget_bytes: host memory for all blocks, of all ranks of this process.
 
     Raises:
-        ValueError: the model has no `prefill_chunk_size`, which is the size of a block.
-        NotImplementedError: the model is on a device.
+        ValueError: the model has no `prefill_chunk_size`, which is the size of a block, or is asynchronous; or the
+            budget is negative.
     """
 
     def __init__(self, model: NeuronQwen35ForCausalLM, budget_bytes: int) -> None:
         if model.config.prefill_chunk_size is None:
             raise ValueError("prefill_chunk_size is not set: prompts are taken up where a chunk ended, set it")
-        if model.context_encoding_model.is_neuron():
-            raise NotImplementedError("a prefix cache on a device: the states there are not in reach of the host")
+        if budget_bytes < 0:
+            raise ValueError(f"budget_bytes={budget_bytes}: must be at least 0, which keeps nothing")
+        if model.neuron_config.async_mode:
+            raise ValueError("async_mode=True: a step in flight still writes what would be read; set it to False")
         self.model, self.budget_bytes = model, budget_bytes
         self.block: int = model.config.prefill_chunk_size
         self.nbytes = 0
@@ -111,12 +116,12 @@ class PrefixCache:
                 break
             known.append(key)
         if known:
-            states, caches = self._line(line)
+            states, heads = self._line(line)
             for entry, kept in zip(states, self._blocks[known[-1]].states, strict=True):
                 entry.copy_(kept)
             for i, key in enumerate(known):
-                for entry, kept in zip(caches, self._blocks[key].key_values, strict=True):
-                    entry[:, i * self.block : (i + 1) * self.block].copy_(kept)
+                for head, kept in zip(heads, self._blocks[key].key_values, strict=True):
+                    head[i * self.block : (i + 1) * self.block].copy_(kept)
         self._touch(known)
         return len(known) * self.block
 
@@ -131,11 +136,11 @@ class PrefixCache:
             )
         *before, key = self._keys(tokens, media)
         if key not in self._blocks and all(earlier in self._blocks for earlier in before):
-            states, caches = self._line(line)
-            columns = slice(len(tokens) - self.block, len(tokens))
-            block = Block([entry.clone() for entry in states], [entry[:, columns].clone() for entry in caches])
-            if block.nbytes > self.budget_bytes:
+            states, heads = self._line(line)
+            views = [head[len(tokens) - self.block : len(tokens)] for head in heads]
+            if sum(view.nbytes for view in (*states, *views)) > self.budget_bytes:
                 return
+            block = Block([_to_host(entry) for entry in states], [_to_host(view) for view in views])
             self._blocks[key] = block
             self.nbytes += block.nbytes
         self._touch([*before, key])
@@ -162,9 +167,17 @@ class PrefixCache:
             yield key
 
     def _line(self, line: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(states, K and V caches [M, P, E]) of a line, as views."""
-        entries: Any = self.model.context_encoding_model.model.kv_mgr.past_key_values
+        """(states, K and V of each head [P, E]) of a line on every rank of this process, as views.
+
+        Each is one run of memory, so that a copy to or from a device is one transfer.
+        """
         linear, full = self.model.config.linear_attention_layers, self.model.config.full_attention_layers
-        states = [entries[2 * i + pair].data[line] for i in linear for pair in (0, 1)]
-        caches = [entries[2 * i + pair].data[line] for i in full for pair in (0, 1)]
-        return states, caches
+        states, heads = [], []
+        for entries in self.model.cache_entries():
+            states += [entries[2 * i + pair][line] for i in linear for pair in (0, 1)]
+            heads += [head for i in full for pair in (0, 1) for head in entries[2 * i + pair][line]]
+        return states, heads
+
+
+def _to_host(view: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(view, device="cpu").copy_(view)

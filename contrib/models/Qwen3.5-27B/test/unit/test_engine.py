@@ -19,6 +19,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from device import put_on_device
 from models import load_neuron, neuron_greedy, random_prompts, save_checkpoint
 from qwen35 import (
     FinishReason,
@@ -61,6 +62,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         batch_size=2, kv_cache_batch_size=4, max_batch_size=4, ctx_batch_size=1, is_continuous_batching=True
     ),
     "static batch": dict(batch_size=2, prefill_chunk_size=8),
+    "as on a device": dict(
+        batch_size=3, ctx_batch_size=2, is_continuous_batching=True, prefill_chunk_size=8, enable_bucketing=True
+    ),
 }
 
 
@@ -77,7 +81,8 @@ def model_of(path: Path) -> Callable[[str], NeuronQwen35ForCausalLM]:
 
     def get(name: str) -> NeuronQwen35ForCausalLM:
         if name not in models:
-            models[name] = load_neuron(path, seq_len=SEQ_LEN, **OPTIONS[name])
+            model = load_neuron(path, seq_len=SEQ_LEN, **OPTIONS[name])
+            models[name] = put_on_device(model) if name == "as on a device" else model
         return models[name]
 
     return get
@@ -214,7 +219,7 @@ def test_a_schedule_gives_each_request_what_it_gets_alone(
 def test_500_schedules_give_each_request_what_it_gets_alone(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
 ) -> None:
-    @settings(max_examples=84, phases=WITHOUT_SHRINKING)  # 504 over the six configurations
+    @settings(max_examples=72, phases=WITHOUT_SHRINKING)  # 504 over the seven configurations
     @given(SCHEDULES)
     def run(schedule: list[Arrival]) -> None:
         schedules_agree(model_of(options), alone, schedule)
@@ -391,7 +396,7 @@ def test_media_that_do_not_match_are_refused_when_they_are_added(
         Qwen35Engine(load(str(tmp_path))).add(Request(EXAMPLE[0].ids, 1, media=given))
 
 
-@pytest.mark.parametrize("options", ["one prompt at a time", "two prompts at a time"])
+@pytest.mark.parametrize("options", ["one prompt at a time", "two prompts at a time", "as on a device"])
 def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str], NeuronQwen35ForCausalLM]) -> None:
     model = model_of(options)
     (first,) = random_prompts([33], seed=9)
@@ -412,9 +417,11 @@ def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str],
     assert block is not None and taken == [len(prompt) // block * block for prompt in prompts]
 
 
-def test_a_prefix_with_another_image_is_not_taken_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_prefix_with_another_image_is_not_taken_up(on_device: bool, tmp_path: Path) -> None:
     save_vl_checkpoint(tmp_path)
-    model = load(str(tmp_path), batch_size=2, ctx_batch_size=1, is_continuous_batching=True, prefill_chunk_size=4)
+    model: Any = load(str(tmp_path), batch_size=2, ctx_batch_size=1, is_continuous_batching=True, prefill_chunk_size=4)
+    model = put_on_device(model) if on_device else model
     row = EXAMPLE[0]
     pixels = media([row])
     changed = {**pixels, "pixel_values": pixels["pixel_values"].roll(1, 0)}

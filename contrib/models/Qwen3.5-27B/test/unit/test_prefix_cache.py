@@ -1,6 +1,9 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Beginnings of prompts that are taken up again: bit for bit what a cold run gives, never those of another prompt."""
+"""Beginnings of prompts that are taken up again: bit for bit what a cold run gives, never those of another prompt.
+
+On a CPU, and as on a device of two ranks, where the caches are behind the loaded model.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from device import kept, put_on_device
 from models import load_neuron, random_prompts, save_checkpoint
+from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.prefix_cache import Medium, PrefixCache, digest_of
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -21,18 +26,19 @@ BLOCK, LINES, SEQ_LEN = 8, 2, 96
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(path, seed=1)
-    return load_neuron(
-        path,
-        batch_size=LINES,
-        ctx_batch_size=1,
-        seq_len=SEQ_LEN,
-        prefill_chunk_size=BLOCK,
-        is_continuous_batching=True,
-    )
+OPTIONS: dict[str, Any] = dict(
+    batch_size=LINES, ctx_batch_size=1, seq_len=SEQ_LEN, prefill_chunk_size=BLOCK, is_continuous_batching=True
+)
+
+
+@pytest.fixture(scope="module", params=["CPU", "device"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    paths = [tmp_path_factory.mktemp(f"checkpoint{seed}") for seed in (1, 2)]
+    for seed, path in enumerate(paths, start=1):
+        save_checkpoint(path, seed=seed)
+    if request.param == "CPU":
+        return load_neuron(paths[0], **OPTIONS)
+    return put_on_device(*(load_neuron(path, **OPTIONS) for path in paths))
 
 
 def encode(model: Any, line: int, prompt: list[int], cache: PrefixCache | None, media: Any = ()) -> tuple[int, Any]:
@@ -45,8 +51,12 @@ def encode(model: Any, line: int, prompt: list[int], cache: PrefixCache | None, 
         logits = model(piece, torch.tensor([line]), mask, positions).logits[0, -1]
         if cache is not None and piece.shape[1] == BLOCK:
             cache.put_down(line, prompt[: start + BLOCK], media)
-    state = model.context_encoding_model.model.kv_mgr.past_key_values
-    held = [entry[line, ..., : len(prompt), :].clone() for entry in state]
+    linear = {2 * i + pair for i in model.config.linear_attention_layers for pair in (0, 1)}
+    held = [
+        (entry[line] if i in linear else entry[line, :, : len(prompt)]).clone()
+        for rank in kept(model)
+        for i, entry in enumerate(rank)
+    ]
     return taken, [logits.clone(), *held]
 
 
@@ -108,9 +118,25 @@ def test_the_least_recently_used_ends_go_first_and_beginnings_last(model: Any) -
     assert encode(model, 0, [*first, 1], cache)[0] == 8
 
 
-def test_a_cache_needs_chunks_and_whole_blocks(model: Any, tmp_path: Path) -> None:
+def test_what_a_cache_cannot_work_with_is_refused(model: Any, tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="prefill_chunk_size is not set"):
         PrefixCache(load_neuron(tmp_path), 1)
     with pytest.raises(ValueError, match="9 tokens are not whole blocks of 8"):
         PrefixCache(model, 1).put_down(0, [1] * 9)
+    with pytest.raises(ValueError, match="budget_bytes=-1"):
+        PrefixCache(model, -1)
+    neuron_config = Qwen35NeuronConfig(
+        prefill_chunk_size=BLOCK, async_mode=True, on_device_sampling_config=OnDeviceSamplingConfig()
+    )
+    config = Qwen35InferenceConfig.from_pretrained(tmp_path, neuron_config=neuron_config)
+    with pytest.raises(ValueError, match="async_mode=True"):
+        PrefixCache(NeuronQwen35ForCausalLM(str(tmp_path), config), 1)
+
+
+def test_a_block_too_large_for_the_budget_is_not_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PrefixCache(model, budget_bytes=100)
+    monkeypatch.setattr("qwen35.prefix_cache._to_host", lambda _: pytest.fail("read for nothing"))
+    (prompt,) = random_prompts([20])
+    encode(model, 0, prompt, cache)
+    assert cache.blocks == 0
