@@ -7,10 +7,14 @@ Where the Neuron SDK is missing, the same names come from the CPU stand-ins in `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 def _nxdi_is_installed() -> bool:
@@ -94,6 +98,50 @@ else:
             parallel_state.destroy_model_parallel()
 
 
+# What is printed goes to standard error; the answer alone goes to the parent.
+_CHILD = """
+import os, pickle, sys
+answer = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+sys.modules["neuronx_distributed_inference"] = None  # importing it fails from here on
+function, args = pickle.load(sys.stdin.buffer)
+try:
+    result = function(*args), None
+except ValueError as error:
+    result = None, str(error)
+pickle.dump(result, answer)
+"""
+
+
+def on_stand_ins(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) on the CPU stand-ins: here, or in a new process where NxDI is installed.
+
+    The function is one of this package, found by its name; arguments and result are pickled.
+
+    Raises:
+        ValueError: what the function raises; another class of it arrives as this one, with its message.
+        subprocess.CalledProcessError: anything else went wrong; standard error has the traceback.
+    """
+    if not NXDI_AVAILABLE:
+        return function(*args)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # a device is not wanted, and may be another process's
+    }
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        input=pickle.dumps((function, args)),
+        stdout=subprocess.PIPE,
+        check=True,
+        env=environment,
+    )
+    result, problem = pickle.loads(child.stdout)
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
 __all__ = [
     "NXDI_AVAILABLE",
     "VISION_ENCODER_MODEL_TAG",
@@ -118,6 +166,7 @@ __all__ = [
     "get_tensor_model_parallel_size",
     "invoke_preshard_hook",
     "load_pretrained_config",
+    "on_stand_ins",
     "set_tensor_model_parallel_attributes",
     "shard_children",
 ]

@@ -20,6 +20,7 @@ from .configuration_qwen35_vision import QWEN35_VISION_PRESETS
 from .hardware import INSTANCES, Figure
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from .nxdi import on_stand_ins
 from .planning import MOST_LINES, RESERVE, Column, Layout, Plan, count_resident, layout_of, plan, resized, work_of
 from .recommended import PROMPT_BUCKET, RECOMMENDED, Recommended, device_neuron_config
 
@@ -37,7 +38,7 @@ def figures(of: Plan) -> list[Figure]:
 
 # --- Text and JSON ---------------------------------------------------------------------------------------------------
 def as_table(of: Plan) -> str:
-    """Text for people: a column for the plan, and one for the same with DeltaNet whole on every rank."""
+    """Text for people: a column for the plan, and one for the same in the layout of published ports."""
     return "\n".join(_lines(of))
 
 
@@ -48,7 +49,8 @@ def _lines(of: Plan) -> Iterator[str]:
         f"{of.instance.name}, tp_degree={of.tp_degree}, LNC={of.lnc}, {_name(of.dtype)}: {of.lines} x {of.seq_len:,} "
         f"tokens, prompts in pieces of {of.prompt_bucket:,}, {of.prompt_rows} at a time"
     )
-    yield f"{'GB of a rank':{_MARGIN}}{'this model':>{_WIDTH}}{'DeltaNet whole':>{_WIDTH}}"
+    yield f"{'GB of a rank':{_MARGIN}}{'this model':>{_WIDTH}}{'published ports':>{_WIDTH}}"
+    yield f"  {'DeltaNet':{_MARGIN - 2}}{'sharded':>{_WIDTH}}{'whole, with KV':>{_WIDTH}}"
     for label, values in _rows(layouts):
         yield f"  {label:{_MARGIN - 2}}" + "".join(f"{value / 1e9:{_WIDTH}.3f}" for value in values)
 
@@ -116,7 +118,7 @@ def _name(dtype: torch.dtype) -> str:
 def as_json(of: Plan) -> dict[str, Any]:
     """One JSON object; what is modelled is under that name. Bytes and seconds."""
     columns = {}
-    for name, column in (("this_model", of.sharded), ("deltanet_whole_on_every_rank", of.replicated)):
+    for name, column in (("this_model", of.sharded), ("layout_of_published_ports", of.replicated)):
         layout, work = column.layout, column.work
         columns[name] = {
             **asdict(layout),
@@ -209,7 +211,7 @@ def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> Non
     axes = figure.add_subplot()
     axes.stackplot(contexts, list(parts.values()), labels=list(parts), alpha=0.8)
     axes.plot(
-        contexts, [each.total / 1e9 for each in replicated], "k--", label="total with DeltaNet whole on each rank"
+        contexts, [each.total / 1e9 for each in replicated], "k--", label="total in the layout of published ports"
     )
     axes.axhline(of.sharded.layout.hbm / 1e9, color="C3", label="HBM of a rank")
     axes.set_xscale("log", base=2)
@@ -250,9 +252,13 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _run(args: argparse.Namespace) -> None:
+    print(on_stand_ins(_text, {name: value for name, value in vars(args).items() if name != "run"}))
+
+
+def _text(options: dict[str, Any]) -> str:
+    args = argparse.Namespace(**options)
     if args.recommended:
-        print(recommended_as_markdown())
-        return
+        return recommended_as_markdown()
     instance = INSTANCES[args.instance]
     neuron_config = device_neuron_config(
         instance, args.tp, args.seq_len, args.batch, DTYPES[args.dtype], args.prompt_bucket
@@ -265,7 +271,7 @@ def _run(args: argparse.Namespace) -> None:
     found = plan(model, instance)
     if args.png:
         write_png(model, found, args.png)
-    print(json.dumps(as_json(found)) if args.json else as_table(found))
+    return json.dumps(as_json(found)) if args.json else as_table(found)
 
 
 def _preset(name: str, neuron_config: Any) -> NeuronQwen35ForCausalLM:

@@ -6,8 +6,11 @@ Weights, caches and states are counted from the modules of a rank on the meta de
 modelled**: activations are the most bytes that live at once when a bucket's module runs there, operation by operation
 as in plain PyTorch; times are rooflines, which collectives, launches and waits can only add to.
 
+NxDI's own layers do not run without a process group: `walk_buckets`, and what needs it, wants the stand-ins, as
+`nxdi.on_stand_ins` provides them.
+
 A layout has one copy of DeltaNet's heads over all ranks, or `tp_degree` copies: whole on every rank, as published ports
-have it.
+have it, together with K and V caches of the DeltaNet layers that nothing reads.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from .configuration_qwen35_vision import Qwen35VisionConfig
 from .hardware import INSTANCES, Figure, Instance, rank_bandwidth, rank_flops, rank_hbm_bytes
 from .memory import RankBytes, WeightBytes, count_bytes, count_weights, count_whole_deltanet
 from .modeling_qwen35_vision import NeuronQwen35VisionModel, Qwen35VisionEncoder, Qwen35VisionInferenceConfig
-from .nxdi import NXDI_AVAILABLE, NeuronConfig, as_rank
+from .nxdi import NeuronConfig, as_rank, on_stand_ins
 
 if TYPE_CHECKING:
     from .modeling_qwen35 import NeuronQwen35ForCausalLM
@@ -166,7 +169,7 @@ class Plan:
     """Tokens of the largest context-encoding bucket."""
     sharded: Column
     replicated: Column
-    """For comparison: DeltaNet whole on every rank. Its activations are taken to be those of `sharded`."""
+    """For comparison, as in published ports. Its activations are taken to be those of `sharded`."""
     buckets: tuple[BucketBytes, ...]
     valid_tp_degrees: tuple[int, ...]
     """Of this checkpoint on this instance."""
@@ -180,8 +183,7 @@ class Plan:
 def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
     """Count what `model`, an application that need not be loaded, takes on `instance`.
 
-    `logical_nc_config` says which share of a chip a rank has. Where NxDI is installed activations are left out, since
-    its layers do not run without a process group.
+    `logical_nc_config` says which share of a chip a rank has.
 
     Raises:
         ValueError: the instance has fewer ranks than `tp_degree`.
@@ -222,6 +224,13 @@ def require_fits(model: NeuronQwen35ForCausalLM) -> None:
     name = getattr(neuron, "instance", None)
     if neuron.on_cpu or name is None:
         return
+    own = next(kind for kind in type(model).__mro__ if kind.__module__.startswith(f"{__package__}."))
+    on_stand_ins(_require_fits, own, model.config.to_json_string(), name)
+
+
+def _require_fits(model_cls: Any, config_json: str, name: str) -> None:
+    model: NeuronQwen35ForCausalLM = model_cls("", model_cls.get_config_cls().from_json_string(config_json))
+    neuron = model.neuron_config
     degrees = tp_degrees(model, INSTANCES[name])
     layout = layout_of(model)
     if layout.fits:
@@ -305,13 +314,14 @@ class Resident:
     weights: WeightBytes
     whole_deltanet: int
     kept: RankBytes
+    kv_cache_of_all_layers: int
     hbm: int
 
     def layout(self, activations: int, copies: int = 1) -> Layout:
-        """With `copies` of DeltaNet's heads over all ranks."""
+        """With `copies` of DeltaNet's heads over all ranks; more than one as published ports have it."""
         return Layout(
             weights=self.weights if copies == 1 else replace(self.weights, deltanet=self.whole_deltanet),
-            kv_cache=self.kept.kv_cache,
+            kv_cache=self.kept.kv_cache if copies == 1 else self.kv_cache_of_all_layers,
             recurrent_state=copies * self.kept.recurrent_state,
             conv_state=copies * self.kept.conv_state,
             activations=activations,
@@ -324,8 +334,14 @@ def count_resident(model: NeuronQwen35ForCausalLM) -> Resident:
     """What a rank holds between programs."""
     with _on_a_rank(model.config):
         module = model._model_cls(model.config)
-    hbm = rank_hbm_bytes(model.neuron_config.logical_nc_config)
-    return Resident(count_weights(module), count_whole_deltanet(module), count_bytes(module), hbm)
+    kept, config = count_bytes(module), model.config
+    return Resident(
+        weights=count_weights(module),
+        whole_deltanet=count_whole_deltanet(module),
+        kept=kept,
+        kv_cache_of_all_layers=kept.kv_cache * config.num_hidden_layers // max(len(config.full_attention_layers), 1),
+        hbm=rank_hbm_bytes(model.neuron_config.logical_nc_config),
+    )
 
 
 def layout_of(model: NeuronQwen35ForCausalLM, copies: int = 1) -> Layout:
@@ -385,13 +401,11 @@ def largest(headroom: Callable[[int], int], limit: int) -> int:
 
 # --- Activations -----------------------------------------------------------------------------------------------------
 def walk_buckets(model: NeuronQwen35ForCausalLM, which: slice = slice(None)) -> list[BucketBytes]:
-    """The activations of some buckets of every submodel; none where NxDI is installed.
+    """The activations of some buckets of every submodel.
 
     Of a model of like blocks of layers two are walked: what the second leaves behind it every further one leaves too,
     and what a layer needs for itself is freed before the next.
     """
-    if NXDI_AVAILABLE:
-        return []
     kinds = model.config.layer_types
     period = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
     blocks = len(kinds) // period

@@ -43,7 +43,7 @@ from qwen35.planning import (
 from qwen35.recommended import RECOMMENDED, device_neuron_config
 
 MODEL_ROOT = Path(__file__).parents[2]
-on_stand_ins = pytest.mark.skipif(NXDI_AVAILABLE, reason="NxDI's layers do not run without a process group")
+needs_stand_ins = pytest.mark.skipif(NXDI_AVAILABLE, reason="NxDI's layers do not run without a process group")
 
 
 @pytest.fixture
@@ -100,11 +100,13 @@ class TestMemory:
         assert whole.weights.deltanet == alone.weights.deltanet
         assert whole.recurrent_state == alone.recurrent_state and whole.conv_state == alone.conv_state
         assert whole.weights.mlp == count_resident(of_27b()).weights.mlp
+        assert whole.kv_cache == 64 * 2 * (32768 + 128) * 256 * 2, "published ports have a KV cache for every layer"
 
     def test_one_rank_has_nothing_to_replicate(self) -> None:
         counted = count_resident(application(SMALL))
         assert counted.whole_deltanet == counted.weights.deltanet
 
+    @needs_stand_ins
     @settings(max_examples=5)
     @given(length=st.integers(1, 1024), more=st.integers(0, 500), lines=st.integers(1, 6), further=st.integers(0, 4))
     def test_more_context_or_more_lines_never_take_less(self, length: int, more: int, lines: int, further: int) -> None:
@@ -114,6 +116,7 @@ class TestMemory:
         assert small.total <= large.total
         assert small.kv_cache <= large.kv_cache and small.recurrent_state <= large.recurrent_state
 
+    @needs_stand_ins
     @settings(max_examples=4)
     @given(seq_len=st.sampled_from([128, 512, 1024]), bucket=st.sampled_from([32, 128, 512]), lines=st.integers(1, 4))
     def test_a_resized_model_is_the_one_configured_so(self, seq_len: int, bucket: int, lines: int) -> None:
@@ -124,7 +127,7 @@ class TestMemory:
         assert layout_of(resized(start, seq_len, lines)) == layout_of(direct)
 
 
-@on_stand_ins
+@needs_stand_ins
 class TestActivations:
     @pytest.mark.parametrize("layers", [12, 6], ids=["three blocks", "no whole block"])
     @pytest.mark.parametrize("options", [dict(batch_size=1), dict(tp_degree=2, batch_size=3)], ids=str)
@@ -181,7 +184,7 @@ class TestLimits:
         assert largest(headroom, limit) == expected
         assert len(calls) <= (6 if not square else 3 + 2 * math.ceil(math.log2(limit + 1)))
 
-    @on_stand_ins
+    @needs_stand_ins
     def test_a_step_more_does_not_fit(self, plan_of_256k: Plan) -> None:
         model, replicated = of_27b(seq_len=262144), plan_of_256k.replicated.limits
         assert plan_of_256k.sharded.limits == Limits(context=262144, batch=1)
@@ -199,7 +202,7 @@ def plan_of_256k() -> Plan:
     return plan(NeuronQwen35ForCausalLM("no-such-checkpoint", config), TRN2_3XLARGE)
 
 
-@on_stand_ins
+@needs_stand_ins
 class TestPlan:
     def test_27b_at_tp_4_fits_256k_tokens_in_24_gb_of_a_rank(self, plan_of_256k: Plan) -> None:
         found = plan_of_256k
@@ -213,7 +216,7 @@ class TestPlan:
         assert not replicated.layout.fits and replicated.limits.batch == 0
         assert 512 <= replicated.limits.context < 4096
         table = as_table(found)
-        assert re.search(r"KV cache +4\.297 +4\.297\n", table)
+        assert re.search(r"KV cache +4\.297 +17\.188\n", table)
         assert re.search(r"weights: DeltaNet +2\.781 +11\.124\n", table)
         assert re.search(r"fits +yes +NO\n", table)
         assert re.search(r"longest context at batch 1 +262,144 ", table)
@@ -282,6 +285,7 @@ def test_a_rank_has_its_cores_share_of_a_chip() -> None:
     assert all(instance.chips.source for instance in INSTANCES.values()) and "23.57" in RESERVE.source
 
 
+@pytest.mark.usefixtures("outside_any_rank")
 class TestBeforeCompiling:
     def refusal(self, **options: Any) -> str:
         fields = {**SMALL, "max_position_embeddings": 262144, "vocab_size": options.pop("vocab_size", 160)}
@@ -289,7 +293,7 @@ class TestBeforeCompiling:
             application(fields, instance="trn2.3xlarge", **options).compile("nowhere")
         return str(refused.value)
 
-    @on_stand_ins
+    @needs_stand_ins
     def test_what_does_not_fit_is_refused_with_what_does(self) -> None:
         message = self.refusal(seq_len=262144, max_context_length=128, batch_size=512)  # 34 GB of KV cache
         assert "seq_len=262144 with kv_cache_batch_size=512 at tp_degree=1 needs" in message
@@ -305,12 +309,10 @@ class TestBeforeCompiling:
             assert layout_of(resized(model, length, lines)).fits is fits, (length, lines)
         assert "or set tp_degree to 2 or 4; see" in message
 
-    @on_stand_ins
     def test_weights_that_leave_no_room_ask_for_another_degree_alone(self) -> None:
         message = self.refusal(vocab_size=120_000_000)
         assert message.endswith("has 25.8 GB: set tp_degree to 2 or 4; see 'qwen35 plan'")
 
-    @on_stand_ins
     def test_what_fits_nowhere_asks_for_a_larger_instance(self) -> None:
         assert self.refusal(vocab_size=10**9).endswith("use a larger instance; see 'qwen35 plan'")
 
@@ -332,7 +334,7 @@ class TestBeforeCompiling:
         assert Qwen35InferenceConfig.load(str(tmp_path)).neuron_config.instance == "trn2.48xlarge"
 
 
-@on_stand_ins
+@pytest.mark.usefixtures("backend")
 class TestCommand:
     def plan(self, tmp_path: Path, *arguments: str) -> int:
         save_checkpoint(
@@ -346,7 +348,7 @@ class TestCommand:
         assert self.plan(tmp_path, "--json", "--batch", "3", "--prompt-bucket", "256") == 0
         printed = json.loads(capsys.readouterr().out)
         assert (printed["lines"], printed["prompt_rows"], printed["prompt_bucket"]) == (3, 1, 256)
-        ours, whole = printed["this_model"], printed["deltanet_whole_on_every_rank"]
+        ours, whole = printed["this_model"], printed["layout_of_published_ports"]
         assert ours["fits"] and ours["longest_context"] == 2048 and ours["total"] < whole["total"]
         assert set(ours["modelled"]["ttft_s"]) == {"256", "512"}
         assert all(figure["source"] for figure in printed["figures"])
@@ -358,6 +360,7 @@ class TestCommand:
         assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert "trn2.3xlarge, tp_degree=2, LNC=2, bfloat16: 1 x 512 tokens" in capsys.readouterr().out
 
+    @needs_stand_ins
     def test_a_picture_without_matplotlib_says_how_to_get_it(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan_of_256k: Plan
     ) -> None:
@@ -383,6 +386,7 @@ class TestCommand:
         assert captured.err.startswith("qwen35: error:") and not captured.out
         assert all(word in captured.err for word in words)
 
+    @needs_stand_ins
     def test_a_recommended_configuration_is_compiled_by_its_name(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -396,7 +400,7 @@ class TestCommand:
         assert (neuron.instance, neuron.on_cpu, neuron.torch_dtype) == ("trn2.3xlarge", False, torch.bfloat16)
 
 
-@on_stand_ins
+@needs_stand_ins
 class TestRecommended:
     @pytest.mark.parametrize("entry", RECOMMENDED.values(), ids=RECOMMENDED)
     def test_each_fits_its_instance_with_a_gigabyte_to_spare(self, entry: Any) -> None:
