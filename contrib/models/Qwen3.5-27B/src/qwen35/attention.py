@@ -29,13 +29,13 @@ class _RunningSoftmax:
         self.query = query
         scores = self._scores(keys, mask)
         self.largest = scores.amax(-1, keepdim=True)
-        weights = (scores - self.largest).exp()
+        weights = scores.sub_(self.largest).exp_()  # in place: on a CPU fresh memory costs as much as the arithmetic
         self.total, self.product = weights.sum(-1, keepdim=True), self._product(weights, values)
 
     def add(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> None:
         scores = self._scores(keys, mask)
         largest = torch.maximum(self.largest, scores.amax(-1, keepdim=True))
-        weights, decay = (scores - largest).exp(), (self.largest - largest).exp()
+        weights, decay = scores.sub_(largest).exp_(), (self.largest - largest).exp()
         self.largest = largest
         self.total = self.total * decay + weights.sum(-1, keepdim=True)
         self.product = self.product * decay + self._product(weights, values)

@@ -36,13 +36,13 @@ STOCK = """
 # What ours adds: elementwise operations, comparisons and reductions, views, constants. Each is one HLO instruction or a
 # few, of static shape; those that end in _ are made functional before they are lowered.
 OURS = """
-    addcmul_ alias amax any.dim bitwise_or.Tensor clamp eq.Scalar eq.Tensor ge.Scalar ge.Tensor gt.Scalar lt.Scalar
-    mul_.Tensor sigmoid silu_ softplus index_select select.int split.Tensor split_with_sizes new_zeros empty_like
-    new_empty
+    addcmul_ alias amax any.dim bitwise_or.Tensor clamp eq.Scalar eq.Tensor exp_ ge.Scalar ge.Tensor gt.Scalar lt.Scalar
+    mul_.Tensor sigmoid silu_ softplus sub_.Tensor index_select select.int split.Tensor split_with_sizes new_zeros
+    empty_like new_empty
 """
 # The gated delta rule in plain PyTorch, for head sizes that the kernels do not have.
 PLAIN_DELTA_RULE = """
-    addcmul baddbmm baddbmm_ constant_pad_nd cumsum exp_ eye ones stack unbind.int zeros
+    addcmul baddbmm baddbmm_ constant_pad_nd cumsum eye ones stack unbind.int zeros
 """
 # The sampler on a CPU; on a device a kernel takes its place.
 CPU_SAMPLER = "argmax"
