@@ -332,7 +332,9 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         if chunk is not None:
             config = copy.deepcopy(self.context_encoding_model.config)
             config.neuron_config.bucket_n_active_tokens, config.neuron_config.n_active_tokens = False, chunk
-            config.neuron_config.buckets = list(self.token_generation_model.neuron_config.buckets)
+            # By what is cached, which is a chunk at least; each spared bucket is a program less to compile.
+            buckets = self.token_generation_model.neuron_config.buckets
+            config.neuron_config.buckets = [bucket for bucket in buckets if bucket >= chunk]
             self.continuation_model = self.add_submodel(CONTINUATION_MODEL_TAG, config)
 
     def add_submodel(self, tag: str, config: Any, **model_init_kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -21,8 +21,22 @@ from .hardware import INSTANCES, Figure
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from .nxdi import on_stand_ins
-from .planning import MOST_LINES, RESERVE, Column, Layout, Plan, count_resident, layout_of, plan, resized, work_of
-from .recommended import PROMPT_BUCKET, RECOMMENDED, Recommended, device_neuron_config
+from .planning import (
+    MATMUL_TILE,
+    MOST_LINES,
+    PROGRAM_INSTRUCTIONS,
+    RESERVE,
+    Column,
+    Layout,
+    Plan,
+    Program,
+    count_resident,
+    layout_of,
+    plan,
+    resized,
+    work_of,
+)
+from .recommended import RECOMMENDED, Recommended, device_neuron_config, prompt_bucket_for
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHORTEST_DRAWN = 1024
@@ -33,7 +47,7 @@ def figures(of: Plan) -> list[Figure]:
     """Every constant that a plan rests on."""
     peak = hardware.CHIP_BF16_FLOPS if of.dtype == torch.bfloat16 else hardware.CHIP_FP32_FLOPS
     chip = [hardware.CHIP_CORES, hardware.CHIP_HBM, hardware.CHIP_HBM_BANDWIDTH, peak]
-    return [of.instance.chips, *chip, hardware.DEFAULT_LNC, RESERVE]
+    return [of.instance.chips, *chip, hardware.DEFAULT_LNC, RESERVE, MATMUL_TILE, PROGRAM_INSTRUCTIONS]
 
 
 # --- Text and JSON ---------------------------------------------------------------------------------------------------
@@ -66,11 +80,11 @@ def _lines(of: Plan) -> Iterator[str]:
         yield row(f"TTFT, prompt of {tokens:,}", *map(_time, times))
     for context in (0, of.seq_len):
         yield row(f"TPOT, {context:,} in the cache", *(_time(column.work.tpot(context, of.rows)) for column in columns))
-    if of.buckets:
-        yield "activations by bucket, GB (modelled: most bytes live at once, as PyTorch would run the module)"
-        for submodel in dict.fromkeys(bucket.submodel for bucket in of.buckets):
-            sizes = (f"{b.bucket:,}: {b.bytes / 1e9:.3f}" for b in of.buckets if b.submodel == submodel)
-            yield f"  {submodel}  {'  '.join(sizes)}"
+    yield "activations by bucket, GB (modelled: most bytes live at once, as PyTorch would run the module)"
+    yield from _by_bucket(of, lambda program: f"{program.bytes / 1e9:.3f}")
+    limit = f"neuronx-cc gives up above {PROGRAM_INSTRUCTIONS.value / 1e6:.0f} in all"
+    yield f"instructions for matrix products, at least, in millions (modelled); {limit}"
+    yield from _by_bucket(of, lambda program: f"{program.matmuls / 1e6:.2f}")
     if of.vision is not None:
         rank = "no even split" if of.vision.rank is None else f"{of.vision.rank / 1e9:.3f} GB of each rank"
         yield f"vision encoder: on the host, {of.vision.host / 1e9:.3f} GB there and none here; here it would be {rank}"
@@ -78,6 +92,12 @@ def _lines(of: Plan) -> Iterator[str]:
     yield "from"
     for figure in figures(of):
         yield f"  {figure.value:,} {figure.unit} ({figure.source})"
+
+
+def _by_bucket(of: Plan, value: Callable[[Program], str]) -> Iterator[str]:
+    for submodel in dict.fromkeys(program.submodel for program in of.programs):
+        values = (f"{p.bucket:,}: {value(p)}" for p in of.programs if p.submodel == submodel)
+        yield f"  {submodel}  {'  '.join(values)}"
 
 
 def _rows(layouts: list[Layout]) -> Iterator[tuple[str, list[int]]]:
@@ -137,7 +157,7 @@ def as_json(of: Plan) -> dict[str, Any]:
         "dtype": _name(of.dtype),
         **{name: getattr(of, name) for name in settings},
         **columns,
-        "activations_modelled": [asdict(bucket) for bucket in of.buckets],
+        "programs_modelled": [asdict(program) for program in of.programs],
         "vision": None if of.vision is None else asdict(of.vision),
         "figures": [asdict(figure) for figure in figures(of)],
     }
@@ -173,7 +193,7 @@ def _cells(entry: Recommended) -> list[str]:
         str(entry.batch),
         f"{entry.seq_len:,}",
         f"{recommended_layout(entry.name).total / 1e9:.1f}",
-        f"{1e3 * work.ttft(PROMPT_BUCKET, PROMPT_BUCKET):.0f} ms",
+        f"{1e3 * work.ttft(2048, prompt_bucket_for(entry.seq_len)):.0f} ms",
         f"{' to '.join(tpot)} ms",
     ]
 
@@ -243,7 +263,7 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--seq-len", type=int, default=32768, metavar="N", help="prompt and answer (32768)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (1)")
     parser.add_argument(
-        "--prompt-bucket", type=int, default=PROMPT_BUCKET, metavar="N", help=f"most tokens a piece ({PROMPT_BUCKET})"
+        "--prompt-bucket", type=int, metavar="N", help="most tokens a piece (2048, or 512 beyond 32768 of context)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--recommended", action="store_true", help="list the recommended configurations of 27B instead")

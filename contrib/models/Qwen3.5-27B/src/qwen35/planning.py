@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +43,16 @@ RESERVE = Figure(
     "bytes a rank for code, DMA rings, collectives and the compiler's scratch",
     "inferred: what NxDI pull request 128 reports in use at 128 tokens, 23.57 GiB, is 3.3 GB more than is counted here",
 )
+PROGRAM_INSTRUCTIONS = Figure(
+    5_000_000,
+    "instructions of a program, above which neuronx-cc gives up (NCC_EBVF030)",
+    "its message, in github.com/aws-neuron/aws-neuron-sdk issue 819",
+)
+MATMUL_TILE = Figure(
+    512,
+    "columns that an instruction multiplies by a tile of at most 128 x 128",
+    "nki/api/nki/isa/__init__.py, nc_matmul",
+)
 LENGTH_STEP = 128
 """Contexts are looked for in steps of NxDI's smallest bucket (`modules/autobucketing.py`)."""
 MOST_LINES = 512
@@ -48,12 +60,15 @@ MOST_LINES = 512
 
 
 @dataclass(frozen=True)
-class BucketBytes:
-    """Most bytes of activations that live at once in a bucket of a submodel; modelled."""
+class Program:
+    """What a bucket of a submodel takes, which is compiled to a program of its own; modelled."""
 
     submodel: str
     bucket: int
     bytes: int
+    """Most bytes of activations that live at once."""
+    matmuls: int
+    """Instructions of the Tensor engine, at least: the tiles of all matrix products outside the DeltaNet kernels."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +185,7 @@ class Plan:
     sharded: Column
     replicated: Column
     """For comparison, as in published ports. Its activations are taken to be those of `sharded`."""
-    buckets: tuple[BucketBytes, ...]
+    programs: tuple[Program, ...]
     valid_tp_degrees: tuple[int, ...]
     """Of this checkpoint on this instance."""
     vision: VisionBytes | None
@@ -190,8 +205,8 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
     """
     neuron = model.neuron_config
     valid = tp_degrees(model, instance)
-    buckets = walk_buckets(model)
-    resident, activations = count_resident(model), _largest(buckets)
+    programs = walk_buckets(model)
+    resident, activations = count_resident(model), _largest(programs)
 
     def column(copies: int) -> Column:
         return Column(resident.layout(activations, copies), _limits(model, activations, copies), work_of(model, copies))
@@ -208,7 +223,7 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
         prompt_bucket=neuron.max_context_length,
         sharded=column(1),
         replicated=column(neuron.tp_degree),
-        buckets=tuple(buckets),
+        programs=tuple(programs),
         valid_tp_degrees=tuple(valid),
         vision=_vision(model.config),
     )
@@ -216,6 +231,8 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
 
 def require_fits(model: NeuronQwen35ForCausalLM) -> None:
     """Check that a model fits the instance that its configuration names; without a name, or on a CPU, do nothing.
+
+    Warns of programs that are probably too long for the compiler.
 
     Raises:
         ValueError: it does not fit; the message says which context, batch and tensor-parallel degrees do.
@@ -232,8 +249,18 @@ def _require_fits(model_cls: Any, config_json: str, name: str) -> None:
     model: NeuronQwen35ForCausalLM = model_cls("", model_cls.get_config_cls().from_json_string(config_json))
     neuron = model.neuron_config
     degrees = tp_degrees(model, INSTANCES[name])
-    layout = layout_of(model)
+    programs = walk_buckets(model, slice(-1, None))
+    layout = count_resident(model).layout(_largest(programs))
     if layout.fits:
+        for program in programs:
+            if program.matmuls > PROGRAM_INSTRUCTIONS.value:
+                field = "max_context_length" if model.config.prefill_chunk_size is None else "prefill_chunk_size"
+                warnings.warn(
+                    f"{program.submodel}, bucket {program.bucket}: at least {program.matmuls / 1e6:.1f} M instructions "
+                    f"(modelled), and neuronx-cc gives up above {PROGRAM_INSTRUCTIONS.value / 1e6:.0f} M; should it "
+                    f"say NCC_EBVF030, lower {field}={neuron.max_context_length}",
+                    stacklevel=2,
+                )
         return
     limits = _limits(model, layout.activations)
     fitting = [degree for degree in degrees if layout_of(_with_tp_degree(model, degree)).fits]
@@ -349,8 +376,8 @@ def layout_of(model: NeuronQwen35ForCausalLM, copies: int = 1) -> Layout:
     return count_resident(model).layout(_largest(walk_buckets(model, slice(-1, None))), copies)
 
 
-def _largest(buckets: Iterable[BucketBytes]) -> int:
-    return max((bucket.bytes for bucket in buckets), default=0)
+def _largest(programs: Iterable[Program]) -> int:
+    return max(program.bytes for program in programs)
 
 
 def _limits(model: NeuronQwen35ForCausalLM, activations: int, copies: int = 1) -> Limits:
@@ -399,21 +426,25 @@ def largest(headroom: Callable[[int], int], limit: int) -> int:
     return low
 
 
-# --- Activations -----------------------------------------------------------------------------------------------------
-def walk_buckets(model: NeuronQwen35ForCausalLM, which: slice = slice(None)) -> list[BucketBytes]:
-    """The activations of some buckets of every submodel.
+# --- Programs --------------------------------------------------------------------------------------------------------
+def walk_buckets(model: NeuronQwen35ForCausalLM, which: slice = slice(None)) -> list[Program]:
+    """What some buckets of every submodel take.
 
-    Of a model of like blocks of layers two are walked: what the second leaves behind it every further one leaves too,
-    and what a layer needs for itself is freed before the next.
+    Of a model of like blocks of layers two are walked: what the second leaves behind and multiplies every further one
+    does too, and what a layer needs for itself is freed before the next.
     """
     kinds = model.config.layer_types
     period = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
     blocks = len(kinds) // period
     if blocks <= 2:
-        return [bucket for bucket, _ in _walk(model, which, period)]
+        return [program for program, _ in _walk(model, which, period)]
     return [
-        replace(bucket, bytes=bucket.bytes + (blocks - 2) * left)
-        for bucket, left in _walk(_with_layers(model, 2 * period), which, period)
+        replace(
+            program,
+            bytes=program.bytes + (blocks - 2) * block.bytes,
+            matmuls=program.matmuls + (blocks - 2) * block.matmuls,
+        )
+        for program, block in _walk(_with_layers(model, 2 * period), which, period)
     ]
 
 
@@ -423,8 +454,8 @@ def _with_layers(model: NeuronQwen35ForCausalLM, layers: int) -> NeuronQwen35For
     return _with_config(model, config)
 
 
-def _walk(model: NeuronQwen35ForCausalLM, which: slice, period: int) -> Iterator[tuple[BucketBytes, int]]:
-    """Buckets, each with the bytes that the last `period` layers leave behind them."""
+def _walk(model: NeuronQwen35ForCausalLM, which: slice, period: int) -> Iterator[tuple[Program, Program]]:
+    """Programs, each with the bytes that its last `period` layers leave behind them and the products that they do."""
     for wrapper in model.models:
         instance = wrapper.get_model_instance()
         with _on_a_rank(model.config):
@@ -433,30 +464,57 @@ def _walk(model: NeuronQwen35ForCausalLM, which: slice, period: int) -> Iterator
             for i in range(len(samples))[which]:
                 module, aliases = instance.get(i)
                 inputs = samples[i]
-                with _LiveStorages(module.parameters()) as live:
-                    live.add(inputs)
-                    hooks = [layer.register_forward_hook(live.mark) for layer in module.layers]
+                with _Run(module.parameters()) as run:
+                    run.add(inputs)
+                    hooks = [layer.register_forward_hook(run.mark) for layer in module.layers]
                     outputs = module(*inputs)
                 for hook in hooks:
                     hook.remove()
                 # What an alias writes over a parameter takes no room of its own.
-                peak, after = live.replay(without=[outputs[position] for position in aliases.values()])
-                left = after[-1] - after[-1 - period] if len(after) > period else 0
-                yield BucketBytes(wrapper.tag, wrapper.neuron_config.buckets[i], peak), left
+                peak, after = run.replay(without=[outputs[position] for position in aliases.values()])
+                program = Program(wrapper.tag, wrapper.neuron_config.buckets[i], peak, run.matmuls)
+                before = after[-1 - period] if len(after) > period else after[-1]
+                yield (
+                    program,
+                    replace(program, bytes=after[-1][0] - before[0], matmuls=after[-1][1] - before[1]),
+                )
 
 
-class _LiveStorages(TorchDispatchMode):
-    """Follows the storages that operations make, from the first tensor on each until the last is gone."""
+_PRODUCTS = {
+    # The first of their two factors.
+    torch.ops.aten.mm: 0,
+    torch.ops.aten.bmm: 0,
+    torch.ops.aten.addmm: 1,
+    torch.ops.aten.baddbmm: 1,
+    torch.ops.aten.baddbmm_: 1,
+}
+
+
+def tiles_of_product(left: torch.Size, right: torch.Size) -> int:
+    """Instructions of the Tensor engine for [..., m, k] x [..., k, n]: either factor may be the one that stays."""
+    *batch, m, k = left
+    n = right[-1]
+    staying, moving = (lambda size: -(-size // 128)), (lambda size: -(-size // MATMUL_TILE.value))
+    return math.prod(batch) * staying(k) * min(staying(m) * moving(n), staying(n) * moving(m))
+
+
+class _Run(TorchDispatchMode):
+    """Follows the storages that operations make, from the first tensor on each until the last is gone, and counts the
+    tiles of matrix products."""
 
     def __init__(self, resident: Iterable[torch.Tensor]) -> None:
         super().__init__()
+        self.matmuls = 0
         self._numbers = {tensor.untyped_storage()._cdata: -1 for tensor in resident}  # by address, while it lives
         self._changes: list[tuple[int, int]] = []  # (number of the storage, bytes more or less)
         self._sizes: list[int] = []
-        self._marks: list[int] = []
+        self._marks: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        first = _PRODUCTS.get(func.overloadpacket)
+        if first is not None:
+            self.matmuls += tiles_of_product(args[first].shape, args[first + 1].shape)
         leaves = output if isinstance(output, (list, tuple)) else [output]
         self.add(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         return output
@@ -476,14 +534,14 @@ class _LiveStorages(TorchDispatchMode):
 
     def mark(self, *_: Any) -> None:
         """Remember this moment."""
-        self._marks.append(len(self._changes))
+        self._marks.append((len(self._changes), self.matmuls))
 
-    def replay(self, without: Sequence[torch.Tensor]) -> tuple[int, list[int]]:
-        """Most bytes at once, and the bytes at each mark, leaving out the storages of some tensors."""
+    def replay(self, without: Sequence[torch.Tensor]) -> tuple[int, list[tuple[int, int]]]:
+        """Most bytes at once, and bytes and tiles at each mark, leaving out the storages of some tensors."""
         left_out = {self._numbers[tensor.untyped_storage()._cdata] for tensor in without}
         sizes = (0 if number in left_out else change for number, change in self._changes)
         history = list(itertools.accumulate(sizes, initial=0))
-        return max(history), [history[mark] for mark in self._marks]
+        return max(history), [(history[mark], matmuls) for mark, matmuls in self._marks]
 
 
 # --- Work and vision -------------------------------------------------------------------------------------------------

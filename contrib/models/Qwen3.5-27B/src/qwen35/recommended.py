@@ -11,9 +11,15 @@ import torch
 from .configuration_qwen35 import Qwen35NeuronConfig
 from .hardware import DEFAULT_LNC, TRN2_3XLARGE, TRN2_48XLARGE, Instance
 
-PROMPT_BUCKET = 2048
-"""Tokens of the largest context-encoding bucket. On 27B at TP=4 its arithmetic takes 8 times as long as reading the
-weights, and its activations 0.4 GB of a rank; both modelled."""
+
+def prompt_bucket_for(seq_len: int) -> int:
+    """Tokens of the largest context-encoding bucket, for contexts of `seq_len`.
+
+    On 27B at TP=4 the arithmetic of 2,048 tokens takes 8 times as long as reading the weights, that of 512 twice as
+    long, so that neither waits for memory (modelled). At 256K tokens a program for 2,048 would have 4.7 M instructions
+    for its matrix products alone, and neuronx-cc gives up at 5 M in all; one for 512 has 1.2 M (modelled).
+    """
+    return 2048 if seq_len <= 32768 else 512
 
 
 def device_neuron_config(
@@ -22,9 +28,11 @@ def device_neuron_config(
     seq_len: int,
     batch: int,
     dtype: torch.dtype = torch.bfloat16,
-    prompt_bucket: int = PROMPT_BUCKET,
+    prompt_bucket: int | None = None,
 ) -> Qwen35NeuronConfig:
     """Settings for a device: `batch` sequences of `seq_len` tokens, whose prompts are encoded one at a time."""
+    if prompt_bucket is None:
+        prompt_bucket = prompt_bucket_for(seq_len)
     return Qwen35NeuronConfig(
         tp_degree=tp_degree,
         batch_size=batch,

@@ -193,6 +193,11 @@ def test_a_chunk_size_bounds_the_buckets_of_prompts(path: Path) -> None:
     config = Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config)
     assert config.neuron_config.max_context_length == config.prefill_chunk_size == 256
     assert type(config).from_json_string(config.to_json_string()).prefill_chunk_size == 256
+    prompts, decoding, going_on = (
+        wrapper.neuron_config.buckets for wrapper in NeuronQwen35ForCausalLM(path, config).models
+    )
+    assert prompts == [128, 256] and decoding == [128, 256, 512, 1024]
+    assert going_on == [256, 512, 1024], "a chunk or more is cached"
 
 
 def test_going_on_without_a_chunk_size_is_an_error_that_names_it(in_one_piece: Any) -> None:

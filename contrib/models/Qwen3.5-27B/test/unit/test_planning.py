@@ -29,7 +29,7 @@ from qwen35.planning import (
     RESERVE,
     Limits,
     Plan,
-    _LiveStorages,
+    _Run,
     _walk,
     count_resident,
     largest,
@@ -139,13 +139,19 @@ class TestActivations:
             (wrapper.tag, bucket) for wrapper in model.models for bucket in wrapper.neuron_config.buckets
         ]
 
+    @pytest.mark.slow
+    def test_blocks_stand_for_all_layers_of_27b_at_256k_tokens(self) -> None:
+        model = of_27b(seq_len=262144)
+        whole = [bucket for bucket, _ in _walk(model, slice(-1, None), 4)]
+        assert walk_buckets(model, slice(-1, None)) == whole and len(whole) == 3
+
     def test_the_largest_bucket_takes_the_most(self) -> None:
         model = application(SMALL, seq_len=512, enable_bucketing=True, batch_size=2)
         assert layout_of(model).activations == max(bucket.bytes for bucket in walk_buckets(model))
 
     def test_what_is_alive_at_once_is_counted_and_views_are_not(self) -> None:
         kept = torch.zeros(100, device="meta")
-        with _LiveStorages([kept]) as live:
+        with _Run([kept]) as live:
             a = torch.ones(1000, device="meta")  # 4,000 bytes
             view = kept[:50].view(5, 10)
             b = a.view(10, 100)[:5] + 1  # 2,000
@@ -154,8 +160,8 @@ class TestActivations:
             live.mark()
             c.mul_(3)
         assert view.untyped_storage().nbytes() == 400
-        assert live.replay(without=[]) == (6000, [4000])
-        assert live.replay(without=[b]) == (4000, [2000]), "an output that takes a parameter's place"
+        assert live.replay(without=[]) == (6000, [(4000, 0)])
+        assert live.replay(without=[b]) == (4000, [(2000, 0)]), "an output that takes a parameter's place"
 
     def test_a_prompt_counts_its_mlp_and_its_scores(self) -> None:
         found, _ = walk_buckets(of_27b(seq_len=2048), slice(-1, None))
@@ -164,8 +170,27 @@ class TestActivations:
         scores = rows * rows * 6 * (2 + 2 + 4)  # masked scores and their softmax, six heads; PyTorch's own steps
         assert max(mlp, scores) < found.bytes < mlp + 2 * scores
 
+    def test_tiles_of_products_are_counted_by_the_shapes_of_the_factors(self) -> None:
+        found, decoding = walk_buckets(of_27b(seq_len=2048), slice(-1, None))
+        # [rows, k] x [k, n] of a rank: rows stay and 512 columns move, or the other way round.
+        matrices = {
+            64: [(5120, 4352), (5120, 4352), (4352, 5120)],
+            48: [(5120, 2560 + 1536), (5120, 24), (1536, 5120)],
+            16: [(5120, 6 * 256), (5120, 6 * 256), (5120, 256), (5120, 256), (6 * 256, 5120)],
+        }
+        # Queries by keys over 256 dims; of the weights by the values, over 2,048 keys, the values stay.
+        scores = 16 * 6 * (2 * 16 * 4 + 16 * 2 * 4)
+        head = 40 * -(-248320 // 4 // 512)  # one token stays, the weights move past it
+
+        def tiles(k: int, n: int) -> int:
+            return -(-k // 128) * min(16 * -(-n // 512), -(-n // 128) * 4)
+
+        expected = sum(layers * sum(tiles(*shape) for shape in shapes) for layers, shapes in matrices.items())
+        assert found.matmuls == expected + scores + head
+        assert head < decoding.matmuls < 0.1 * found.matmuls
+
     def test_the_caches_that_outputs_replace_are_not_counted_twice(self, plan_of_256k: Plan) -> None:
-        decoding = [b for b in plan_of_256k.buckets if b.submodel == "token_generation_model"]
+        decoding = [b for b in plan_of_256k.programs if b.submodel == "token_generation_model"]
         # Scores of 6 heads in float32 and bfloat16, and the mask: not the 4.3 GB of the cache.
         assert decoding[-1].bytes < 262144 * 6 * 16
 
@@ -316,6 +341,13 @@ class TestBeforeCompiling:
     def test_what_fits_nowhere_asks_for_a_larger_instance(self) -> None:
         assert self.refusal(vocab_size=10**9).endswith("use a larger instance; see 'qwen35 plan'")
 
+    @needs_stand_ins
+    def test_a_program_too_long_for_the_compiler_is_warned_of(self) -> None:
+        long = device_neuron_config(TRN2_3XLARGE, 4, 262144, 1, prompt_bucket=4096)
+        config = Qwen35InferenceConfig(long, **QWEN35_PRESETS["27B"])
+        with pytest.warns(UserWarning, match=r"prompt_continuation_model, bucket 262144.*prefill_chunk_size=4096"):
+            require_fits(NeuronQwen35ForCausalLM("no-such-checkpoint", config))
+
     def test_more_ranks_than_cores_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"tp_degree=8 exceeds the 4 logical cores of trn2\.3xlarge .*: 1, 2, 4"):
             require_fits(application(QWEN35_PRESETS["27B"], instance="trn2.3xlarge", tp_degree=8))
@@ -352,7 +384,7 @@ class TestCommand:
         assert ours["fits"] and ours["longest_context"] == 2048 and ours["total"] < whole["total"]
         assert set(ours["modelled"]["ttft_s"]) == {"256", "512"}
         assert all(figure["source"] for figure in printed["figures"])
-        assert [b["bucket"] for b in printed["activations_modelled"]] == [128, 256, *(2 * [128, 256, 512])]
+        assert [b["bucket"] for b in printed["programs_modelled"]] == [128, 256, 128, 256, 512, 256, 512]
 
     def test_a_picture_is_drawn(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("matplotlib")
