@@ -171,3 +171,8 @@ class HuggingFaceGenerationAdapter(PreTrainedModel, GenerationMixin):
         if mask is not None and is_for_token_generation:
             model_kwargs["attention_mask"] = torch.cat([mask.new_ones((mask.shape[0], 1)), mask], dim=-1)
         return model_kwargs
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are given and taken, whatever the model runs on."""
+        return torch.device("cpu")

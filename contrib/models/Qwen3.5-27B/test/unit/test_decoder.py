@@ -21,6 +21,7 @@ import torch
 
 from _compare import assert_close
 from decoder_cases import CASES, STEPS, Case, recorded
+from device import put_on_device
 from models import load_neuron, neuron_greedy, right_padded
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig
 
@@ -53,9 +54,16 @@ def check(case: Case, tokens: torch.Tensor, logits: torch.Tensor, rows: Any = sl
     assert torch.equal(tokens, expected_tokens), f"greedy tokens of row {rows} differ"
 
 
-def generate(path: str, prompts: list[list[int]], options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def load(path: str, options: dict[str, Any], on_device: bool) -> NeuronQwen35ForCausalLM:
+    model = load_neuron(Path(path), seq_len=SEQ_LEN, **options)
+    return put_on_device(model) if on_device else model
+
+
+def generate(
+    path: str, prompts: list[list[int]], options: dict[str, Any], on_device: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Through HuggingFaceGenerationAdapter.generate, all prompts as one right-padded batch."""
-    return neuron_greedy(load_neuron(Path(path), seq_len=SEQ_LEN, **options), prompts, STEPS)
+    return neuron_greedy(load(path, options, on_device), prompts, STEPS)
 
 
 class Lines:
@@ -92,11 +100,13 @@ class Lines:
         return torch.tensor(self.tokens.pop(line)), torch.stack(self.logits.pop(line))
 
 
-def continuous(path: str, prompts: list[list[int]], options: dict[str, Any], seed: int) -> list[tuple[int, Any]]:
+def continuous(
+    path: str, prompts: list[list[int]], options: dict[str, Any], seed: int, on_device: bool = False
+) -> list[tuple[int, Any]]:
     """(index of the prompt, its tokens and logits) of every prompt twice, under a random schedule of 4 lines."""
     finished = []
     rng = random.Random(seed)
-    lines = Lines(load_neuron(Path(path), seq_len=SEQ_LEN, **options))
+    lines = Lines(load(path, options, on_device))
     waiting = [*range(len(prompts))] * 2
     rng.shuffle(waiting)
     running: dict[int, int] = {}
@@ -121,6 +131,7 @@ STATIC = {
         batch_size=4, on_device_sampling_config=OnDeviceSamplingConfig(), output_logits=True
     ),
 }
+CHUNKS = dict(batch_size=4, prefill_chunk_size=8, enable_bucketing=True)
 CONTINUOUS = {
     "one prompt at a time": dict(batch_size=4, ctx_batch_size=1, is_continuous_batching=True),
     "two prompts at a time, buckets": dict(
@@ -153,6 +164,23 @@ def test_rows_that_enter_wait_and_leave_give_what_they_give_alone(
     finished = continuous(str(checkpoint(case)), case.prompts(), options, seed=0)
     assert sorted(index for index, _ in finished) == [0, 0, 1, 1, 2, 2, 3, 3]
     for index, (tokens, logits) in finished:
+        check(case, tokens, logits, index)
+
+
+@pytest.mark.parametrize("options", [*STATIC.values(), CHUNKS], ids=[*STATIC, "chunks"])
+def test_a_batch_on_a_device_generates_what_transformers_generates(
+    options: dict[str, Any], checkpoint: Callable[[Case], Path]
+) -> None:
+    case = CASES[1]
+    check(case, *generate(str(checkpoint(case)), case.prompts(), options, on_device=True))
+
+
+@pytest.mark.parametrize("options", CONTINUOUS.values(), ids=CONTINUOUS)
+def test_rows_on_a_device_give_what_they_give_alone(
+    options: dict[str, Any], checkpoint: Callable[[Case], Path]
+) -> None:
+    case = CASES[1]
+    for index, (tokens, logits) in continuous(str(checkpoint(case)), case.prompts(), options, seed=2, on_device=True):
         check(case, tokens, logits, index)
 
 
