@@ -120,7 +120,7 @@ class Qwen35Engine:
     CPU every rank runs the same calls, with a seed in each request that samples.
 
     Raises:
-        ValueError: the configuration leaves no logits to sample from.
+        ValueError: the configuration leaves no logits to sample from, or the prefix cache is another model's.
     """
 
     def __init__(self, model: NeuronQwen35ForCausalLM, prefix_cache: PrefixCache | None = None) -> None:
@@ -132,6 +132,8 @@ class Qwen35Engine:
             )
         if neuron_config.async_mode:
             raise ValueError("async_mode=True: the host samples each token before the next step; set it to False")
+        if prefix_cache is not None and prefix_cache.model is not model:
+            raise ValueError("prefix_cache is another model's: make it of the model that the engine gets")
         self.model, self.prefix_cache = model, prefix_cache
         self._rows: dict[int, _Row] = {}  # by id, in order of arrival
         self._free = [*range(neuron_config.kv_cache_batch_size)]
@@ -272,7 +274,7 @@ class Qwen35Engine:
         logits = self.model(ids, _lines(rows), mask, positions, **media).logits[:, -1]
         for row, piece in zip(rows, pieces, strict=True):
             row.cached += len(piece)
-            if self.prefix_cache is not None and row.line is not None and len(piece) == chunk:
+            if self.prefix_cache is not None and row.line is not None and row.cached % self.prefix_cache.block == 0:
                 self.prefix_cache.put_down(row.line, row.prompt[: row.cached], row.media)
         ended = [i for i, row in enumerate(rows) if row.encoded]
         for i in ended:

@@ -81,21 +81,26 @@ class PrefixCache:
     Args:
         model: loaded. Nobody else writes to it while the cache reads: a step in flight (`async_mode`) would.
         budget_bytes: host memory for all blocks, of all ranks of this process.
+        block_tokens: a multiple of the model's `prefill_chunk_size`, which is the default. A block has one copy of the
+            states however many tokens it has: larger ones keep more tokens in the budget, and copy less.
 
     Raises:
-        ValueError: the model has no `prefill_chunk_size`, which is the size of a block, or is asynchronous; or the
+        ValueError: the model has no `prefill_chunk_size`, or is asynchronous; block_tokens is no multiple of it; or the
             budget is negative.
     """
 
-    def __init__(self, model: NeuronQwen35ForCausalLM, budget_bytes: int) -> None:
-        if model.config.prefill_chunk_size is None:
+    def __init__(self, model: NeuronQwen35ForCausalLM, budget_bytes: int, block_tokens: int | None = None) -> None:
+        chunk = model.config.prefill_chunk_size
+        if chunk is None:
             raise ValueError("prefill_chunk_size is not set: prompts are taken up where a chunk ended, set it")
+        if block_tokens is not None and (block_tokens < 1 or block_tokens % chunk):
+            raise ValueError(f"block_tokens={block_tokens}: must be a multiple of prefill_chunk_size={chunk}")
         if budget_bytes < 0:
             raise ValueError(f"budget_bytes={budget_bytes}: must be at least 0, which keeps nothing")
         if model.neuron_config.async_mode:
             raise ValueError("async_mode=True: a step in flight still writes what would be read; set it to False")
         self.model, self.budget_bytes = model, budget_bytes
-        self.block: int = model.config.prefill_chunk_size
+        self.block: int = chunk if block_tokens is None else block_tokens
         self.nbytes = 0
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # least recently used first
 
@@ -132,7 +137,7 @@ class PrefixCache:
         """
         if not tokens or len(tokens) % self.block:
             raise ValueError(
-                f"{len(tokens)} tokens are not whole blocks of {self.block}: put down at the end of a chunk"
+                f"{len(tokens)} tokens are not whole blocks of {self.block}: put down at the end of a block"
             )
         *before, key = self._keys(tokens, media)
         if key not in self._blocks and all(earlier in self._blocks for earlier in before):

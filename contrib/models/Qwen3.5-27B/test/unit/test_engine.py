@@ -352,6 +352,12 @@ def test_tokens_chosen_by_the_device_need_their_logits_too(path: Path, alone: li
     assert [[output.token for output in engine.stream(i)] for i in ids] == alone[:3]
 
 
+def test_a_prefix_cache_of_another_model_is_refused(model_of: Callable[[str], NeuronQwen35ForCausalLM]) -> None:
+    first, second = (model_of(options) for options in ("one prompt at a time", "two prompts at a time"))
+    with pytest.raises(ValueError, match="prefix_cache is another model's"):
+        Qwen35Engine(first, PrefixCache(second, budget_bytes=1))
+
+
 def test_asynchronous_steps_are_refused(path: Path) -> None:
     model = load_neuron(path, seq_len=SEQ_LEN)
     model.neuron_config.async_mode = True  # a CPU has no such mode
@@ -402,19 +408,19 @@ def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str],
     (first,) = random_prompts([33], seed=9)
     # The turns of a conversation, a branch of it, and a prompt that shares nothing.
     prompts = [first, [*first, 1, 2, 3], [*first, 1, 2, 3, *first[:9]], [*first[:20], 7, 8], [5, *first[1:]], first]
-    tokens, taken = [], []
-    for cache in (None, PrefixCache(model, budget_bytes=1 << 30)):
+    tokens = []
+    chunk = model.config.prefill_chunk_size
+    assert chunk is not None
+    for cache in (None, PrefixCache(model, 1 << 30), PrefixCache(model, 1 << 30, block_tokens=2 * chunk)):
         engine = Qwen35Engine(model, cache)
         outputs: dict[int, list[int]] = {}
         for prompt in prompts:
             request_id = engine.add(Request(prompt, STEPS))
             outputs[request_id] = [output.token for output in engine.stream(request_id) if output.token is not None]
             if cache is not None:
-                taken.append(cache.take_up(0, [*prompt, 0]))
+                assert cache.take_up(0, [*prompt, 0]) == len(prompt) // cache.block * cache.block
         tokens.append([*outputs.values()])
-    assert tokens[0] == tokens[1]
-    block = model.config.prefill_chunk_size
-    assert block is not None and taken == [len(prompt) // block * block for prompt in prompts]
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 @pytest.mark.parametrize("on_device", [False, True])

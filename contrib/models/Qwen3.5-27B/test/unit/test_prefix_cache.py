@@ -49,7 +49,7 @@ def encode(model: Any, line: int, prompt: list[int], cache: PrefixCache | None, 
         positions = start + torch.arange(piece.shape[1]).unsqueeze(0)
         mask = torch.ones(1, start or piece.shape[1], dtype=torch.long)
         logits = model(piece, torch.tensor([line]), mask, positions).logits[0, -1]
-        if cache is not None and piece.shape[1] == BLOCK:
+        if cache is not None and (start + piece.shape[1]) % cache.block == 0:
             cache.put_down(line, prompt[: start + BLOCK], media)
     linear = {2 * i + pair for i in model.config.linear_attention_layers for pair in (0, 1)}
     held = [
@@ -68,7 +68,8 @@ def test_a_warm_run_is_bit_identical_to_a_cold_one_on_any_line(model: Any) -> No
     @settings(max_examples=30, phases=WITHOUT_SHRINKING)
     @given(st.data())
     def run(data: st.DataObject) -> None:
-        cache = PrefixCache(model, budget_bytes=data.draw(st.sampled_from([1 << 18, 1 << 19, 1 << 30])))
+        budget = data.draw(st.sampled_from([1 << 18, 1 << 19, 1 << 30]))
+        cache = PrefixCache(model, budget, block_tokens=data.draw(st.sampled_from([None, BLOCK, 2 * BLOCK])))
         # Few tokens, so that prompts share beginnings of any length.
         prompts = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=40), min_size=2, max_size=6))
         for prompt in prompts:
@@ -76,7 +77,7 @@ def test_a_warm_run_is_bit_identical_to_a_cold_one_on_any_line(model: Any) -> No
             prompt = [*shared, *prompt]
             cold = encode(model, 0, prompt, None)[1]
             taken, warm = encode(model, data.draw(st.integers(0, LINES - 1)), prompt, cache)
-            assert taken % BLOCK == 0 and taken < len(prompt)
+            assert taken % cache.block == 0 and taken < len(prompt)
             assert equal(warm, cold)
             assert cache.nbytes <= cache.budget_bytes
 
@@ -91,6 +92,17 @@ def test_the_longest_shared_boundary_is_taken_up(model: Any) -> None:
     assert encode(model, 1, [*prompt, 5], cache)[0] == 40
     assert encode(model, 0, [*prompt[:20], 0, *prompt[21:]], cache)[0] == 16
     assert encode(model, 0, [prompt[0] + 1, *prompt[1:]], cache)[0] == 0
+
+
+def test_larger_blocks_keep_more_tokens_in_the_same_memory(model: Any) -> None:
+    (prompt,) = random_prompts([40])
+    small, large = PrefixCache(model, 1 << 30), PrefixCache(model, 1 << 30, block_tokens=2 * BLOCK)
+    assert encode(model, 0, prompt, small)[0] == encode(model, 0, prompt, large)[0] == 0
+    assert small.blocks == 5 and large.blocks == 2
+    assert encode(model, 0, prompt, large)[0] == 32
+    states = sum(entry[0].nbytes for rank in kept(model) for entry in rank[:6])  # of a line, in three DeltaNet layers
+    token = (small.nbytes - 5 * states) / 40
+    assert large.nbytes == 2 * states + 32 * token
 
 
 def test_equal_tokens_with_another_image_are_another_prompt(model: Any) -> None:
@@ -124,6 +136,9 @@ def test_what_a_cache_cannot_work_with_is_refused(model: Any, tmp_path: Path) ->
         PrefixCache(load_neuron(tmp_path), 1)
     with pytest.raises(ValueError, match="9 tokens are not whole blocks of 8"):
         PrefixCache(model, 1).put_down(0, [1] * 9)
+    for block in (0, BLOCK + 1):
+        with pytest.raises(ValueError, match=rf"block_tokens={block}: must be a multiple of prefill_chunk_size=8"):
+            PrefixCache(model, 1, block)
     with pytest.raises(ValueError, match="budget_bytes=-1"):
         PrefixCache(model, -1)
     neuron_config = Qwen35NeuronConfig(
