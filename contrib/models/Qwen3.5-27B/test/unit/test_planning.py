@@ -40,7 +40,7 @@ from qwen35.planning import (
     walk_buckets,
     work_of,
 )
-from qwen35.recommended import RECOMMENDED, device_neuron_config
+from qwen35.recommended import FIRST_CACHE_BUCKET, FIRST_PROMPT_BUCKET, RECOMMENDED, device_neuron_config
 
 MODEL_ROOT = Path(__file__).parents[2]
 needs_stand_ins = pytest.mark.skipif(NXDI_AVAILABLE, reason="NxDI's layers do not run without a process group")
@@ -384,7 +384,7 @@ class TestCommand:
         assert ours["fits"] and ours["longest_context"] == 2048 and ours["total"] < whole["total"]
         assert set(ours["modelled"]["ttft_s"]) == {"256", "512"}
         assert all(figure["source"] for figure in printed["figures"])
-        assert [b["bucket"] for b in printed["programs_modelled"]] == [128, 256, 128, 256, 512, 256, 512]
+        assert [b["bucket"] for b in printed["programs_modelled"]] == [256, 512, 512]
 
     def test_a_picture_is_drawn(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("matplotlib")
@@ -428,6 +428,8 @@ class TestCommand:
         arguments = ("--model", str(tmp_path / "checkpoint"), "--recommended", "trn2.3xlarge-batch", "--json")
         assert main(["compile", str(tmp_path / "out"), *arguments]) == 0
         neuron = Qwen35InferenceConfig.load(str(tmp_path / "out")).neuron_config
+        assert neuron.context_encoding_buckets == [256, 512, 1024, 2048]
+        assert neuron.token_generation_buckets == [4096, 8192, 16384, 32768]
         assert (neuron.tp_degree, neuron.seq_len, neuron.prefill_chunk_size) == (4, 32768, 2048)
         assert (neuron.instance, neuron.on_cpu, neuron.torch_dtype) == ("trn2.3xlarge", False, torch.bfloat16)
 
@@ -441,6 +443,11 @@ class TestRecommended:
 
     def test_the_readme_shows_them_as_they_are(self) -> None:
         assert recommended_as_markdown() in (MODEL_ROOT / "README.md").read_text()
+
+    def test_the_shortest_buckets_wait_for_the_weights(self) -> None:
+        work = work_of(of_27b())
+        assert work.ttft(FIRST_PROMPT_BUCKET, FIRST_PROMPT_BUCKET) < 1.1 * work.ttft(1, 1)
+        assert work.tpot(FIRST_CACHE_BUCKET) < 1.01 * work.tpot(0)
 
     def test_every_instance_and_degree_has_one(self) -> None:
         covered = {(entry.instance.name, entry.tp_degree) for entry in RECOMMENDED.values()}
