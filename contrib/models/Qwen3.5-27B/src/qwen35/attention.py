@@ -14,8 +14,8 @@ from .norms import Qwen35RMSNorm
 from .nxdi import ColumnParallelLinear, NeuronAttentionBase
 from .rope import Qwen35RotaryEmbedding, apply_partial_rotary
 
-PRIOR_BLOCK = 1024
-"""Cached tokens that a chunk of a prompt looks at together."""
+PRIOR_SCORES = 2048 * 1024
+"""Most scores of a head that are made together when a chunk of a prompt looks at cached tokens: 8 MB in float32."""
 
 
 class _RunningSoftmax:
@@ -121,9 +121,10 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         kv_heads, groups = K.shape[1], Q.shape[1] // K.shape[1]
         query = Q.unflatten(1, (kv_heads, groups)) * self.head_dim**-0.5  # [B, M, G, S, E]
         state = _RunningSoftmax(query, K, V, active_mask.unsqueeze(2))
-        for start in range(0, past_key_value[0].shape[2], PRIOR_BLOCK):
-            keys, values = (part[:, :, start : start + PRIOR_BLOCK] for part in past_key_value)
-            state.add(keys, values, attention_mask[..., start : start + PRIOR_BLOCK].unsqueeze(2))
+        block = max(PRIOR_SCORES // Q.shape[2], 1)
+        for start in range(0, past_key_value[0].shape[2], block):
+            keys, values = (part[:, :, start : start + block] for part in past_key_value)
+            state.add(keys, values, attention_mask[..., start : start + block].unsqueeze(2))
         return state.result().flatten(1, 2).to(Q.dtype)
 
     def apply_rotary_embedding(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from _compare import assert_close
 from decoder_cases import CASES, STEPS, recorded, recorded_tensors
 from models import load_neuron, neuron_greedy, random_prompts, right_padded, save_checkpoint
-from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig, attention
 from qwen35.modeling_qwen35_vl import PlacedMedia
 from vl_cases import EXAMPLE, IMAGE, START, Row, load, media, save_vl_checkpoint
 from vl_cases import greedy as vl_greedy
@@ -73,7 +73,10 @@ def in_one_piece(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 64])
-def test_any_split_of_any_batch_is_the_same_as_one_piece(chunk: int, path: Path, in_one_piece: Any) -> None:
+def test_any_split_of_any_batch_is_the_same_as_one_piece(
+    chunk: int, path: Path, in_one_piece: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "PRIOR_SCORES", 24 * max(chunk, 2))  # the cache in eleven blocks
     model = load_neuron(path, batch_size=3, seq_len=SEQ_LEN, prefill_chunk_size=max(chunk, 2))
 
     @settings(max_examples=8, phases=WITHOUT_SHRINKING)
