@@ -78,6 +78,7 @@ class ModelBuilder:
             TraceError: inputs, outputs or aliases that the Neuron runtime would refuse; all of them are listed.
         """
         problems: list[str] = []
+        programs: dict[str, str] = {}
         for key, container in self.model_collection.items():
             instance = container.model_instance
             with as_rank(self.start_rank_id, self.tp_degree), torch.device("meta"), torch.no_grad():
@@ -85,6 +86,8 @@ class ModelBuilder:
                 for i, inputs in enumerate(tqdm(container.example_inputs, desc=f"Walking {key}", delay=1)):
                     module, aliases = instance.get(i)
                     problems += [f"{key}, bucket {i}: {line}" for line in input_problems(inputs)]
+                    if (other := programs.setdefault(shapes_of(inputs), f"{key}, bucket {i}")) != f"{key}, bucket {i}":
+                        problems.append(f"{key}, bucket {i}: inputs of the shapes of {other}, which would run instead")
                     outputs = module(*(tensor.to("meta") for tensor in inputs))
                     problems += [f"{key}, bucket {i}: {line}" for line in alias_problems(module, aliases, outputs)]
         if problems:
@@ -97,6 +100,11 @@ class TraceError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("the model cannot be traced:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def shapes_of(inputs: Sequence[torch.Tensor]) -> str:
+    """By which a loaded model finds the program to run."""
+    return str([list(tensor.shape) for tensor in inputs])
 
 
 def input_problems(inputs: Inputs) -> list[str]:

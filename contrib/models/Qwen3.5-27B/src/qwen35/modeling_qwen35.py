@@ -208,6 +208,18 @@ class Qwen35ModelWrapper(ModelWrapper):
         instance.continues = self.continues
         return instance
 
+    def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
+        """NxDI's sample inputs, one tuple a bucket, those of prompts that go on told apart from those of others."""
+        return [self._mark(inputs) for inputs in super().input_generator()]
+
+    def _mark(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Empty hidden states, which NxDI takes for none, in the place of its filler [B], where prompts go on.
+
+        A loaded model finds the program to run by the shapes of its inputs alone, and a chunk that follows as many
+        cached tokens as it has itself would look like a prompt of this length.
+        """
+        return (*inputs[:5], torch.empty(0), *inputs[6:]) if self.continues else inputs
+
     def get_target_bucket(self, *args: torch.Tensor, strategy: str = "first_fit") -> int:
         """The bucket for an attention mask args[1] [B, length]; a prompt may fill its bucket to the last token.
 
@@ -230,7 +242,7 @@ class Qwen35ModelWrapper(ModelWrapper):
             bucket, tokens = self.get_target_bucket(*args, strategy=pad_type), self.neuron_config.n_active_tokens
             cached = F.pad(args[1], (0, bucket - args[1].shape[1]))
             input_ids, position_ids = (F.pad(arg, (0, tokens - arg.shape[1])) for arg in (args[0], args[2]))
-            return (input_ids, cached, position_ids, *args[3:])
+            return self._mark((input_ids, cached, position_ids, *args[3:]))
         longest = int(args[1].sum(dim=1).max())
         cut = tuple(arg[:, :longest] for arg in args[:3])
         padding = (0, self.get_target_bucket(*cut, strategy=pad_type) - longest)
@@ -417,6 +429,9 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
             # A step goes to the place after the cached tokens. NxDI's adapter takes the largest position of the prompt,
             # which for a prompt of one token is that of its padding.
             position_ids = attention_mask.sum(dim=1, keepdim=True)
+        if kwargs.get("sampling_params") is None:
+            # NxDI's default has the rows of a decoding batch, a shape that other submodels were not compiled for.
+            kwargs["sampling_params"] = self.default_sampling_params[:1].repeat(input_ids.shape[0], 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         if seq_ids is None:
             return self._forward_in_order(torch.arange(input_ids.shape[0]), **inputs)

@@ -3,16 +3,18 @@
 """A loaded model as the host sees it on a device, on a CPU.
 
 NxD's loaded model (`trace/spmd.py` at NxD 2.29) is a script module. It keeps the caches of every local rank in
-`nxd_model.state`, by the name of the parameter, and its programs update them in place. A call returns the outputs that
-are no caches, of the first rank, and a single one bare.
+`nxd_model.state`, by the name of the parameter, and its programs update them in place. It finds the program of a call
+by the shapes of the inputs, and returns the outputs that are no caches, of the first rank, a single one bare.
 """
 
 # No annotations from __future__: TorchScript reads them.
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nxdi_cpu.model_builder import shapes_of
 from qwen35 import NeuronQwen35ForCausalLM
 
 
@@ -27,8 +29,8 @@ class _NxDModel(torch.nn.Module):
         return len(self.state)
 
 
-class _Program(torch.jit.ScriptModule):  # type: ignore[no-untyped-call]
-    """A submodel of the loaded model."""
+class _LoadedModel(torch.jit.ScriptModule):  # type: ignore[no-untyped-call]
+    """All programs, which `run` chooses from."""
 
     def __init__(self, nxd_model: Any, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -39,22 +41,29 @@ class _Program(torch.jit.ScriptModule):  # type: ignore[no-untyped-call]
         return self.__dict__["run"](*inputs)
 
 
-def _program(nxd_model: Any, modules: list[Any], continues: bool) -> _Program:
-    """Each rank computes with its own CPU module, on a copy of its caches."""
+@dataclass(frozen=True)
+class _Program:
+    """A bucket of a submodel: each rank computes with its own CPU module, on a copy of its caches."""
 
-    def run(*inputs: torch.Tensor) -> Any:
+    modules: list[Any]
+    bucket: int
+    continues: bool
+    dtypes: list[torch.dtype]
+
+    def __call__(self, state: list[dict[str, torch.Tensor]], inputs: tuple[torch.Tensor, ...]) -> Any:
+        assert [tensor.dtype for tensor in inputs] == self.dtypes, (
+            "the program was made for other dtypes"
+        )
         returned = []
-        for module, state in zip(modules, nxd_model.state, strict=True):
-            module.n_positions, module.continues = inputs[1].shape[1], continues
-            for entry, buffer in zip(module.kv_mgr.past_key_values, state.values(), strict=True):
+        for module, buffers in zip(self.modules, state, strict=True):
+            module.n_positions, module.continues = self.bucket, self.continues
+            for entry, buffer in zip(module.kv_mgr.past_key_values, buffers.values(), strict=True):
                 entry.data = buffer.clone()
             outputs = module(*inputs)
-            for buffer, new in zip(state.values(), outputs[-len(state) :], strict=True):
+            for buffer, new in zip(buffers.values(), outputs[-len(buffers) :], strict=True):
                 buffer.copy_(new)
-            returned.append(outputs[: -len(state)])
+            returned.append(outputs[: -len(buffers)])
         return returned[0] if len(returned[0]) > 1 else returned[0][0]
-
-    return _Program(nxd_model, run)
 
 
 def put_on_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForCausalLM:
@@ -70,8 +79,19 @@ def put_on_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForCausalLM:
         for rank in ranks
     ]
     nxd_model = torch.jit.script(_NxDModel(state))
+    programs: dict[str, _Program] = {}
     for submodels in zip(*(rank.models for rank in ranks), strict=True):
-        submodels[0].model = _program(nxd_model, [submodel.model for submodel in submodels], submodels[0].continues)
+        wrapper = submodels[0]
+        for bucket, samples in zip(wrapper.neuron_config.buckets, wrapper.input_generator(), strict=True):
+            programs[shapes_of(samples)] = _Program(
+                modules=[each.model for each in submodels],
+                bucket=bucket,
+                continues=wrapper.continues,
+                dtypes=[tensor.dtype for tensor in samples],
+            )
+    loaded = _LoadedModel(nxd_model, lambda *inputs: programs[shapes_of(inputs)](nxd_model.state, inputs))
+    for wrapper in ranks[0].models:
+        wrapper.model = loaded
     assert all(submodel.is_neuron() for submodel in ranks[0].models)
     return ranks[0]
 

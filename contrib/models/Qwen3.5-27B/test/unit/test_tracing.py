@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import TINY, load_neuron, save_checkpoint
-from nxdi_cpu.model_builder import TraceError, alias_problems, input_problems
+from nxdi_cpu.model_builder import TraceError, alias_problems, input_problems, shapes_of
 from nxdi_cpu.parallel_state import as_rank
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.conversion import ConversionError
@@ -124,7 +124,7 @@ def test_every_bucket_runs_with_every_state_aliased_and_known_operations(
     if not NXDI_AVAILABLE:
         allowed |= names(STAND_IN_ATTENTION)
     app = application(**options)
-    seen = []
+    seen, programs = [], {}
     for bucket, module, aliases, inputs in traced(app):
         with Operations() as operations, torch.device("meta"):
             outputs = module(*(tensor.to("meta") for tensor in inputs))
@@ -132,6 +132,10 @@ def test_every_bucket_runs_with_every_state_aliased_and_known_operations(
         assert len(aliases) == 2 * app.config.num_hidden_layers
         assert operations.names - allowed == set(), bucket
         seen.append(bucket)
+        programs.setdefault(shapes_of(inputs), []).append(bucket)
+    assert [same for same in programs.values() if len(same) > 1] == [], (
+        "NxD finds a program by the shapes of its inputs"
+    )
     assert len(seen) == len({*seen}) == sum(len(wrapper.neuron_config.buckets) for wrapper in app.models)
 
 

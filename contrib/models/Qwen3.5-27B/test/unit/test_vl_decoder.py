@@ -15,6 +15,7 @@ import torch
 
 from _compare import assert_close
 from decoder_cases import STEPS, recorded_tensors
+from device import put_on_device
 from vl_cases import EXAMPLE, greedy, load, media, save_vl_checkpoint
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -33,10 +34,12 @@ def check(tokens: torch.Tensor, logits: torch.Tensor, rows: Any = slice(None)) -
     assert torch.equal(tokens, expected_tokens)
 
 
-def generate(path: str, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    return greedy(load(path, **options), EXAMPLE, STEPS)
+def generate(path: str, options: dict[str, Any], on_device: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    model: Any = load(path, **options)
+    return greedy(put_on_device(model) if on_device else model, EXAMPLE, STEPS)
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "device"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -45,11 +48,21 @@ def generate(path: str, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
         dict(enable_bucketing=True, context_encoding_buckets=[16, 64], max_context_length=64),
         dict(ctx_batch_size=1, is_continuous_batching=True),
         dict(ctx_batch_size=2, is_continuous_batching=True),
+        dict(prefill_chunk_size=8, enable_bucketing=True),
     ],
-    ids=["one bucket", "fewer rows than compiled", "buckets", "one prompt at a time", "two prompts at a time"],
+    ids=[
+        "one bucket",
+        "fewer rows than compiled",
+        "buckets",
+        "one prompt at a time",
+        "two prompts at a time",
+        "chunks",
+    ],
 )
-def test_a_ragged_batch_with_images_generates_what_transformers_generates(options: dict[str, Any], path: str) -> None:
-    check(*generate(path, options))
+def test_a_ragged_batch_with_images_generates_what_transformers_generates(
+    options: dict[str, Any], on_device: bool, path: str
+) -> None:
+    check(*generate(path, options, on_device))
 
 
 def test_two_ranks_generate_what_transformers_generates(path: str, rank_pool: Callable[[int], Any]) -> None:
@@ -57,8 +70,10 @@ def test_two_ranks_generate_what_transformers_generates(path: str, rank_pool: Ca
         check(*output)
 
 
-def test_rows_with_images_enter_and_leave_beside_rows_without(path: str) -> None:
-    model = load(path, ctx_batch_size=1, is_continuous_batching=True)
+@pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "device"])
+def test_rows_with_images_enter_and_leave_beside_rows_without(on_device: bool, path: str) -> None:
+    model: Any = load(path, ctx_batch_size=1, is_continuous_batching=True)
+    model = put_on_device(model) if on_device else model
     tokens, logits = recorded_tensors("vision-language")
 
     def enter(line: int) -> None:
