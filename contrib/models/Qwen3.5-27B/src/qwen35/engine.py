@@ -33,7 +33,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from .generation import SamplingOptions
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
-from .prefix_cache import Medium, PrefixCache, media_digests
+from .prefix_cache import Chain, PrefixCache, media_digests
 
 
 class FinishReason(str, Enum):
@@ -82,7 +82,7 @@ class _Row:
         self.cached = 0  # tokens that the line's state and keys have taken in
         self.tokens: list[int] = []
         self.placed: PlacedMedia | None = None
-        self.media: list[Medium] = []
+        self.chain: Chain | None = None
         sampling = request.sampling
         seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
         self.generator = torch.Generator().manual_seed(seed)
@@ -242,8 +242,9 @@ class Qwen35Engine:
             row.line = line
             self._free.remove(line)
             if self.prefix_cache is not None:
-                row.media = media_digests(self.model.config, row.prompt, row.request.media)
-                row.cached = self.prefix_cache.take_up(line, row.prompt, row.media)
+                media = media_digests(self.model.config, row.prompt, row.request.media)
+                row.chain = self.prefix_cache.chain(row.prompt, media)
+                row.cached = self.prefix_cache.take_up(line, row.chain)
         if encoding := [row for row in self._rows.values() if row.line is not None and not row.encoded]:
             together = [row for row in encoding if row.kind == encoding[0].kind]
             self._encode(together[: self.model.neuron_config.ctx_batch_size])
@@ -274,8 +275,9 @@ class Qwen35Engine:
         logits = self.model(ids, _lines(rows), mask, positions, **media).logits[:, -1]
         for row, piece in zip(rows, pieces, strict=True):
             row.cached += len(piece)
-            if self.prefix_cache is not None and row.line is not None and row.cached % self.prefix_cache.block == 0:
-                self.prefix_cache.put_down(row.line, row.prompt[: row.cached], row.media)
+            if self.prefix_cache is not None and row.cached % self.prefix_cache.block == 0:
+                assert row.line is not None and row.chain is not None, "it was encoded there"
+                self.prefix_cache.put_down(row.line, row.chain, row.cached)
         ended = [i for i, row in enumerate(rows) if row.encoded]
         for i in ended:
             rows[i].placed = None

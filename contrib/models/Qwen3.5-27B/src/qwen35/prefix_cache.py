@@ -15,10 +15,11 @@ Letters: P positions, E head dim.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -61,6 +62,13 @@ def media_digests(
             found.append(Medium(placeholders[first], digest_of(pixels, grid)))
             first += len(pixels) // merge
     return found
+
+
+class Chain(NamedTuple):
+    """A prompt as a cache knows it."""
+
+    tokens: int
+    keys: tuple[bytes, ...]  # a hash for each whole block, over it and all before it
 
 
 @dataclass(frozen=True)
@@ -109,17 +117,26 @@ class PrefixCache:
         """How many blocks are kept."""
         return len(self._blocks)
 
-    def take_up(self, line: int, tokens: Sequence[int], media: Sequence[Medium] = ()) -> int:
+    def chain(self, tokens: Sequence[int], media: Sequence[Medium] = ()) -> Chain:
+        """The blocks of a prompt, hashed once for all calls about it."""
+        keys: list[bytes] = []
+        for start in range(0, len(tokens) - self.block + 1, self.block):
+            content = hashlib.sha256(keys[-1] if keys else b"")
+            content.update(torch.tensor(tokens[start : start + self.block], dtype=torch.int64).numpy().tobytes())
+            for medium in media:
+                if start <= medium.start < start + self.block:
+                    content.update(medium.start.to_bytes(8, "little") + medium.digest)
+            keys.append(content.digest())
+        return Chain(len(tokens), tuple(keys))
+
+    def take_up(self, line: int, chain: Chain) -> int:
         """Put the longest known beginning of a prompt on a line; returns its length, 0 when nothing is known.
 
         At least one token is left to encode, because the logits of the last token are kept nowhere. The line then holds
         exactly what encoding these tokens would have left there.
         """
-        known = []
-        for key in self._keys(tokens[:-1], media):
-            if key not in self._blocks:
-                break
-            known.append(key)
+        usable = chain.keys[: (chain.tokens - 1) // self.block]
+        known = [*itertools.takewhile(self._blocks.__contains__, usable)]
         if known:
             states, heads = self._line(line)
             for entry, kept in zip(states, self._blocks[known[-1]].states, strict=True):
@@ -130,24 +147,25 @@ class PrefixCache:
         self._touch(known)
         return len(known) * self.block
 
-    def put_down(self, line: int, tokens: Sequence[int], media: Sequence[Medium] = ()) -> None:
-        """Keep what a line holds right after `tokens`, a whole number of blocks, were encoded from the beginning.
+    def put_down(self, line: int, chain: Chain, encoded: int) -> None:
+        """Keep what a line holds right after the first `encoded` tokens, a whole number of blocks, were encoded.
 
-        Does nothing when the block is kept already, or when a block before it is not: it could never be taken up.
+        Does nothing when the block is kept already, when a block before it is not, so that it could never be taken up,
+        or when the budget does not hold it together with those before it.
+
+        Raises:
+            ValueError: these tokens are no whole blocks.
         """
-        if not tokens or len(tokens) % self.block:
-            raise ValueError(
-                f"{len(tokens)} tokens are not whole blocks of {self.block}: put down at the end of a block"
-            )
-        *before, key = self._keys(tokens, media)
+        if not encoded or encoded % self.block:
+            raise ValueError(f"{encoded} tokens are not whole blocks of {self.block}: put down at the end of a block")
+        *before, key = chain.keys[: encoded // self.block]
         if key not in self._blocks and all(earlier in self._blocks for earlier in before):
             states, heads = self._line(line)
-            views = [head[len(tokens) - self.block : len(tokens)] for head in heads]
-            if sum(view.nbytes for view in (*states, *views)) > self.budget_bytes:
-                return
-            block = Block([_to_host(entry) for entry in states], [_to_host(view) for view in views])
-            self._blocks[key] = block
-            self.nbytes += block.nbytes
+            views = [head[encoded - self.block : encoded] for head in heads]
+            size = sum(view.nbytes for view in (*states, *views))
+            if size + sum(self._blocks[earlier].nbytes for earlier in before) <= self.budget_bytes:
+                self._blocks[key] = Block([_to_host(entry) for entry in states], [_to_host(view) for view in views])
+                self.nbytes += size
         self._touch([*before, key])
         while self.nbytes > self.budget_bytes:
             _, dropped = self._blocks.popitem(last=False)
@@ -158,18 +176,6 @@ class PrefixCache:
         for key in reversed(keys):
             if key in self._blocks:
                 self._blocks.move_to_end(key)
-
-    def _keys(self, tokens: Sequence[int], media: Sequence[Medium]) -> Iterator[bytes]:
-        """A hash for each whole block of `tokens`, over it and all before it."""
-        key = b""
-        for start in range(0, len(tokens) - self.block + 1, self.block):
-            content = hashlib.sha256(key)
-            content.update(torch.tensor(tokens[start : start + self.block], dtype=torch.int64).numpy().tobytes())
-            for medium in media:
-                if start <= medium.start < start + self.block:
-                    content.update(medium.start.to_bytes(8, "little") + medium.digest)
-            key = content.digest()
-            yield key
 
     def _line(self, line: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(states, K and V of each head [P, E]) of a line on every rank of this process, as views.

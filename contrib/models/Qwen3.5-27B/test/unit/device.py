@@ -51,9 +51,7 @@ class _Program:
     dtypes: list[torch.dtype]
 
     def __call__(self, state: list[dict[str, torch.Tensor]], inputs: tuple[torch.Tensor, ...]) -> Any:
-        assert [tensor.dtype for tensor in inputs] == self.dtypes, (
-            "the program was made for other dtypes"
-        )
+        assert [tensor.dtype for tensor in inputs] == self.dtypes, "the program was made for other dtypes"
         returned = []
         for module, buffers in zip(self.modules, state, strict=True):
             module.n_positions, module.continues = self.bucket, self.continues

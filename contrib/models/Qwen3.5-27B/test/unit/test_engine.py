@@ -418,7 +418,7 @@ def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str],
             request_id = engine.add(Request(prompt, STEPS))
             outputs[request_id] = [output.token for output in engine.stream(request_id) if output.token is not None]
             if cache is not None:
-                assert cache.take_up(0, [*prompt, 0]) == len(prompt) // cache.block * cache.block
+                assert cache.take_up(0, cache.chain([*prompt, 0])) == len(prompt) // cache.block * cache.block
         tokens.append([*outputs.values()])
     assert tokens[0] == tokens[1] == tokens[2]
 

@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 
 from device import kept, put_on_device
 from models import load_neuron, random_prompts, save_checkpoint
-from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35 import (
+    NeuronQwen35ForCausalLM,
+    OnDeviceSamplingConfig,
+    Qwen35InferenceConfig,
+    Qwen35NeuronConfig,
+    prefix_cache,
+)
 from qwen35.prefix_cache import Medium, PrefixCache, digest_of
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -43,14 +49,15 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def encode(model: Any, line: int, prompt: list[int], cache: PrefixCache | None, media: Any = ()) -> tuple[int, Any]:
     """(tokens taken up, logits of the last token and what the line then holds)."""
-    taken = cache.take_up(line, prompt, media) if cache is not None else 0
+    chain = None if cache is None else cache.chain(prompt, media)
+    taken = 0 if cache is None or chain is None else cache.take_up(line, chain)
     for start in range(taken, len(prompt), BLOCK):
         piece = torch.tensor([prompt[start : start + BLOCK]])
         positions = start + torch.arange(piece.shape[1]).unsqueeze(0)
         mask = torch.ones(1, start or piece.shape[1], dtype=torch.long)
         logits = model(piece, torch.tensor([line]), mask, positions).logits[0, -1]
-        if cache is not None and (start + piece.shape[1]) % cache.block == 0:
-            cache.put_down(line, prompt[: start + BLOCK], media)
+        if cache is not None and chain is not None and (start + piece.shape[1]) % cache.block == 0:
+            cache.put_down(line, chain, start + BLOCK)
     linear = {2 * i + pair for i in model.config.linear_attention_layers for pair in (0, 1)}
     held = [
         (entry[line] if i in linear else entry[line, :, : len(prompt)]).clone()
@@ -135,7 +142,7 @@ def test_what_a_cache_cannot_work_with_is_refused(model: Any, tmp_path: Path) ->
     with pytest.raises(ValueError, match="prefill_chunk_size is not set"):
         PrefixCache(load_neuron(tmp_path), 1)
     with pytest.raises(ValueError, match="9 tokens are not whole blocks of 8"):
-        PrefixCache(model, 1).put_down(0, [1] * 9)
+        PrefixCache(model, 1).put_down(0, PrefixCache(model, 1).chain([1] * 9), 9)
     for block in (0, BLOCK + 1):
         with pytest.raises(ValueError, match=rf"block_tokens={block}: must be a multiple of prefill_chunk_size=8"):
             PrefixCache(model, 1, block)
@@ -149,9 +156,14 @@ def test_what_a_cache_cannot_work_with_is_refused(model: Any, tmp_path: Path) ->
         PrefixCache(NeuronQwen35ForCausalLM(str(tmp_path), config), 1)
 
 
-def test_a_block_too_large_for_the_budget_is_not_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = PrefixCache(model, budget_bytes=100)
-    monkeypatch.setattr("qwen35.prefix_cache._to_host", lambda _: pytest.fail("read for nothing"))
-    (prompt,) = random_prompts([20])
-    encode(model, 0, prompt, cache)
-    assert cache.blocks == 0
+def test_a_block_that_would_be_dropped_at_once_is_not_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = random_prompts([40, 24])
+    cache = PrefixCache(model, budget_bytes=1 << 30)
+    encode(model, 0, first, cache)
+    cache = PrefixCache(model, budget_bytes=2 * cache.nbytes // 5)
+    encode(model, 0, second, cache)
+    reads: list[int] = []
+    to_host = prefix_cache._to_host
+    monkeypatch.setattr(prefix_cache, "_to_host", lambda view: reads.append(view.nbytes) or to_host(view))  # type: ignore[func-returns-value]
+    encode(model, 0, first, cache)
+    assert sum(reads) == cache.nbytes and cache.blocks == 2, "two of five blocks, in the place of the other prompt's"
