@@ -10,9 +10,10 @@ Two steps, from a checkpoint that knows its facts and a vision tower that knows 
 
 The model is transformers' own. To make the packaged checkpoint anew, train the facts first:
 
-    python tools/train_mini.py && python tools/train_mini_vision.py  # about an hour on one CPU core
+    python tools/train_mini.py && python tools/train_mini_vision.py  # the second: 33 minutes on one CPU core
 
-The packaged one was also asked which shape has a colour, a question that it did not learn and that is gone.
+One such run of this script gave 97.5 % of the pictures, 93 % of the clips and 99.9 % of the facts. The packaged one,
+with 98.5, 94 and 100 %, was also asked which shape has a colour, a question that it did not learn and that is gone.
 """
 
 from __future__ import annotations
