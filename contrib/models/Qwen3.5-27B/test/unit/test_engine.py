@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 SEQ_LEN, STEPS = 64, 8
+CACHE_BYTES = 1 << 17  # some blocks, so that there is something to drop
 GREEDY = SamplingOptions()
 SAMPLING = [
     GREEDY,
@@ -45,6 +46,8 @@ SAMPLING = [
     SamplingOptions(temperature=1.5, top_p=0.8, top_k=40, seed=3),
 ]
 PROMPTS = random_prompts([1, 2, 7, 8, 9, 15, 16, 17, 33, 40, 24, 3])
+# Beginnings that others share, for a prefix cache: to the end of a block, beyond it, and all but the last token.
+PROMPTS += [PROMPTS[8][:16] + PROMPTS[3], PROMPTS[9][:21] + PROMPTS[4], [*PROMPTS[10][:-1], 5]]
 CASES = [(prompt, SAMPLING[i % len(SAMPLING)]) for i, prompt in enumerate(PROMPTS)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "one prompt at a time": dict(batch_size=3, ctx_batch_size=1, is_continuous_batching=True, prefill_chunk_size=8),
@@ -154,8 +157,11 @@ ARRIVAL = st.builds(
 SCHEDULES = st.integers(2, 10).flatmap(lambda size: st.lists(ARRIVAL, min_size=size, max_size=size))
 
 
-def schedules_agree(model: NeuronQwen35ForCausalLM, alone: list[list[int]], schedule: list[Arrival]) -> None:
-    engine = Qwen35Engine(model)
+def schedules_agree(
+    model: NeuronQwen35ForCausalLM, alone: list[list[int]], schedule: list[Arrival], cached: bool
+) -> None:
+    chunks = model.config.prefill_chunk_size is not None
+    engine = Qwen35Engine(model, PrefixCache(model, CACHE_BYTES) if cached and chunks else None)
     outputs: list[list[StepOutput]] = [[] for _ in schedule]
     cancels: list[tuple[int, int]] = []  # (round, request)
     rounds = 0
@@ -207,9 +213,9 @@ def test_a_schedule_gives_each_request_what_it_gets_alone(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
 ) -> None:
     @settings(max_examples=7, phases=WITHOUT_SHRINKING)
-    @given(SCHEDULES)
-    def run(schedule: list[Arrival]) -> None:
-        schedules_agree(model_of(options), alone, schedule)
+    @given(SCHEDULES, st.booleans())
+    def run(schedule: list[Arrival], cached: bool) -> None:
+        schedules_agree(model_of(options), alone, schedule, cached)
 
     run()
 
@@ -220,9 +226,9 @@ def test_500_schedules_give_each_request_what_it_gets_alone(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
 ) -> None:
     @settings(max_examples=72, phases=WITHOUT_SHRINKING)  # 504 over the seven configurations
-    @given(SCHEDULES)
-    def run(schedule: list[Arrival]) -> None:
-        schedules_agree(model_of(options), alone, schedule)
+    @given(SCHEDULES, st.booleans())
+    def run(schedule: list[Arrival], cached: bool) -> None:
+        schedules_agree(model_of(options), alone, schedule, cached)
 
     run()
 

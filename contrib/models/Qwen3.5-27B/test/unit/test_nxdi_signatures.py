@@ -70,6 +70,7 @@ OURS_ALONE = {
     "model_builder.TraceError",
     "model_builder.alias_problems",
     "model_builder.input_problems",
+    "model_builder.shapes_of",
     "parallel_state.TensorParallelGroup",
     "parallel_state.as_rank",
 }
