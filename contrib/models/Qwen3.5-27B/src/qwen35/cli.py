@@ -37,7 +37,7 @@ from .modeling_qwen35 import NeuronQwen35ForCausalLM
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, Qwen35VLInferenceConfig
 from .nxdi import NXDI_AVAILABLE, NeuronConfig
 from .plan_report import add_plan_command
-from .recommended import RECOMMENDED
+from .recommended import RECOMMENDED, device_neuron_config
 from .vision_processing import VisionProcessor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -189,8 +189,10 @@ def _compile(args: argparse.Namespace) -> None:
     if args.recommended is not None:
         neuron_config = RECOMMENDED[args.recommended].neuron_config()
     else:
-        neuron_config = default_neuron_config(args.seq_len, args.batch, args.tp, _DTYPES.get(args.dtype))
-        neuron_config.instance = args.instance
+        instance = INSTANCES.get(args.instance)
+        neuron_config = device_neuron_config(
+            instance, args.tp, args.seq_len, args.batch, _DTYPES.get(args.dtype), on_cpu=not NXDI_AVAILABLE
+        )
     neuron_config.save_sharded_checkpoint = True
     model = _model(args, neuron_config, NeuronQwen35VLForCausalLM if args.vision else NeuronQwen35ForCausalLM)
     _write_whole(args.output, lambda path: model.compile(str(path)))

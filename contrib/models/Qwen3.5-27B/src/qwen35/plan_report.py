@@ -263,7 +263,7 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--seq-len", type=int, default=32768, metavar="N", help="prompt and answer (32768)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (1)")
     parser.add_argument(
-        "--prompt-bucket", type=int, metavar="N", help="most tokens a piece (2048, or 512 beyond 32768 of context)"
+        "--prompt-bucket", type=int, metavar="N", help="most tokens a piece (1024, or 512 beyond 32768 of context)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--recommended", action="store_true", help="list the recommended configurations of 27B instead")

@@ -15,11 +15,12 @@ from .hardware import DEFAULT_LNC, TRN2_3XLARGE, TRN2_48XLARGE, Instance
 def prompt_bucket_for(seq_len: int) -> int:
     """Tokens of the largest context-encoding bucket, for contexts of `seq_len`.
 
-    On 27B at TP=4 the arithmetic of 2,048 tokens takes 8 times as long as reading the weights, that of 512 twice as
-    long, so that neither waits for memory (modelled). At 256K tokens a program for 2,048 would have 4.7 M instructions
-    for its matrix products alone, and neuronx-cc gives up at 5 M in all; one for 512 has 1.2 M (modelled).
+    On 27B at TP=4 the arithmetic of 1,024 tokens takes 4 times as long as reading the weights, that of 512 twice as
+    long: neither waits for memory, and longer pieces would win nothing. A program for 1,024 has at most 1 M
+    instructions for its matrix products up to 32K tokens, and one for 512 has 1.2 M at 256K; neuronx-cc gives up at 5 M
+    for these and all others. (All modelled.)
     """
-    return 2048 if seq_len <= 32768 else 512
+    return 1024 if seq_len <= 32768 else 512
 
 
 FIRST_PROMPT_BUCKET, FIRST_CACHE_BUCKET = 256, 4096
@@ -28,14 +29,18 @@ one, and 4,096 cached ones add half a percent. Each shorter bucket would be a pr
 
 
 def device_neuron_config(
-    instance: Instance,
+    instance: Instance | None,
     tp_degree: int,
     seq_len: int,
     batch: int,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     prompt_bucket: int | None = None,
+    on_cpu: bool = False,
 ) -> Qwen35NeuronConfig:
-    """Settings for a device: `batch` sequences of `seq_len` tokens, whose prompts are encoded one at a time."""
+    """Settings for a device: `batch` sequences of `seq_len` tokens, whose prompts are encoded one at a time.
+
+    bfloat16 by default, or float32 for the same on a CPU. Without an instance nothing is checked before compiling.
+    """
     if prompt_bucket is None:
         prompt_bucket = prompt_bucket_for(seq_len)
     prompt_bucket = min(prompt_bucket, seq_len)
@@ -49,9 +54,10 @@ def device_neuron_config(
         enable_bucketing=True,
         context_encoding_buckets=_buckets(FIRST_PROMPT_BUCKET, prompt_bucket),
         token_generation_buckets=_buckets(FIRST_CACHE_BUCKET, seq_len),
-        torch_dtype=dtype,
-        logical_nc_config=DEFAULT_LNC.value,
-        instance=instance.name,
+        torch_dtype=dtype or (torch.float32 if on_cpu else torch.bfloat16),
+        logical_nc_config=1 if on_cpu else DEFAULT_LNC.value,
+        on_cpu=on_cpu,
+        instance=None if instance is None else instance.name,
     )
 
 

@@ -63,10 +63,11 @@ def application(fields: dict[str, Any], **options: Any) -> NeuronQwen35ForCausal
     )
 
 
-def of_27b(seq_len: int = 32768, batch: int = 1, tp_degree: int = 4) -> NeuronQwen35ForCausalLM:
-    config = Qwen35InferenceConfig(
-        device_neuron_config(TRN2_48XLARGE, tp_degree, seq_len, batch), **QWEN35_PRESETS["27B"]
-    )
+def of_27b(
+    seq_len: int = 32768, batch: int = 1, tp_degree: int = 4, prompt_bucket: int | None = None
+) -> NeuronQwen35ForCausalLM:
+    neuron_config = device_neuron_config(TRN2_48XLARGE, tp_degree, seq_len, batch, prompt_bucket=prompt_bucket)
+    config = Qwen35InferenceConfig(neuron_config, **QWEN35_PRESETS["27B"])
     return NeuronQwen35ForCausalLM("no-such-checkpoint", config)
 
 
@@ -164,14 +165,14 @@ class TestActivations:
         assert live.replay(without=[b]) == (4000, [(2000, 0)]), "an output that takes a parameter's place"
 
     def test_a_prompt_counts_its_mlp_and_its_scores(self) -> None:
-        found, _ = walk_buckets(of_27b(seq_len=2048), slice(-1, None))
+        found, _ = walk_buckets(of_27b(seq_len=2048, prompt_bucket=2048), slice(-1, None))
         rows = 2048
         mlp = 2 * rows * 4352 * 2 + 2 * rows * 5120 * 2  # gate and up; the stream and its norm
         scores = rows * rows * 6 * (2 + 2 + 4)  # masked scores and their softmax, six heads; PyTorch's own steps
         assert max(mlp, scores) < found.bytes < mlp + 2 * scores
 
     def test_tiles_of_products_are_counted_by_the_shapes_of_the_factors(self) -> None:
-        found, decoding = walk_buckets(of_27b(seq_len=2048), slice(-1, None))
+        found, decoding = walk_buckets(of_27b(seq_len=2048, prompt_bucket=2048), slice(-1, None))
         # [rows, k] x [k, n] of a rank: rows stay and 512 columns move, or the other way round.
         matrices = {
             64: [(5120, 4352), (5120, 4352), (4352, 5120)],
@@ -343,10 +344,8 @@ class TestBeforeCompiling:
 
     @needs_stand_ins
     def test_a_program_too_long_for_the_compiler_is_warned_of(self) -> None:
-        long = device_neuron_config(TRN2_3XLARGE, 4, 262144, 1, prompt_bucket=4096)
-        config = Qwen35InferenceConfig(long, **QWEN35_PRESETS["27B"])
         with pytest.warns(UserWarning, match=r"prompt_continuation_model, bucket 262144.*prefill_chunk_size=4096"):
-            require_fits(NeuronQwen35ForCausalLM("no-such-checkpoint", config))
+            require_fits(of_27b(seq_len=262144, prompt_bucket=4096))
 
     def test_more_ranks_than_cores_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"tp_degree=8 exceeds the 4 logical cores of trn2\.3xlarge .*: 1, 2, 4"):
@@ -428,9 +427,9 @@ class TestCommand:
         arguments = ("--model", str(tmp_path / "checkpoint"), "--recommended", "trn2.3xlarge-batch", "--json")
         assert main(["compile", str(tmp_path / "out"), *arguments]) == 0
         neuron = Qwen35InferenceConfig.load(str(tmp_path / "out")).neuron_config
-        assert neuron.context_encoding_buckets == [256, 512, 1024, 2048]
+        assert neuron.context_encoding_buckets == [256, 512, 1024]
         assert neuron.token_generation_buckets == [4096, 8192, 16384, 32768]
-        assert (neuron.tp_degree, neuron.seq_len, neuron.prefill_chunk_size) == (4, 32768, 2048)
+        assert (neuron.tp_degree, neuron.seq_len, neuron.prefill_chunk_size) == (4, 32768, 1024)
         assert (neuron.instance, neuron.on_cpu, neuron.torch_dtype) == ("trn2.3xlarge", False, torch.bfloat16)
 
 
@@ -443,6 +442,11 @@ class TestRecommended:
 
     def test_the_readme_shows_them_as_they_are(self) -> None:
         assert recommended_as_markdown() in (MODEL_ROOT / "README.md").read_text()
+
+    @pytest.mark.parametrize("entry", RECOMMENDED.values(), ids=RECOMMENDED)
+    def test_the_programs_of_each_are_far_from_too_long_for_the_compiler(self, entry: Any) -> None:
+        for program in walk_buckets(of_27b(entry.seq_len, entry.batch, entry.tp_degree), slice(-1, None)):
+            assert program.matmuls <= 1.2e6, program
 
     def test_the_shortest_buckets_wait_for_the_weights(self) -> None:
         work = work_of(of_27b())
