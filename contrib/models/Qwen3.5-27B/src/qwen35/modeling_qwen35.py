@@ -423,7 +423,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         [B, cached tokens] tells what is cached. Prompts longer than a chunk are cut here.
 
         Raises:
-            ValueError: an id is not that of a cache line, or is given twice.
+            ValueError: an id is not that of a cache line, or is given twice; or more tokens than a chunk go on.
         """
         if attention_mask is not None and position_ids is not None and position_ids.shape[1] == 1 <= position_ids.min():
             # A step goes to the place after the cached tokens. NxDI's adapter takes the largest position of the prompt,
@@ -453,10 +453,19 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         return outputs
 
     def _forward_in_order(self, seq_ids: torch.Tensor, **inputs: Any) -> Any:
-        chunk, position_ids = self.config.prefill_chunk_size, inputs["position_ids"]
-        if chunk is None or inputs["input_ids"].shape[1] <= chunk or not self._is_prefill(position_ids):
+        chunk, tokens = self.config.prefill_chunk_size, inputs["input_ids"].shape[1]
+        if chunk is None or tokens <= chunk:
             return super().forward(seq_ids=seq_ids, **inputs)
+        if not self._begins(inputs["position_ids"]):
+            raise ValueError(
+                f"input_ids of {tokens} tokens go on with prompts and exceed prefill_chunk_size={chunk}: pass at most "
+                "a chunk at a time"
+            )
         return self._encode_in_chunks(chunk, seq_ids, **inputs)
+
+    def _begins(self, position_ids: torch.Tensor) -> bool:
+        """Whether prompts begin with these tokens [B, S]; further on position 0 may be padding."""
+        return bool(self._is_prefill(position_ids[:, :1]))
 
     def _encode_in_chunks(
         self,
@@ -534,7 +543,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, llava_args: Sequence[torch.Tensor]
     ) -> Any:
         """The submodel of a call that NxDI does not know of; None for its own two."""
-        if input_ids.shape[1] == 1 or int(position_ids[:, 0].min()) == 0:
+        if input_ids.shape[1] == 1 or self._begins(position_ids):
             return None
         if self.config.prefill_chunk_size is None:
             raise ValueError(

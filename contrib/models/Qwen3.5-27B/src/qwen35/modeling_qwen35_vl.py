@@ -248,7 +248,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         if position_ids is None:
             raise ValueError("position_ids is None: NxDI's forward needs them; the prompt's count from 0")
         lines = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
-        begins = self._is_prefill(position_ids[:, :1])
+        begins = self._begins(position_ids)
         if begins and placed is None and not (image_grid_thw is None and video_grid_thw is None):
             placed = self.place(
                 input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
@@ -341,7 +341,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         submodel = super()._submodel_for(input_ids, position_ids, llava_args)
         if len(llava_args) <= _EMBEDDINGS - _PLAIN_ARGUMENTS:
             return submodel
-        if int(position_ids[:, 0].min()) == 0:
+        if self._begins(position_ids):
             return self.vision_context_encoding_model
         return self.vision_continuation_model
 

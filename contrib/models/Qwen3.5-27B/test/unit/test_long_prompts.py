@@ -191,6 +191,14 @@ def test_a_prompt_longer_than_the_context_is_refused_before_its_first_chunk(path
     assert not any(entry.any() for entry in state)
 
 
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 30]], ids=["even", "ragged"])
+def test_a_piece_longer_than_a_chunk_that_goes_on_is_refused(lengths: list[int], path: Path) -> None:
+    model = load_neuron(path, batch_size=2, seq_len=SEQ_LEN, prefill_chunk_size=16)
+    prompts = random_prompts(lengths, seed=4)
+    with pytest.raises(ValueError, match=r"32 tokens go on with prompts and exceed prefill_chunk_size=16"):
+        last_logits_of_pieces(model, prompts, (([0, 1], [8, 8]), ([0, 1], [n - 8 for n in lengths])))
+
+
 def test_a_chunk_size_bounds_the_buckets_of_prompts(path: Path) -> None:
     neuron_config = Qwen35NeuronConfig(seq_len=1024, prefill_chunk_size=256, enable_bucketing=True)
     config = Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config)
