@@ -22,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -398,23 +399,44 @@ def evaluate(folder: Path, facts: list[Fact]) -> float:
     return sum(outcomes) / len(outcomes)
 
 
-def main() -> int:
-    """Train, save, evaluate; the folder is replaced only by a checkpoint that passes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def set_up(parser: argparse.ArgumentParser, threads: int) -> argparse.Namespace:
+    """The command's arguments, with those of every training; PyTorch as they say."""
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: the packaged one)")
-    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=threads)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed then too
+    return args
+
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """The folder beside `out` to fill first; at the end of the block, or on SIGTERM, it is removed if still there."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Replace `out` by what is complete."""
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def main() -> int:
+    """Train, save, evaluate; the folder is replaced only by a checkpoint that passes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=700)
+    args = set_up(parser, threads=2)
     started = time.monotonic()
     facts = all_facts()
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with unfinished(args.out) as partial:
+        partial.mkdir(parents=True)
         tokenizer = save_tokenizer(facts, partial)
         model = new_model(mini_config(tokenizer))
         print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(facts)} facts")
@@ -430,11 +452,8 @@ def main() -> int:
         if accuracy < REQUIRED_ACCURACY:
             print(f"under {REQUIRED_ACCURACY:.0%}: {args.out} is left as it was", file=sys.stderr)
             return 1
-        shutil.rmtree(args.out, ignore_errors=True)
-        partial.rename(args.out)
+        put_in_place(partial, args.out)
         return 0
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import math
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -68,7 +67,10 @@ from train_mini import (
     documents,
     encode,
     evaluate,
+    put_in_place,
     save_checkpoint,
+    set_up,
+    unfinished,
     write_json,
 )
 
@@ -391,20 +393,12 @@ def main() -> int:
     """Train, save, evaluate; the folder is replaced only by a checkpoint that passes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--facts", type=Path, default=DEFAULT_OUT, help="checkpoint to start from, of train_mini.py")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: the packaged one)")
     parser.add_argument("--tower-steps", type=int, default=2500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed then too
+    args = set_up(parser, threads=1)
     started = time.monotonic()
     facts = all_facts()
-    partial_out = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    shutil.copytree(args.facts, partial_out)
-    try:
+    with unfinished(args.out) as partial_out:
+        shutil.copytree(args.facts, partial_out)
         tokenizer = AutoTokenizer.from_pretrained(args.facts)
         model = Qwen3_5ForConditionalGeneration.from_pretrained(args.facts, dtype=torch.float32)
         train_tower(model, args.tower_steps)
@@ -424,11 +418,8 @@ def main() -> int:
             required = f"{REQUIRED_ACCURACY:.0%} of the facts and {REQUIRED_PICTURE_ACCURACY:.0%} of the pictures"
             print(f"under {required}: {args.out} is left as it was", file=sys.stderr)
             return 1
-        shutil.rmtree(args.out, ignore_errors=True)
-        partial_out.rename(args.out)
+        put_in_place(partial_out, args.out)
         return 0
-    finally:
-        shutil.rmtree(partial_out, ignore_errors=True)
 
 
 if __name__ == "__main__":
