@@ -85,11 +85,13 @@ class ModelBuilder:
                 instance.load_module()
                 for i, inputs in enumerate(tqdm(container.example_inputs, desc=f"Walking {key}", delay=1)):
                     module, aliases = instance.get(i)
-                    problems += [f"{key}, bucket {i}: {line}" for line in input_problems(inputs)]
-                    if (other := programs.setdefault(shapes_of(inputs), f"{key}, bucket {i}")) != f"{key}, bucket {i}":
-                        problems.append(f"{key}, bucket {i}: inputs of the shapes of {other}, which would run instead")
                     outputs = module(*(tensor.to("meta") for tensor in inputs))
-                    problems += [f"{key}, bucket {i}: {line}" for line in alias_problems(module, aliases, outputs)]
+                    found = [*input_problems(inputs), *alias_problems(module, aliases, outputs)]
+                    this, shapes = f"{key}, bucket {i}", shapes_of(inputs)
+                    if shapes in programs:
+                        found.append(f"inputs of the shapes of {programs[shapes]}: only one of the two would ever run")
+                    programs[shapes] = this
+                    problems += [f"{this}: {line}" for line in found]
         if problems:
             raise TraceError(problems)
 

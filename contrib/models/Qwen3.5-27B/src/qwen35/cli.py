@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .chat import CHUNK_SIZE, Conversation
-from .configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
+from .configuration_qwen35 import DTYPES, Qwen35InferenceConfig, Qwen35NeuronConfig
 from .generation import (
     MINI_CHECKPOINT,
     Generation,
@@ -39,8 +39,6 @@ from .nxdi import NXDI_AVAILABLE, NeuronConfig
 from .plan_report import add_plan_command
 from .recommended import RECOMMENDED, device_neuron_config
 from .vision_processing import VisionProcessor
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +136,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, metavar="DIR", help="Hugging Face checkpoint (default: the mini, or what was compiled)"
     )
     parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor-parallel degree")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a CPU, bfloat16 on Neuron")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on Neuron")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +165,7 @@ def _chat(args: argparse.Namespace) -> None:
     else:
         if args.tp != 1:
             raise ValueError(f"--tp {args.tp}: a chat on a CPU has one rank, which reads the questions; leave it out")
-        neuron_config = default_neuron_config(args.seq_len, 1, 1, _DTYPES.get(args.dtype), CHUNK_SIZE)
+        neuron_config = default_neuron_config(args.seq_len, 1, 1, DTYPES.get(args.dtype), CHUNK_SIZE)
         config = Qwen35InferenceConfig.from_pretrained(
             _existing(args.model or MINI_CHECKPOINT), neuron_config=neuron_config
         )
@@ -191,7 +189,7 @@ def _compile(args: argparse.Namespace) -> None:
     else:
         instance = INSTANCES.get(args.instance)
         neuron_config = device_neuron_config(
-            instance, args.tp, args.seq_len, args.batch, _DTYPES.get(args.dtype), on_cpu=not NXDI_AVAILABLE
+            instance, args.tp, args.seq_len, args.batch, DTYPES.get(args.dtype), on_cpu=not NXDI_AVAILABLE
         )
     neuron_config.save_sharded_checkpoint = True
     model = _model(args, neuron_config, NeuronQwen35VLForCausalLM if args.vision else NeuronQwen35ForCausalLM)
@@ -217,7 +215,7 @@ def _generate(args: argparse.Namespace) -> None:
     # Everything a configuration can have wrong is said here, before processes start and weights are read.
     length = inputs["input_ids"].shape[1] + args.max_new_tokens
     if args.compiled is None:
-        neuron_config = default_neuron_config(length, len(prompts), args.tp, _DTYPES.get(args.dtype))
+        neuron_config = default_neuron_config(length, len(prompts), args.tp, DTYPES.get(args.dtype))
         if not neuron_config.on_cpu:
             raise ValueError("--compiled is missing: on Neuron run 'qwen35 compile DIR', then pass --compiled DIR")
         config_cls = Qwen35VLInferenceConfig if with_media else Qwen35InferenceConfig
@@ -317,7 +315,7 @@ def _convert(args: argparse.Namespace) -> None:
     model = _model(
         args,
         Qwen35NeuronConfig(
-            tp_degree=args.tp, torch_dtype=_DTYPES[args.dtype or "bfloat16"], save_sharded_checkpoint=True
+            tp_degree=args.tp, torch_dtype=DTYPES[args.dtype or "bfloat16"], save_sharded_checkpoint=True
         ),
     )
 

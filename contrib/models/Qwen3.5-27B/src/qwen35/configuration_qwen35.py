@@ -129,8 +129,16 @@ KERNEL_ENVIRONMENT = {
 }
 """Environment variables that override `deltanet_kernel` when they are "1"; those of the published port."""
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What weights and activations may be, by name."""
+
 KERNEL_HEAD_DIM = 128
 """K and V of every published checkpoint, and of the decoding kernel."""
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """ "bfloat16", of torch.bfloat16 or of its name."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Qwen35NeuronConfig(NeuronConfig):
@@ -254,7 +262,7 @@ class Qwen35InferenceConfig(InferenceConfig):
         dtypes = [place.pop(name, None) for place in (text, fields) for name in ("dtype", "torch_dtype")]
         declared = next((dtype for dtype in dtypes if dtype is not None), None)
         if declared is not None and self.neuron_config is not None and not self.neuron_config.overrides_torch_dtype:
-            name = str(declared).removeprefix("torch.")
+            name = dtype_name(declared)
             dtype: Any = getattr(torch, name, name)  # a name that torch lacks is refused by validate_config
             self.neuron_config.torch_dtype = dtype
         own = {"model_type", "architectures", "transformers_version", "_name_or_path"}
@@ -489,7 +497,7 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
                 yield f"{name}={value!r} is not supported: {reason}; set {name}={supported!r}"
     if config.fused_spec_config is not None:
         yield f"fused_spec_config is not supported: {_NO_ROLLBACK}; leave it out"
-    if neuron.torch_dtype not in (torch.float32, torch.bfloat16):
+    if neuron.torch_dtype not in DTYPES.values():
         reason = "gates and decays overflow float16; " if neuron.torch_dtype == torch.float16 else ""
         yield f"torch_dtype={neuron.torch_dtype} is not supported: {reason}set torch_dtype to bfloat16 or float32"
     yield from _kernel_problems(config, malformed)

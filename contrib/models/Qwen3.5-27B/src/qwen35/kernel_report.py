@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .configuration_qwen35 import DTYPES, dtype_name
 from .ops import causal_conv, recurrent_gated_delta_rule
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ class Gates(str, Enum):
 
 
 DEFAULT_TOKENS = {KernelName.RECURRENT: 1, KernelName.CHUNKED: 128, KernelName.FUSED: 512}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class KernelCase:
     def __str__(self) -> str:
         return (
             f"{self.kernel.value} B={self.batch} T={self.tokens} H={self.heads} Hk={self.key_heads} "
-            f"{_name(self.dtype)} cores={self.cores} gates={self.gates.value}"
+            f"{dtype_name(self.dtype)} cores={self.cores} gates={self.gates.value}"
         )
 
 
@@ -308,10 +308,6 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 # --- Presentation ----------------------------------------------------------------------------------------------------
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def as_table(case: KernelCase, figures: KernelFigures) -> str:
     """Text for people."""
     return "\n".join(
@@ -336,7 +332,12 @@ def as_table(case: KernelCase, figures: KernelFigures) -> str:
 
 def as_json(case: KernelCase, figures: KernelFigures) -> dict[str, Any]:
     """One JSON object; its times are modelled, as it says."""
-    described = {**asdict(case), "kernel": case.kernel.value, "gates": case.gates.value, "dtype": _name(case.dtype)}
+    described = {
+        **asdict(case),
+        "kernel": case.kernel.value,
+        "gates": case.gates.value,
+        "dtype": dtype_name(case.dtype),
+    }
     return {"modelled": True, "case": described, "figures": asdict(figures)}
 
 
@@ -359,7 +360,7 @@ def add_kernels_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     )
     parser.add_argument("--heads", type=int, default=default.heads, metavar="H", help="value heads of a rank")
     parser.add_argument("--key-heads", type=int, default=default.key_heads, metavar="Hk", help="key heads of a rank")
-    parser.add_argument("--dtype", choices=DTYPES, default=_name(default.dtype))
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype_name(default.dtype))
     parser.add_argument("--cores", type=int, choices=(1, 2), default=default.cores, help="physical cores (LNC)")
     parser.add_argument("--gates", choices=_values(Gates), default=default.gates.value)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev (JSON)")

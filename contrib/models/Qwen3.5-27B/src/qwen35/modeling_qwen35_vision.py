@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint import CheckpointReader
-from .configuration_qwen35 import Qwen35ConfigError
+from .configuration_qwen35 import DTYPES, Qwen35ConfigError
 from .configuration_qwen35_vision import Qwen35VisionConfig
 from .conversion_vision import adjacent_pairs, convert_vision_checkpoint, qkv_by_rank
 from .nxdi import (
@@ -111,7 +111,7 @@ class NeuronQwen35VisionModel(_VisionWeights):
     def __init__(
         self, config: Qwen35VisionConfig, dtype: torch.dtype = torch.bfloat16, compute_dtype: torch.dtype | None = None
     ) -> None:
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in DTYPES.values():
             raise ValueError(f"dtype={dtype} is not supported; set it to torch.bfloat16 or torch.float32")
         linear = partial(nn.Linear, dtype=dtype)
         super().__init__(config, dtype, linear, linear)
@@ -284,7 +284,7 @@ class Qwen35VisionInferenceConfig(InferenceConfig):
         for size, what in ((vision.num_heads, "num_heads"), (vision.intermediate_size, "intermediate_size")):
             if size % neuron.tp_degree:
                 problems.append(f"tp_degree={neuron.tp_degree} does not divide vision_config.{what}={size}; lower it")
-        if neuron.torch_dtype not in (torch.float32, torch.bfloat16):
+        if neuron.torch_dtype not in DTYPES.values():
             problems.append(f"torch_dtype={neuron.torch_dtype} is not supported; set it to bfloat16 or float32")
         if problems:
             raise Qwen35ConfigError(problems)

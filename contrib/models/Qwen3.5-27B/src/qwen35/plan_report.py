@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import hardware
-from .configuration_qwen35 import QWEN35_PRESETS
+from .configuration_qwen35 import DTYPES, QWEN35_PRESETS, dtype_name
 from .configuration_qwen35_vision import QWEN35_VISION_PRESETS
 from .hardware import INSTANCES, Figure
 from .modeling_qwen35 import NeuronQwen35ForCausalLM
@@ -36,9 +36,8 @@ from .planning import (
     resized,
     work_of,
 )
-from .recommended import RECOMMENDED, Recommended, device_neuron_config, prompt_bucket_for
+from .recommended import RECOMMENDED, Recommended, device_neuron_config, doubled, prompt_bucket_for
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHORTEST_DRAWN = 1024
 _MARGIN, _WIDTH = 34, 16
 
@@ -60,8 +59,8 @@ def _lines(of: Plan) -> Iterator[str]:
     columns = (of.sharded, of.replicated)
     layouts = [column.layout for column in columns]
     yield (
-        f"{of.instance.name}, tp_degree={of.tp_degree}, LNC={of.lnc}, {_name(of.dtype)}: {of.lines} x {of.seq_len:,} "
-        f"tokens, prompts in pieces of {of.prompt_bucket:,}, {of.prompt_rows} at a time"
+        f"{of.instance.name}, tp_degree={of.tp_degree}, LNC={of.lnc}, {dtype_name(of.dtype)}: "
+        f"{of.lines} x {of.seq_len:,} tokens, prompts in pieces of {of.prompt_bucket:,}, {of.prompt_rows} at a time"
     )
     yield f"{'GB of a rank':{_MARGIN}}{'this model':>{_WIDTH}}{'published ports':>{_WIDTH}}"
     yield f"  {'DeltaNet':{_MARGIN - 2}}{'sharded':>{_WIDTH}}{'whole, with KV':>{_WIDTH}}"
@@ -131,10 +130,6 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{1e3 * seconds:.1f} ms"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def as_json(of: Plan) -> dict[str, Any]:
     """One JSON object; what is modelled is under that name. Bytes and seconds."""
     columns = {}
@@ -154,7 +149,7 @@ def as_json(of: Plan) -> dict[str, Any]:
     settings = ("tp_degree", "lnc", "seq_len", "lines", "rows", "prompt_rows", "prompt_bucket", "valid_tp_degrees")
     return {
         "instance": of.instance.name,
-        "dtype": _name(of.dtype),
+        "dtype": dtype_name(of.dtype),
         **{name: getattr(of, name) for name in settings},
         **columns,
         "programs_modelled": [asdict(program) for program in of.programs],
@@ -213,7 +208,7 @@ def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> Non
 
     longest = model.config.max_position_embeddings
     shortest = min(SHORTEST_DRAWN, longest // 2)
-    contexts = [n for n in (shortest << i for i in range(longest.bit_length())) if n < longest] + [longest]
+    contexts = doubled(shortest, longest)
     sharded, replicated = [], []
     for context in contexts:
         other = resized(model, context, of.lines)
@@ -240,7 +235,9 @@ def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> Non
     axes.set_xticks(contexts, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in contexts])
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("GB of a rank")
-    axes.set_title(f"{of.instance.name}, TP={of.tp_degree}, {_name(of.dtype)}, batch {of.lines}: counted on modules")
+    axes.set_title(
+        f"{of.instance.name}, TP={of.tp_degree}, {dtype_name(of.dtype)}, batch {of.lines}: counted on modules"
+    )
     axes.legend(loc="lower right")
     figure.savefig(path, format="png", dpi=120)
 

@@ -52,8 +52,8 @@ def device_neuron_config(
         seq_len=seq_len,
         prefill_chunk_size=prompt_bucket if prompt_bucket < seq_len else None,
         enable_bucketing=True,
-        context_encoding_buckets=_buckets(FIRST_PROMPT_BUCKET, prompt_bucket),
-        token_generation_buckets=_buckets(FIRST_CACHE_BUCKET, seq_len),
+        context_encoding_buckets=doubled(FIRST_PROMPT_BUCKET, prompt_bucket),
+        token_generation_buckets=doubled(FIRST_CACHE_BUCKET, seq_len),
         torch_dtype=dtype or (torch.float32 if on_cpu else torch.bfloat16),
         logical_nc_config=1 if on_cpu else DEFAULT_LNC.value,
         on_cpu=on_cpu,
@@ -61,9 +61,9 @@ def device_neuron_config(
     )
 
 
-def _buckets(first: int, last: int) -> list[int]:
-    """Twice as long each, as NxDI makes them."""
-    return [*(bucket for bucket in (first << i for i in range(last.bit_length())) if bucket < last), last]
+def doubled(first: int, last: int) -> list[int]:
+    """Lengths from `first` on, each twice the one before, and `last`."""
+    return [*(length for length in (first << i for i in range(last.bit_length())) if length < last), last]
 
 
 @dataclass(frozen=True)

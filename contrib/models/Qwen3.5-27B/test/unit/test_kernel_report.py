@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qwen35.cli import main
+from qwen35.configuration_qwen35 import DTYPES
 from qwen35.kernel_report import (
-    DTYPES,
     Gates,
     KernelCase,
     KernelName,

@@ -22,7 +22,7 @@ from nxdi_cpu.parallel_state import as_rank
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.conversion import ConversionError
 from qwen35.generation import MINI_CHECKPOINT
-from qwen35.modeling_qwen35 import require_float32
+from qwen35.modeling_qwen35 import Qwen35ModelWrapper, require_float32
 from qwen35.nxdi import NXDI_AVAILABLE
 
 # The operations of a stock model, NxDI's Qwen3 at commit 4bcdc54, as its CPU mode dispatches them: the compiler takes
@@ -228,6 +228,15 @@ class TestCompile:
         forward = module_cls.forward
         monkeypatch.setattr(module_cls, "forward", lambda *args: [t.bfloat16() for t in forward(*args)])
         with pytest.raises(TraceError, match=r"context_encoding_model, bucket 0: kv_mgr\.past_key_values\.0 is"):
+            app.get_builder().trace()
+
+    def test_two_programs_that_a_loaded_model_could_not_tell_apart_are_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Qwen35ModelWrapper, "_mark", lambda _, inputs: inputs)
+        app = application(**OPTIONS["prompts in chunks"])
+        message = r"prompt_continuation_model, bucket 0: inputs of the shapes of context_encoding_model, bucket 0: only"
+        with pytest.raises(TraceError, match=message):
             app.get_builder().trace()
 
 
