@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from safetensors import safe_open
 
-from qwen35 import cli
-from qwen35.checkpoint import INDEX_FILE, CheckpointReader, TensorSpec, lay_out
+from qwen35.cli import main as cli
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.conversion import conversion_plan
+from qwen35.weights.checkpoint import INDEX_FILE, CheckpointReader, TensorSpec, lay_out
+from qwen35.weights.conversion import conversion_plan
 
 # A quarter of the vocabulary goes with the fewer layers.
 VOCAB_SIZE = 248320 // 4

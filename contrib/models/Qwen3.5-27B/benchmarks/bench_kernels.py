@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from qwen35.kernel_report import KernelCase, KernelFigures, KernelName, as_json, measure
+from qwen35.cli.kernels import KernelCase, KernelFigures, KernelName, as_json, measure
 
 CHUNK = 128
 

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen3_5VisionConfig, Qwen3_5VisionModel
 
-from qwen35.configuration_qwen35_vision import Qwen35VisionConfig
-from qwen35.modeling_qwen35_vision import NeuronQwen35VisionModel
+from qwen35.configuration_qwen35_vl import Qwen35VisionConfig
+from qwen35.vision.encoder import NeuronQwen35VisionModel
 
 SIZES_27B = dict(
     depth=27,

@@ -2,12 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3.5 for AWS Trainium on NxDI, and on any CPU through stand-ins of the same classes."""
 
-from .attention import NeuronQwen35Attention
 from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
-from .configuration_qwen35_vision import Qwen35VisionConfig
-from .engine import FinishReason, Qwen35Engine, Request, StepOutput
-from .gated_deltanet import NeuronGatedDeltaNet
-from .generation import SamplingOptions
+from .configuration_qwen35_vl import Qwen35VisionConfig, Qwen35VLInferenceConfig
+from .layers.attention import NeuronQwen35Attention
+from .layers.gated_deltanet import NeuronGatedDeltaNet
 from .modeling_qwen35 import (
     NeuronQwen35DecoderLayer,
     NeuronQwen35ForCausalLM,
@@ -16,14 +14,16 @@ from .modeling_qwen35 import (
     Qwen35MLP,
     Qwen35ModelWrapper,
 )
-from .modeling_qwen35_vision import (
+from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel
+from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
+from .serving.engine import FinishReason, Qwen35Engine, Request, StepOutput
+from .serving.generation import SamplingOptions
+from .serving.prefix_cache import PrefixCache
+from .vision.encoder import (
     NeuronQwen35VisionForImageEncoding,
     NeuronQwen35VisionModel,
     Qwen35VisionInferenceConfig,
 )
-from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel, Qwen35VLInferenceConfig
-from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
-from .prefix_cache import PrefixCache
 
 __version__ = "0.1.0"
 

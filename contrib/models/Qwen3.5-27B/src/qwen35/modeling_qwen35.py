@@ -25,14 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import NeuronQwen35Attention
-from .cache import Qwen35CacheManager
-from .checkpoint import CheckpointReader
 from .configuration_qwen35 import Qwen35InferenceConfig
-from .conversion import convert_checkpoint
-from .gated_deltanet import NeuronGatedDeltaNet
+from .layers.attention import NeuronQwen35Attention
+from .layers.cache import Qwen35CacheManager
+from .layers.gated_deltanet import NeuronGatedDeltaNet
+from .layers.norms import Qwen35RMSNorm
 from .memory import RankBytes, count_bytes
-from .norms import Qwen35RMSNorm
 from .nxdi import (
     ColumnParallelLinear,
     DecoderModelInstance,
@@ -43,8 +41,10 @@ from .nxdi import (
     RowParallelLinear,
     as_rank,
 )
-from .planning import require_fits
-from .presharding import StreamedSharding
+from .planning.plan import require_fits
+from .weights.checkpoint import CheckpointReader
+from .weights.conversion import convert_checkpoint
+from .weights.sharding import StreamedSharding
 
 FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
 """Endings of the names of parameters that are float32 whatever `torch_dtype` is."""

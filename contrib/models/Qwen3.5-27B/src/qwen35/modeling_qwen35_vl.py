@@ -21,12 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig
-from .configuration_qwen35_vision import Qwen35VisionConfig
+from .configuration_qwen35_vl import MEDIA_TOKENS, Qwen35VLInferenceConfig
 from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model, Qwen35ModelWrapper
-from .modeling_qwen35_vision import NeuronQwen35VisionModel
 from .nxdi import ModelWrapper
-from .vision_positions import checked_grids
+from .vision.encoder import NeuronQwen35VisionModel
+from .vision.positions import checked_grids
 
 VISION_CONTEXT_ENCODING_MODEL_TAG = "vision_context_encoding_model"
 VISION_CONTINUATION_MODEL_TAG = "vision_prompt_continuation_model"
@@ -35,38 +34,6 @@ VISION_CONTINUATION_MODEL_TAG = "vision_prompt_continuation_model"
 # Positions of the last arguments of NxDI's traced `forward`; what lies between them and the first seven stays empty.
 _ROTARY, _EMBEDDINGS, _MASK = 21, 22, 23
 _PLAIN_ARGUMENTS = 7
-_TOKEN_IDS = ("image_token_id", "video_token_id")
-
-
-class Qwen35VLInferenceConfig(Qwen35InferenceConfig):
-    """The configuration of a vision-language checkpoint: text fields flat, `vision_config` as a dict.
-
-    Raises:
-        Qwen35ConfigError: as for text, and when the checkpoint has no vision encoder or no placeholder tokens.
-    """
-
-    def add_derived_config(self) -> None:
-        super().add_derived_config()
-        self.takes_images = True  # in the JSON, where a compiled model says which of the two classes runs it
-
-    def validate_config(self) -> None:
-        super().validate_config()
-        problems = [
-            f"{name} is missing: use a vision-language checkpoint"
-            for name in _TOKEN_IDS
-            if not isinstance(getattr(self, name, None), int)
-        ]
-        if self.neuron_config.async_mode:
-            problems.append("async_mode=True: NxDI queues a step with the rotary position of the last; set it to False")
-        if self.vision_config is None:
-            problems.append("vision_config is missing: use a vision-language checkpoint, or NeuronQwen35ForCausalLM")
-        if problems:
-            raise Qwen35ConfigError(problems)
-
-    @property
-    def vision(self) -> Qwen35VisionConfig:
-        assert self.vision_config is not None
-        return Qwen35VisionConfig.from_dict(self.vision_config)
 
 
 class NeuronQwen35VLModel(NeuronQwen35Model):
@@ -322,7 +289,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         assert self.vision is not None, "calling comes after loading"
         embeddings = torch.zeros(*input_ids.shape, self.config.hidden_size, dtype=self.neuron_config.torch_dtype)
         placed = torch.zeros_like(input_ids, dtype=torch.bool)
-        for name, (pixels, grids) in zip(_TOKEN_IDS, media, strict=True):
+        for name, (pixels, grids) in zip(MEDIA_TOKENS, media, strict=True):
             if pixels is not None and grids is not None:
                 here = input_ids == getattr(self.config, name)
                 embeddings[here] = self.vision(pixels, grids)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from qwen35 import Qwen35InferenceConfig
-from qwen35.generation import (
+from qwen35.nxdi import NXDI_AVAILABLE
+from qwen35.serving.generation import (
     MINI_CHECKPOINT,
     TextGenerator,
     as_chat,
@@ -24,7 +25,6 @@ from qwen35.generation import (
     encode,
     load_compiled_config,
 )
-from qwen35.nxdi import NXDI_AVAILABLE
 
 MODEL_PATH = Path(os.environ.get("QWEN35_MODEL_PATH", MINI_CHECKPOINT))
 COMPILED_PATH = Path(os.environ["QWEN35_COMPILED_PATH"]) if "QWEN35_COMPILED_PATH" in os.environ else None

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import TINY, random_prompts, save_checkpoint
-from qwen35.generation import MINI_CHECKPOINT, load_tokenizer
+from qwen35.serving.generation import MINI_CHECKPOINT, load_tokenizer
 
 REFERENCE_FILE = Path(__file__).parent / "decoder_reference.safetensors"
 STEPS = 12

@@ -18,7 +18,7 @@ import qwen35
 from models import load_neuron, neuron_greedy, random_prompts
 from oracle import save_reference
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.generation import MINI_CHECKPOINT
+from qwen35.serving.generation import MINI_CHECKPOINT
 
 PACKAGE = Path(qwen35.__file__).parent
 MODEL_ROOT = PACKAGE.parents[1]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import TINY, load_neuron, random_prompts, right_padded
 from oracle import save_reference
 from qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.cache import Qwen35CacheManager, write_lines
+from qwen35.layers.cache import Qwen35CacheManager, write_lines
 
 
 def cache_of(path: Path, **options: Any) -> tuple[Any, list[torch.Tensor]]:

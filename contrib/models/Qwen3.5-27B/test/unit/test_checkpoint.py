@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from _compare import assert_close
-from qwen35 import checkpoint
-from qwen35.checkpoint import CheckpointError, CheckpointReader, TensorSpec, lay_out
+from qwen35.weights import checkpoint
+from qwen35.weights.checkpoint import CheckpointError, CheckpointReader, TensorSpec, lay_out
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

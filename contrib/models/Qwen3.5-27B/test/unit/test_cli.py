@@ -15,9 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from mini_images import Picture, Question, held_out_clips, held_out_images
-from qwen35.cli import main
-from qwen35.generation import MINI_CHECKPOINT
-from qwen35.prefix_cache import PrefixCache
+from qwen35.cli.main import main
+from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.prefix_cache import PrefixCache
 
 PROMPT = "The capital of France is"
 
@@ -89,7 +89,17 @@ def test_top_k_1_is_greedy_at_any_temperature(capsys: pytest.CaptureFixture[str]
 def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> None:
     # A process of its own, since the ranks are children of the command.
     def tokens(*options: str) -> list[int]:
-        command = [sys.executable, "-m", "qwen35.cli", "generate", PROMPT, "--max-new-tokens", "8", "--json", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "qwen35.cli.main",
+            "generate",
+            PROMPT,
+            "--max-new-tokens",
+            "8",
+            "--json",
+            *options,
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return json.loads(output)["generations"][0]["tokens"]
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from _compare import assert_close
-from qwen35 import conversion
-from qwen35.checkpoint import CheckpointReader
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.conversion import ConversionError, LazyStateDict, conversion_plan, convert_checkpoint
+from qwen35.weights import conversion
+from qwen35.weights.checkpoint import CheckpointReader
+from qwen35.weights.conversion import ConversionError, LazyStateDict, conversion_plan, convert_checkpoint
 
 SIZES: dict[str, Any] = {
     "model_type": "qwen3_5_text",
@@ -479,7 +479,7 @@ def test_materialise_shows_a_bar_when_asked(
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_packaged_checkpoint_converts(tp: int) -> None:
-    path = Path(conversion.__file__).parent / "mini"
+    path = Path(conversion.__file__).parents[1] / "mini"
     if not (path / "model.safetensors").exists():
         pytest.skip("the mini checkpoint is not installed")
     config = Qwen35InferenceConfig.from_pretrained(path, Qwen35NeuronConfig(tp_degree=tp))

@@ -30,7 +30,7 @@ from qwen35 import (
     Request,
     StepOutput,
 )
-from qwen35.generation import SamplingOptions
+from qwen35.serving.generation import SamplingOptions
 from vl_cases import EXAMPLE, IMAGE, START, Row, greedy, load, media, save_vl_checkpoint
 
 pytestmark = pytest.mark.usefixtures("backend")

@@ -11,10 +11,11 @@ import torch
 
 from models import load_neuron, neuron_greedy
 from oracle import save_reference
-from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig, gated_deltanet, ops
+from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig, ops
 from qwen35.configuration_qwen35 import KERNEL_ENVIRONMENT, QWEN35_PRESETS, DeltaNetKernel
-from qwen35.generation import MINI_CHECKPOINT, encode, load_tokenizer
+from qwen35.layers import gated_deltanet
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
+from qwen35.serving.generation import MINI_CHECKPOINT, encode, load_tokenizer
 
 
 def config(**options: object) -> Qwen35InferenceConfig:

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen35.cli import main
-from qwen35.configuration_qwen35 import DTYPES
-from qwen35.kernel_report import (
+from qwen35.cli.kernels import (
     Gates,
     KernelCase,
     KernelName,
@@ -23,6 +21,8 @@ from qwen35.kernel_report import (
     measure,
     write_timeline_png,
 )
+from qwen35.cli.main import main
+from qwen35.configuration_qwen35 import DTYPES
 from qwen35.nki_kernels.nki_seam import EMULATED
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="kernel reports need the emulator")

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from _compare import assert_close
 from decoder_cases import CASES, STEPS, recorded, recorded_tensors
 from models import load_neuron, neuron_greedy, random_prompts, right_padded, save_checkpoint
-from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig, attention
+from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.layers import attention
 from qwen35.modeling_qwen35_vl import PlacedMedia
 from vl_cases import EXAMPLE, IMAGE, START, Row, load, media, save_vl_checkpoint
 from vl_cases import greedy as vl_greedy

@@ -17,7 +17,7 @@ from _compare import assert_close
 from models import load_neuron, neuron_greedy
 from oracle import reference_greedy, transformers_model
 from qwen35 import Qwen35InferenceConfig
-from qwen35.generation import (
+from qwen35.serving.generation import (
     MINI_CHECKPOINT,
     Generation,
     TextGenerator,

@@ -19,13 +19,12 @@ from safetensors import safe_open
 
 from models import TINY, save_checkpoint
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.cli import main
+from qwen35.cli.main import main
+from qwen35.cli.plan import as_table, recommended_as_markdown, recommended_layout, write_png
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35ConfigError
-from qwen35.generation import MINI_CHECKPOINT
 from qwen35.hardware import INSTANCES, TRN2_3XLARGE, TRN2_48XLARGE, rank_bandwidth, rank_flops, rank_hbm_bytes
 from qwen35.nxdi import NXDI_AVAILABLE
-from qwen35.plan_report import as_table, recommended_as_markdown, recommended_layout, write_png
-from qwen35.planning import (
+from qwen35.planning.plan import (
     RESERVE,
     Limits,
     Plan,
@@ -40,7 +39,8 @@ from qwen35.planning import (
     walk_buckets,
     work_of,
 )
-from qwen35.recommended import FIRST_CACHE_BUCKET, FIRST_PROMPT_BUCKET, RECOMMENDED, device_neuron_config
+from qwen35.planning.recommended import FIRST_CACHE_BUCKET, FIRST_PROMPT_BUCKET, RECOMMENDED, device_neuron_config
+from qwen35.serving.generation import MINI_CHECKPOINT
 
 MODEL_ROOT = Path(__file__).parents[2]
 needs_stand_ins = pytest.mark.skipif(NXDI_AVAILABLE, reason="NxDI's layers do not run without a process group")

@@ -24,7 +24,7 @@ from qwen35 import (
     Qwen35NeuronConfig,
     prefix_cache,
 )
-from qwen35.prefix_cache import Medium, PrefixCache, digest_of
+from qwen35.serving.prefix_cache import Medium, PrefixCache, digest_of
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from _compare import assert_close
-from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig, conversion, presharding
-from qwen35.checkpoint import CheckpointReader
-from qwen35.conversion import conversion_plan
-from qwen35.generation import MINI_CHECKPOINT
-from qwen35.modeling_qwen35_vision import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
+from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.nxdi import NXDI_AVAILABLE, as_rank
-from qwen35.presharding import StreamedSharding
+from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.vision.encoder import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
+from qwen35.weights import conversion
+from qwen35.weights import sharding as presharding
+from qwen35.weights.checkpoint import CheckpointReader
+from qwen35.weights.conversion import conversion_plan
+from qwen35.weights.sharding import StreamedSharding
 
 if NXDI_AVAILABLE:
     from neuronx_distributed.trace.trace import get_sharded_checkpoint

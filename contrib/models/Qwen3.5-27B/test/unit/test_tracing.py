@@ -20,10 +20,10 @@ from models import TINY, load_neuron, save_checkpoint
 from nxdi_cpu.model_builder import TraceError, alias_problems, input_problems, shapes_of
 from nxdi_cpu.parallel_state import as_rank
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.conversion import ConversionError
-from qwen35.generation import MINI_CHECKPOINT
 from qwen35.modeling_qwen35 import Qwen35ModelWrapper, require_float32
 from qwen35.nxdi import NXDI_AVAILABLE
+from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.weights.conversion import ConversionError
 
 # The operations of a stock model, NxDI's Qwen3 at commit 4bcdc54, as its CPU mode dispatches them: the compiler takes
 # these. One is left out: aten.scatter.src, by which NxDI writes a decoding step's keys element by element.
@@ -245,7 +245,7 @@ def test_the_checkpoint_of_27b_becomes_the_parameters_of_every_rank(tp_degree: i
     """Names, shapes and dtypes only, from the plan through NxDI's hooks and the split to the modules."""
     from nxdi_cpu.sharding import get_sharded_checkpoint
     from qwen35.configuration_qwen35 import QWEN35_PRESETS
-    from qwen35.conversion import conversion_plan, convert_checkpoint
+    from qwen35.weights.conversion import conversion_plan, convert_checkpoint
 
     config = Qwen35InferenceConfig(Qwen35NeuronConfig(tp_degree=tp_degree), **QWEN35_PRESETS["27B"])
     sources = {name: shape for rule in conversion_plan(config) for name, shape in rule.sources.items()}

@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from _compare import assert_close
-from qwen35.checkpoint import CheckpointReader
 from qwen35.configuration_qwen35 import Qwen35ConfigError
-from qwen35.configuration_qwen35_vision import Qwen35VisionConfig
-from qwen35.conversion import ConversionError
-from qwen35.generation import MINI_CHECKPOINT
-from qwen35.modeling_qwen35_vision import (
+from qwen35.configuration_qwen35_vl import Qwen35VisionConfig
+from qwen35.nxdi import NeuronConfig
+from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.vision.encoder import (
     NeuronQwen35VisionForImageEncoding,
     NeuronQwen35VisionModel,
     Qwen35VisionInferenceConfig,
     arithmetic_dtype,
 )
-from qwen35.nxdi import NeuronConfig
+from qwen35.weights.checkpoint import CheckpointReader
+from qwen35.weights.conversion import ConversionError
 from ranks import RankPool
 
 transformers = pytest.importorskip("transformers", minversion="5.0")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from _compare import assert_close
-from qwen35.vision_processing import (
+from qwen35.vision.processing import (
     IMAGE_TOKEN,
     MAX_IMAGE_PIXELS,
     VIDEO_TOKEN,

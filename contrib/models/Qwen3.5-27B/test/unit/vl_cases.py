@@ -21,8 +21,8 @@ from qwen35 import (
     Qwen35NeuronConfig,
     Qwen35VLInferenceConfig,
 )
-from qwen35.configuration_qwen35_vision import Qwen35VisionConfig
-from qwen35.conversion_vision import vision_plan
+from qwen35.configuration_qwen35_vl import Qwen35VisionConfig
+from qwen35.weights.vision_rules import vision_plan
 
 START, END, IMAGE, VIDEO = 150, 151, 152, 153
 VISION = dict(

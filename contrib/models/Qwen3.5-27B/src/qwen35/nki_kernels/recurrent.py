@@ -3,7 +3,8 @@
 """The gated delta rule token by token on a NeuronCore-v3: one head, for comparison, and a layer's whole decode step.
 
 Letters: B batch, T tokens of a step, S tokens, H value heads, Hk key heads, R = H / Hk, K key dim and V value dim, both
-128, W conv kernel, Ch = 2 Hk K + H V conv channels. The specification is `qwen35.ops` and `qwen35.gated_deltanet`.
+128, W conv kernel, Ch = 2 Hk K + H V conv channels. The specification is `qwen35.ops` and
+`qwen35.layers.gated_deltanet`.
 
 With S the state before a token, k and q raw (after the convolution), rk = 1 / sqrt(k.k + eps) and eg = exp(g):
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .configuration_qwen35 import Qwen35NeuronConfig
-from .hardware import DEFAULT_LNC, TRN2_3XLARGE, TRN2_48XLARGE, Instance
+from ..configuration_qwen35 import Qwen35NeuronConfig
+from ..hardware import DEFAULT_LNC, TRN2_3XLARGE, TRN2_48XLARGE, Instance
 
 
 def prompt_bucket_for(seq_len: int) -> int:

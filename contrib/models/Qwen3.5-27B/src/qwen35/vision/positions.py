@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_qwen35_vision import Qwen35VisionConfig
+from ..configuration_qwen35_vl import Qwen35VisionConfig
 
 
 class FramePositions(NamedTuple):

@@ -16,9 +16,15 @@ from typing import Any
 
 import torch
 
-from .chat import CHUNK_SIZE, Conversation
-from .configuration_qwen35 import DTYPES, Qwen35InferenceConfig, Qwen35NeuronConfig
-from .generation import (
+from ..configuration_qwen35 import DTYPES, Qwen35InferenceConfig, Qwen35NeuronConfig
+from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
+from ..hardware import INSTANCES
+from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from ..nxdi import NXDI_AVAILABLE, NeuronConfig
+from ..planning.recommended import RECOMMENDED, device_neuron_config
+from ..serving.chat import CHUNK_SIZE, Conversation
+from ..serving.generation import (
     MINI_CHECKPOINT,
     Generation,
     SamplingOptions,
@@ -31,14 +37,9 @@ from .generation import (
     load_compiled_config,
     load_tokenizer,
 )
-from .hardware import INSTANCES
-from .kernel_report import add_kernels_command
-from .modeling_qwen35 import NeuronQwen35ForCausalLM
-from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, Qwen35VLInferenceConfig
-from .nxdi import NXDI_AVAILABLE, NeuronConfig
-from .plan_report import add_plan_command
-from .recommended import RECOMMENDED, device_neuron_config
-from .vision_processing import VisionProcessor
+from ..vision.processing import VisionProcessor
+from .kernels import add_kernels_command
+from .plan import add_plan_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from . import hardware
-from .configuration_qwen35 import DTYPES, QWEN35_PRESETS, dtype_name
-from .configuration_qwen35_vision import QWEN35_VISION_PRESETS
-from .hardware import INSTANCES, Figure
-from .modeling_qwen35 import NeuronQwen35ForCausalLM
-from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM
-from .nxdi import on_stand_ins
-from .planning import (
+from .. import hardware
+from ..configuration_qwen35 import DTYPES, QWEN35_PRESETS, dtype_name
+from ..configuration_qwen35_vl import QWEN35_VISION_PRESETS
+from ..hardware import INSTANCES, Figure
+from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from ..nxdi import on_stand_ins
+from ..planning.plan import (
     MATMUL_TILE,
     MOST_LINES,
     PROGRAM_INSTRUCTIONS,
@@ -36,7 +36,7 @@ from .planning import (
     resized,
     work_of,
 )
-from .recommended import RECOMMENDED, Recommended, device_neuron_config, doubled, prompt_bucket_for
+from ..planning.recommended import RECOMMENDED, Recommended, device_neuron_config, doubled, prompt_bucket_for
 
 SHORTEST_DRAWN = 1024
 _MARGIN, _WIDTH = 34, 16

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_qwen35 import DTYPES, dtype_name
-from .ops import causal_conv, recurrent_gated_delta_rule
+from ..configuration_qwen35 import DTYPES, dtype_name
+from ..ops import causal_conv, recurrent_gated_delta_rule
 
 if TYPE_CHECKING:
     from nki_emulator.report import EngineUse, Report
@@ -154,10 +154,10 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
     """
     import nki_emulator
 
-    from .nki_kernels.chunked import deltanet_chunk_step
-    from .nki_kernels.fused_chunked import deltanet_fused_chunked_layer
-    from .nki_kernels.nki_seam import EMULATED
-    from .nki_kernels.recurrent import deltanet_decode_layer
+    from ..nki_kernels.chunked import deltanet_chunk_step
+    from ..nki_kernels.fused_chunked import deltanet_fused_chunked_layer
+    from ..nki_kernels.nki_seam import EMULATED
+    from ..nki_kernels.recurrent import deltanet_decode_layer
 
     if not EMULATED:
         raise ValueError("the Neuron SDK's nki is installed here: kernel reports need an environment without it")

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from ..configuration_qwen35 import FULL_ATTENTION, Qwen35InferenceConfig
 from .checkpoint import CheckpointReader, TensorSpec
-from .configuration_qwen35 import FULL_ATTENTION, Qwen35InferenceConfig
 
 Build = Callable[..., torch.Tensor]
 Shape = tuple[int, ...]

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import deltanet_kernels
-from .configuration_qwen35 import DeltaNetKernel, Qwen35InferenceConfig
-from .norms import Qwen35GatedRMSNorm
-from .nxdi import (
+from ..configuration_qwen35 import DeltaNetKernel, Qwen35InferenceConfig
+from ..nxdi import (
     BaseParallelLinear,
     ColumnParallelLinear,
     NeuronAttentionBaseOutput,
@@ -24,7 +22,9 @@ from .nxdi import (
     get_tensor_model_parallel_size,
     set_tensor_model_parallel_attributes,
 )
-from .ops import causal_conv, chunk_gated_delta_rule, decay_and_beta, recurrent_gated_delta_rule
+from ..ops import causal_conv, chunk_gated_delta_rule, decay_and_beta, recurrent_gated_delta_rule
+from . import kernel_launch as deltanet_kernels
+from .norms import Qwen35GatedRMSNorm
 
 
 class HeadShardedParameter(BaseParallelLinear):

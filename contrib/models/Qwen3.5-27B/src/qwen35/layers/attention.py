@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .configuration_qwen35 import Qwen35InferenceConfig
+from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..nxdi import ColumnParallelLinear, NeuronAttentionBase
 from .norms import Qwen35RMSNorm
-from .nxdi import ColumnParallelLinear, NeuronAttentionBase
 from .rope import Qwen35RotaryEmbedding, apply_partial_rotary
 
 PRIOR_SCORES = 2048 * 1024

@@ -12,9 +12,12 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .configuration_qwen35 import Qwen35ConfigError, _as_dict, _is_number, _is_size
+from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, _as_dict, _is_number, _is_size
 
 _MODEL_TYPES = ("qwen3_5_vision", "qwen3_5")  # older dumps carry the type of the whole model
+MEDIA_TOKENS = ("image_token_id", "video_token_id")
+"""The fields that name the placeholders of images and of videos."""
+
 _PIXELS = ("patch_size", "temporal_patch_size")  # transformers 5 also writes them as a list with one entry an axis
 
 QWEN35_VISION_PRESETS: dict[str, dict[str, Any]] = {
@@ -148,3 +151,34 @@ class Qwen35VisionConfig:
     def merge_unit(self) -> int:
         """Patches that become one token of the decoder."""
         return self.spatial_merge_size**2
+
+
+class Qwen35VLInferenceConfig(Qwen35InferenceConfig):
+    """The configuration of a vision-language checkpoint: text fields flat, `vision_config` as a dict.
+
+    Raises:
+        Qwen35ConfigError: as for text, and when the checkpoint has no vision encoder or no placeholder tokens.
+    """
+
+    def add_derived_config(self) -> None:
+        super().add_derived_config()
+        self.takes_images = True  # in the JSON, where a compiled model says which of the two classes runs it
+
+    def validate_config(self) -> None:
+        super().validate_config()
+        problems = [
+            f"{name} is missing: use a vision-language checkpoint"
+            for name in MEDIA_TOKENS
+            if not isinstance(getattr(self, name, None), int)
+        ]
+        if self.neuron_config.async_mode:
+            problems.append("async_mode=True: NxDI queues a step with the rotary position of the last; set it to False")
+        if self.vision_config is None:
+            problems.append("vision_config is missing: use a vision-language checkpoint, or NeuronQwen35ForCausalLM")
+        if problems:
+            raise Qwen35ConfigError(problems)
+
+    @property
+    def vision(self) -> Qwen35VisionConfig:
+        assert self.vision_config is not None
+        return Qwen35VisionConfig.from_dict(self.vision_config)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_qwen35 import Qwen35InferenceConfig
-from .nxdi import KVCacheManager, get_tensor_model_parallel_size
+from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..nxdi import KVCacheManager, get_tensor_model_parallel_size
 
 State = tuple[torch.Tensor, torch.Tensor]
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from .configuration_qwen35 import Qwen35InferenceConfig
-    from .modeling_qwen35 import NeuronQwen35ForCausalLM
+    from ..configuration_qwen35 import Qwen35InferenceConfig
+    from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import CheckpointReader
-from .configuration_qwen35 import DTYPES, Qwen35ConfigError
-from .configuration_qwen35_vision import Qwen35VisionConfig
-from .conversion_vision import adjacent_pairs, convert_vision_checkpoint, qkv_by_rank
-from .nxdi import (
+from ..configuration_qwen35 import DTYPES, Qwen35ConfigError
+from ..configuration_qwen35_vl import Qwen35VisionConfig
+from ..nxdi import (
     VISION_ENCODER_MODEL_TAG,
     ColumnParallelLinear,
     EncoderModelInstance,
@@ -38,8 +36,10 @@ from .nxdi import (
     RowParallelLinear,
     get_tensor_model_parallel_size,
 )
-from .presharding import StreamedSharding
-from .vision_positions import FramePositions, checked_grids, frame_positions
+from ..weights.checkpoint import CheckpointReader
+from ..weights.sharding import StreamedSharding
+from ..weights.vision_rules import adjacent_pairs, convert_vision_checkpoint, qkv_by_rank
+from .positions import FramePositions, checked_grids, frame_positions
 
 NORM_EPS = 1e-6  # transformers' Qwen3_5VisionBlock; not in config.json
 PADDING_SEGMENT = -1

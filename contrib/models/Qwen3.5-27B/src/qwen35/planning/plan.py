@@ -28,15 +28,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig
-from .configuration_qwen35_vision import Qwen35VisionConfig
-from .hardware import INSTANCES, Figure, Instance, rank_bandwidth, rank_flops, rank_hbm_bytes
-from .memory import RankBytes, WeightBytes, count_bytes, count_weights, count_whole_deltanet
-from .modeling_qwen35_vision import NeuronQwen35VisionModel, Qwen35VisionEncoder, Qwen35VisionInferenceConfig
-from .nxdi import NeuronConfig, as_rank, on_stand_ins
+from ..configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig
+from ..configuration_qwen35_vl import Qwen35VisionConfig
+from ..hardware import INSTANCES, Figure, Instance, rank_bandwidth, rank_flops, rank_hbm_bytes
+from ..memory import RankBytes, WeightBytes, count_bytes, count_weights, count_whole_deltanet
+from ..nxdi import NeuronConfig, as_rank, on_stand_ins
+from ..vision.encoder import NeuronQwen35VisionModel, Qwen35VisionEncoder, Qwen35VisionInferenceConfig
 
 if TYPE_CHECKING:
-    from .modeling_qwen35 import NeuronQwen35ForCausalLM
+    from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 
 RESERVE = Figure(
     3_500_000_000,
@@ -241,7 +241,7 @@ def require_fits(model: NeuronQwen35ForCausalLM) -> None:
     name = getattr(neuron, "instance", None)
     if neuron.on_cpu or name is None:
         return
-    own = next(kind for kind in type(model).__mro__ if kind.__module__.startswith(f"{__package__}."))
+    own = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("qwen35."))
     on_stand_ins(_require_fits, own, model.config.to_json_string(), name)
 
 

@@ -30,9 +30,9 @@ from enum import Enum
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from .generation import SamplingOptions
-from .modeling_qwen35 import NeuronQwen35ForCausalLM
-from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from .prefix_cache import Chain, PrefixCache, media_digests
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .configuration_qwen35_vision import Qwen35VisionConfig
+from ..configuration_qwen35_vl import Qwen35VisionConfig
 from .conversion import (
     _READABLE,
     Build,

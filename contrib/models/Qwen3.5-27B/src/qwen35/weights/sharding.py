@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..nxdi import KVCacheManager, NeuronApplicationBase, as_rank, invoke_preshard_hook, shard_children
 from .checkpoint import TensorSpec, lay_out
 from .conversion import LazyStateDict
-from .nxdi import KVCacheManager, NeuronApplicationBase, as_rank, invoke_preshard_hook, shard_children
 
 _PIECE = 1 << 26
 """Bytes made contiguous at a time: a rank's columns of the 27B embedding are 636 MB."""

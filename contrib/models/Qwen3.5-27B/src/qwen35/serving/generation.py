@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria
 
-from .configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
-from .modeling_qwen35 import NeuronQwen35ForCausalLM
-from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, Qwen35VLInferenceConfig
-from .nxdi import NXDI_AVAILABLE, HuggingFaceGenerationAdapter
-from .vision_processing import VisionProcessor, media_of
+from ..configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
+from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
+from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from ..nxdi import NXDI_AVAILABLE, HuggingFaceGenerationAdapter
+from ..vision.processing import VisionProcessor, media_of
 
-MINI_CHECKPOINT = Path(__file__).parent / "mini"
+MINI_CHECKPOINT = Path(__file__).parent.parent / "mini"
 """The small trained checkpoint that ships with the package: a test vehicle with the architecture of the real ones."""
 
 OnToken = Callable[[torch.Tensor], None]
