@@ -2,6 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the sources of NxDI are on the path, the tests run on them instead of on the stand-ins."""
 
-import neuron_shells
+from support import neuron_shells
 
 neuron_shells.install()

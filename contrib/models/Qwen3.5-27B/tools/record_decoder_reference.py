@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-TESTS = Path(__file__).resolve().parents[1] / "test" / "unit"
+TESTS = Path(__file__).resolve().parents[1] / "test"
 sys.path.insert(0, str(TESTS))
 
-from decoder_cases import CASES, REFERENCE_FILE, STEPS  # noqa: E402
-from oracle import reference_greedy, transformers_model, vl_reference_greedy  # noqa: E402
-from vl_cases import EXAMPLE, save_vl_checkpoint  # noqa: E402
+from support.decoder_cases import CASES, REFERENCE_FILE, STEPS  # noqa: E402
+from support.oracle import reference_greedy, transformers_model, vl_reference_greedy  # noqa: E402
+from support.vl_cases import EXAMPLE, save_vl_checkpoint  # noqa: E402
 
 SMALLEST_MARGIN = 1e-3
 """Ten times the tolerance of the comparison: a nearer tie between two tokens would prove nothing."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from nxdi_cpu.config import to_dict
 
-DEFAULT_OUT = Path(__file__).resolve().parent.parent / "test" / "unit" / "nxdi_signatures.json"
+DEFAULT_OUT = Path(__file__).resolve().parent.parent / "test" / "data" / "nxdi_signatures.json"
 
 _NXD, _NXDI = "neuronx_distributed", "neuronx_distributed_inference"
 REAL_MODULES = {

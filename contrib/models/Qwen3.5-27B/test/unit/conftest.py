@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from models import NO_NXDI
 from qwen35.nxdi import NXDI_AVAILABLE
-from ranks import RankPool
+from support.models import NO_NXDI
+from support.ranks import RankPool
 
 
 @pytest.fixture(

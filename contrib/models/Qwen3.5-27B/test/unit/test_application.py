@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import qwen35
-from models import load_neuron, neuron_greedy, random_prompts
-from oracle import save_reference
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.serving.generation import MINI_CHECKPOINT
+from support.models import load_neuron, neuron_greedy, random_prompts
+from support.oracle import save_reference
 
 PACKAGE = Path(qwen35.__file__).parent
 MODEL_ROOT = PACKAGE.parents[1]

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from decoder_cases import CASES, STEPS, recorded
-from models import NO_NXDI, load_neuron, right_padded
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig
 from qwen35.nxdi import NXDI_AVAILABLE
+from support.decoder_cases import CASES, STEPS, recorded
+from support.models import NO_NXDI, load_neuron, right_padded
 
 pytestmark = [pytest.mark.nxdi, pytest.mark.skipif(not NXDI_AVAILABLE, reason=NO_NXDI)]
 

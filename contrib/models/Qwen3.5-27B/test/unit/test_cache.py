@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import TINY, load_neuron, random_prompts, right_padded
-from oracle import save_reference
 from qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.layers.cache import Qwen35CacheManager, write_lines
+from support.models import TINY, load_neuron, random_prompts, right_padded
+from support.oracle import save_reference
 
 
 def cache_of(path: Path, **options: Any) -> tuple[Any, list[torch.Tensor]]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from _compare import assert_close
 from qwen35.ops import causal_conv
+from support.compare import assert_close
 
 # Four products and a SiLU of values around 1, in float32 that rounds at 6e-8.
 TOLERANCE = 1e-6

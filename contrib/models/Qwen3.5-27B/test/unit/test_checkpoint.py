@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from _compare import assert_close
 from qwen35.weights import checkpoint
 from qwen35.weights.checkpoint import CheckpointError, CheckpointReader, TensorSpec, lay_out
+from support.compare import assert_close
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from _compare import assert_close
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.weights import conversion
 from qwen35.weights.checkpoint import CheckpointReader
 from qwen35.weights.conversion import ConversionError, LazyStateDict, conversion_plan, convert_checkpoint
+from support.compare import assert_close
 
 SIZES: dict[str, Any] = {
     "model_type": "qwen3_5_text",

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from _compare import assert_close
-from decoder_cases import CASES, STEPS, Case, recorded
-from device import put_on_device
-from models import load_neuron, neuron_greedy, right_padded
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig
+from support.compare import assert_close
+from support.decoder_cases import CASES, STEPS, Case, recorded
+from support.models import load_neuron, neuron_greedy, right_padded
+from support.simulated_device import put_on_simulated_device
 
 SEQ_LEN = 160
 pytestmark = pytest.mark.usefixtures("backend")
@@ -56,7 +56,7 @@ def check(case: Case, tokens: torch.Tensor, logits: torch.Tensor, rows: Any = sl
 
 def load(path: str, options: dict[str, Any], on_device: bool) -> NeuronQwen35ForCausalLM:
     model = load_neuron(Path(path), seq_len=SEQ_LEN, **options)
-    return put_on_device(model) if on_device else model
+    return put_on_simulated_device(model) if on_device else model
 
 
 def generate(

@@ -19,8 +19,6 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from device import put_on_device
-from models import load_neuron, neuron_greedy, random_prompts, save_checkpoint
 from qwen35 import (
     FinishReason,
     NeuronQwen35ForCausalLM,
@@ -31,7 +29,9 @@ from qwen35 import (
     StepOutput,
 )
 from qwen35.serving.generation import SamplingOptions
-from vl_cases import EXAMPLE, IMAGE, START, Row, greedy, load, media, save_vl_checkpoint
+from support.models import load_neuron, neuron_greedy, random_prompts, save_checkpoint
+from support.simulated_device import put_on_simulated_device
+from support.vl_cases import EXAMPLE, IMAGE, START, Row, greedy, load, media, save_vl_checkpoint
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -85,7 +85,7 @@ def model_of(path: Path) -> Callable[[str], NeuronQwen35ForCausalLM]:
     def get(name: str) -> NeuronQwen35ForCausalLM:
         if name not in models:
             model = load_neuron(path, seq_len=SEQ_LEN, **OPTIONS[name])
-            models[name] = put_on_device(model) if name == "as on a device" else model
+            models[name] = put_on_simulated_device(model) if name == "as on a device" else model
         return models[name]
 
     return get
@@ -433,7 +433,7 @@ def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str],
 def test_a_prefix_with_another_image_is_not_taken_up(on_device: bool, tmp_path: Path) -> None:
     save_vl_checkpoint(tmp_path)
     model: Any = load(str(tmp_path), batch_size=2, ctx_batch_size=1, is_continuous_batching=True, prefill_chunk_size=4)
-    model = put_on_device(model) if on_device else model
+    model = put_on_simulated_device(model) if on_device else model
     row = EXAMPLE[0]
     pixels = media([row])
     changed = {**pixels, "pixel_values": pixels["pixel_values"].roll(1, 0)}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from _compare import assert_close
 from qwen35.ops import chunk_gated_delta_rule, decay_and_beta, l2norm, recurrent_gated_delta_rule
+from support.compare import assert_close
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
 FORMS = pytest.mark.parametrize("rule", [chunk_gated_delta_rule, recurrent_gated_delta_rule])

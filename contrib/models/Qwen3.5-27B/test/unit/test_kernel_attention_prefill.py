@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import nki_emulator
-from _compare import assert_close
 from nki_emulator import costs
 from qwen35.nki_kernels.attention_prefill import HEAD_DIM, attention_prefill
 from qwen35.nki_kernels.nki_seam import EMULATED
+from support.compare import assert_close
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
 

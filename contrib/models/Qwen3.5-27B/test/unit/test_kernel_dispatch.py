@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import load_neuron, neuron_greedy
-from oracle import save_reference
 from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig, ops
 from qwen35.configuration_qwen35 import KERNEL_ENVIRONMENT, QWEN35_PRESETS, DeltaNetKernel
 from qwen35.layers import gated_deltanet
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
 from qwen35.serving.generation import MINI_CHECKPOINT, encode, load_tokenizer
+from support.models import load_neuron, neuron_greedy
+from support.oracle import save_reference
 
 
 def config(**options: object) -> Qwen35InferenceConfig:

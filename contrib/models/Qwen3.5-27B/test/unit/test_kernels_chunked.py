@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nki_emulator
-from _compare import assert_close
 from qwen35.nki_kernels.chunked import deltanet_chunk_step
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_fwd, deltanet_fused_chunked_layer
 from qwen35.nki_kernels.nki_seam import EMULATED
+from support.compare import assert_close
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
 

@@ -17,14 +17,14 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from _compare import assert_close
-from decoder_cases import CASES, STEPS, recorded, recorded_tensors
-from models import load_neuron, neuron_greedy, random_prompts, right_padded, save_checkpoint
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.layers import attention
 from qwen35.modeling_qwen35_vl import PlacedMedia
-from vl_cases import EXAMPLE, IMAGE, START, Row, load, media, save_vl_checkpoint
-from vl_cases import greedy as vl_greedy
+from support.compare import assert_close
+from support.decoder_cases import CASES, STEPS, recorded, recorded_tensors
+from support.models import load_neuron, neuron_greedy, random_prompts, right_padded, save_checkpoint
+from support.vl_cases import EXAMPLE, IMAGE, START, Row, load, media, save_vl_checkpoint
+from support.vl_cases import greedy as vl_greedy
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -13,9 +13,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from _compare import assert_close
-from models import load_neuron, neuron_greedy
-from oracle import reference_greedy, transformers_model
 from qwen35 import Qwen35InferenceConfig
 from qwen35.serving.generation import (
     MINI_CHECKPOINT,
@@ -26,6 +23,9 @@ from qwen35.serving.generation import (
     encode,
     load_tokenizer,
 )
+from support.compare import assert_close
+from support.models import load_neuron, neuron_greedy
+from support.oracle import reference_greedy, transformers_model
 
 FACTS = json.loads((MINI_CHECKPOINT / "facts.json").read_text())
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from _compare import assert_close
 from mini_images import Picture, Question, Split, clip, held_out_clips, held_out_images, image
 from qwen35.serving.generation import MINI_CHECKPOINT
+from support.compare import assert_close
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 from train_mini_vision import answered, look  # noqa: E402

@@ -24,7 +24,9 @@ from nxdi_cpu.config import NeuronConfig
 from nxdi_cpu.sampling import Sampler
 from qwen35.nxdi import NXDI_AVAILABLE
 
-COMMITTED: dict[str, Any] = json.loads((Path(__file__).parent / "nxdi_signatures.json").read_text(encoding="utf-8"))
+COMMITTED: dict[str, Any] = json.loads(
+    (Path(__file__).parents[1] / "data" / "nxdi_signatures.json").read_text(encoding="utf-8")
+)
 SOURCES = COMMITTED.pop("sources")
 REMEDY = f"describe it in a table of this test, or record anew with {Path(recorder.__file__).name}"
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from _compare import assert_close
-from models import load_neuron, random_prompts, right_padded
-from oracle import random_reference, save_reference
 from qwen35.configuration_qwen35 import QWEN35_PRESETS
+from support.compare import assert_close
+from support.models import load_neuron, random_prompts, right_padded
+from support.oracle import random_reference, save_reference
 
 
 def test_every_layer_gives_what_transformers_layer_gives(tmp_path: Path) -> None:

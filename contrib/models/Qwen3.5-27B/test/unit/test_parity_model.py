@@ -17,9 +17,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from _compare import assert_close
-from models import load_neuron, neuron_greedy, random_prompts
-from oracle import reference_greedy, save_reference
+from support.compare import assert_close
+from support.models import load_neuron, neuron_greedy, random_prompts
+from support.oracle import reference_greedy, save_reference
 
 STEPS = 32
 # An example costs a second, so a failure is reported as found: shrinking would take hours.

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from models import TINY, save_checkpoint
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.cli.main import main
 from qwen35.cli.plan import as_table, recommended_as_markdown, recommended_layout, write_png
@@ -41,6 +40,7 @@ from qwen35.planning.plan import (
 )
 from qwen35.planning.recommended import FIRST_CACHE_BUCKET, FIRST_PROMPT_BUCKET, RECOMMENDED, device_neuron_config
 from qwen35.serving.generation import MINI_CHECKPOINT
+from support.models import TINY, save_checkpoint
 
 MODEL_ROOT = Path(__file__).parents[2]
 needs_stand_ins = pytest.mark.skipif(NXDI_AVAILABLE, reason="NxDI's layers do not run without a process group")

@@ -15,16 +15,16 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from device import kept, put_on_device
-from models import load_neuron, random_prompts, save_checkpoint
 from qwen35 import (
     NeuronQwen35ForCausalLM,
     OnDeviceSamplingConfig,
     Qwen35InferenceConfig,
     Qwen35NeuronConfig,
-    prefix_cache,
 )
+from qwen35.serving import prefix_cache
 from qwen35.serving.prefix_cache import Medium, PrefixCache, digest_of
+from support.models import load_neuron, random_prompts, save_checkpoint
+from support.simulated_device import kept, put_on_simulated_device
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         save_checkpoint(path, seed=seed)
     if request.param == "CPU":
         return load_neuron(paths[0], **OPTIONS)
-    return put_on_device(*(load_neuron(path, **OPTIONS) for path in paths))
+    return put_on_simulated_device(*(load_neuron(path, **OPTIONS) for path in paths))
 
 
 def encode(model: Any, line: int, prompt: list[int], cache: PrefixCache | None, media: Any = ()) -> tuple[int, Any]:

@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from _compare import assert_close
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.nxdi import NXDI_AVAILABLE, as_rank
 from qwen35.serving.generation import MINI_CHECKPOINT
@@ -28,6 +27,7 @@ from qwen35.weights import sharding as presharding
 from qwen35.weights.checkpoint import CheckpointReader
 from qwen35.weights.conversion import conversion_plan
 from qwen35.weights.sharding import StreamedSharding
+from support.compare import assert_close
 
 if NXDI_AVAILABLE:
     from neuronx_distributed.trace.trace import get_sharded_checkpoint

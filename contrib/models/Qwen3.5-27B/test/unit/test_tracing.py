@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import TINY, load_neuron, save_checkpoint
 from nxdi_cpu.model_builder import TraceError, alias_problems, input_problems, shapes_of
 from nxdi_cpu.parallel_state import as_rank
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
@@ -24,6 +23,7 @@ from qwen35.modeling_qwen35 import Qwen35ModelWrapper, require_float32
 from qwen35.nxdi import NXDI_AVAILABLE
 from qwen35.serving.generation import MINI_CHECKPOINT
 from qwen35.weights.conversion import ConversionError
+from support.models import TINY, load_neuron, save_checkpoint
 
 # The operations of a stock model, NxDI's Qwen3 at commit 4bcdc54, as its CPU mode dispatches them: the compiler takes
 # these. One is left out: aten.scatter.src, by which NxDI writes a decoding step's keys element by element.

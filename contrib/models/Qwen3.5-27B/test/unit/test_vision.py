@@ -16,7 +16,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from _compare import assert_close
 from qwen35.configuration_qwen35 import Qwen35ConfigError
 from qwen35.configuration_qwen35_vl import Qwen35VisionConfig
 from qwen35.nxdi import NeuronConfig
@@ -29,7 +28,8 @@ from qwen35.vision.encoder import (
 )
 from qwen35.weights.checkpoint import CheckpointReader
 from qwen35.weights.conversion import ConversionError
-from ranks import RankPool
+from support.compare import assert_close
+from support.ranks import RankPool
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 from transformers import Qwen3_5VisionConfig, Qwen3_5VisionModel  # noqa: E402

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from _compare import assert_close
 from qwen35.vision.processing import (
     IMAGE_TOKEN,
     MAX_IMAGE_PIXELS,
@@ -37,6 +36,7 @@ from qwen35.vision.processing import (
     timestamps_of,
     video_size,
 )
+from support.compare import assert_close
 
 pytest.importorskip("transformers", minversion="5.0")
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (

@@ -16,13 +16,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from _compare import assert_close
-from models import TINY
-from oracle import transformers_model, vl_reference_greedy
 from qwen35 import NeuronQwen35VLForCausalLM, Qwen35NeuronConfig, Qwen35VLInferenceConfig
 from qwen35.configuration_qwen35 import Qwen35ConfigError
 from qwen35.modeling_qwen35_vl import get_rope_index
-from vl_cases import (
+from support.compare import assert_close
+from support.models import TINY
+from support.oracle import transformers_model, vl_reference_greedy
+from support.vl_cases import (
     END,
     EXAMPLE,
     IMAGE,

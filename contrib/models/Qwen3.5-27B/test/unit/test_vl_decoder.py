@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from _compare import assert_close
-from decoder_cases import STEPS, recorded_tensors
-from device import put_on_device
-from vl_cases import EXAMPLE, greedy, load, media, save_vl_checkpoint
+from support.compare import assert_close
+from support.decoder_cases import STEPS, recorded_tensors
+from support.simulated_device import put_on_simulated_device
+from support.vl_cases import EXAMPLE, greedy, load, media, save_vl_checkpoint
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -36,7 +36,7 @@ def check(tokens: torch.Tensor, logits: torch.Tensor, rows: Any = slice(None)) -
 
 def generate(path: str, options: dict[str, Any], on_device: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     model: Any = load(path, **options)
-    return greedy(put_on_device(model) if on_device else model, EXAMPLE, STEPS)
+    return greedy(put_on_simulated_device(model) if on_device else model, EXAMPLE, STEPS)
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "device"])
@@ -73,7 +73,7 @@ def test_two_ranks_generate_what_transformers_generates(path: str, rank_pool: Ca
 @pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "device"])
 def test_rows_with_images_enter_and_leave_beside_rows_without(on_device: bool, path: str) -> None:
     model: Any = load(path, ctx_batch_size=1, is_continuous_batching=True)
-    model = put_on_device(model) if on_device else model
+    model = put_on_simulated_device(model) if on_device else model
     tokens, logits = recorded_tensors("vision-language")
 
     def enter(line: int) -> None:

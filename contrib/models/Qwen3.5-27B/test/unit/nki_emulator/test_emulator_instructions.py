@@ -10,11 +10,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from onchip import BF16, assert_close, run, store, tile
 
 from nki_emulator import emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
+from support.onchip import BF16, assert_close, run, store, tile
 
 F32_EXACT = 0.0
 #: One rounding to bf16 has relative error 2**-9; two operations in float32 before it add nothing visible.

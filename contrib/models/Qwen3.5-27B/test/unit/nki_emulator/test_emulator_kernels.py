@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onchip import BF16, assert_close
 
 import nki_emulator
 from nki_emulator import emulate, jit
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
+from support.onchip import BF16, assert_close
 
 
 @jit

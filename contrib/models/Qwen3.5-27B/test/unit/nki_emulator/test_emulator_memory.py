@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onchip import BF16, store, tile
 
 from nki_emulator import NkiValidationError, dtypes, emulate, jit, simulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
+from support.onchip import BF16, store, tile
 
 
 def grid_data(*shape: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import pytest
 
 import nki_emulator
 
-FACTS = json.loads((Path(__file__).parent / "nki_signatures.json").read_text())["modules"]
+FACTS = json.loads((Path(__file__).parents[2] / "data" / "nki_signatures.json").read_text())["modules"]
 MODULES = {"nki": nki_emulator, "nki.isa": nki_emulator.isa, "nki.language": nki_emulator.language}
 FUNCTIONS = [(module, name) for module in MODULES for name in FACTS[module]["functions"]]
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onchip import store, tile
 
 from nki_emulator import Report, costs, emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
 from nki_emulator.engine import Instruction, Resource
+from support.onchip import store, tile
 
 ENGINES = {"vector": nisa.engine.vector, "scalar": nisa.engine.scalar, "gpsimd": nisa.engine.gpsimd}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-import neuron_shells
+from . import neuron_shells
 
 neuron_shells.install()  # a rank is a new process: before it imports qwen35
 

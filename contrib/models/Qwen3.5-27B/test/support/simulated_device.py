@@ -64,7 +64,7 @@ class _Program:
         return returned[0] if len(returned[0]) > 1 else returned[0][0]
 
 
-def put_on_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForCausalLM:
+def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForCausalLM:
     """The first model, loaded on a CPU before, on a device whose ranks hold the modules of all these models.
 
     They need not be shards of one checkpoint: with weights of its own each rank has caches of its own.

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from models import TINY, random_weights
 from qwen35 import (
     HuggingFaceGenerationAdapter,
     NeuronQwen35VLForCausalLM,
@@ -23,6 +22,8 @@ from qwen35 import (
 )
 from qwen35.configuration_qwen35_vl import Qwen35VisionConfig
 from qwen35.weights.vision_rules import vision_plan
+
+from .models import TINY, random_weights
 
 START, END, IMAGE, VIDEO = 150, 151, 152, 153
 VISION = dict(

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from models import TINY, random_prompts, save_checkpoint
 from qwen35.serving.generation import MINI_CHECKPOINT, load_tokenizer
 
-REFERENCE_FILE = Path(__file__).parent / "decoder_reference.safetensors"
+from .models import TINY, random_prompts, save_checkpoint
+
+REFERENCE_FILE = Path(__file__).parents[1] / "data" / "decoder_reference.safetensors"
 STEPS = 12
 # One to three tokens: fewer than the conv window; 40: more than a chunk.
 LENGTHS = (1, 3, 17, 40)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from models import TINY, random_weights, save_checkpoint
-from vl_cases import Row, media, options, types
+from .models import TINY, random_weights, save_checkpoint
+from .vl_cases import Row, media, options, types
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 from transformers import GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig  # noqa: E402
