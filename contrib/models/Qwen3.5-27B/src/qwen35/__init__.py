@@ -6,19 +6,14 @@ from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen
 from .configuration_qwen35_vl import Qwen35VisionConfig, Qwen35VLInferenceConfig
 from .layers.attention import NeuronQwen35Attention
 from .layers.gated_deltanet import NeuronGatedDeltaNet
-from .modeling_qwen35 import (
-    NeuronQwen35DecoderLayer,
-    NeuronQwen35ForCausalLM,
-    NeuronQwen35Model,
-    Qwen35DecoderModelInstance,
-    Qwen35MLP,
-    Qwen35ModelWrapper,
-)
+from .layers.mlp import Qwen35MLP
+from .modeling_qwen35 import NeuronQwen35DecoderLayer, NeuronQwen35ForCausalLM, NeuronQwen35Model
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel
 from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
 from .serving.engine import FinishReason, Qwen35Engine, Request, StepOutput
 from .serving.generation import SamplingOptions
 from .serving.prefix_cache import PrefixCache
+from .submodels import Qwen35DecoderModelInstance, Qwen35ModelWrapper
 from .vision.encoder import (
     NeuronQwen35VisionForImageEncoding,
     NeuronQwen35VisionModel,

@@ -8,7 +8,6 @@ Letters: D hidden, H value heads, Hk key heads, K key head dim, V value head dim
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from .hardware import INSTANCES
+from .kernel_selection import DeltaNetKernel, kernel_problems
 from .nxdi import InferenceConfig, NeuronConfig
 
 LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
@@ -111,29 +111,8 @@ class Qwen35ConfigError(ValueError):
         super().__init__("this Qwen3.5 configuration cannot run:\n" + "\n".join(f"  - {line}" for line in problems))
 
 
-class DeltaNetKernel(str, Enum):
-    """What computes the gated delta rule of a prompt; decoding has one kernel, used by all but TORCH."""
-
-    AUTO = "auto"  # FUSED on a Neuron device, TORCH on a CPU
-    FUSED = "fused"  # all heads and chunks in one launch a layer
-    CHUNKED = "chunked"  # one launch a chunk of 128 tokens
-    RECURRENT = "recurrent"  # token by token, one launch a head: to check the others
-    TORCH = "torch"  # `qwen35.ops`
-
-
-KERNEL_ENVIRONMENT = {
-    "USE_NKI_FUSED": DeltaNetKernel.FUSED,
-    "USE_NKI_CHUNKED": DeltaNetKernel.CHUNKED,
-    "USE_NKI": DeltaNetKernel.RECURRENT,
-    "DELTANET_SEQUENTIAL": DeltaNetKernel.TORCH,
-}
-"""Environment variables that override `deltanet_kernel` when they are "1"; those of the published port."""
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and activations may be, by name."""
-
-KERNEL_HEAD_DIM = 128
-"""K and V of every published checkpoint, and of the decoding kernel."""
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -340,15 +319,6 @@ class Qwen35InferenceConfig(InferenceConfig):
     def linear_attention_layers(self) -> list[int]:
         return [i for i, kind in enumerate(self.layer_types) if kind == LINEAR_ATTENTION]
 
-    def resolve_deltanet_kernel(self) -> DeltaNetKernel:
-        """The kernel to run: the environment's, else the configured one, with AUTO decided."""
-        override = [kernel for name, kernel in KERNEL_ENVIRONMENT.items() if os.environ.get(name) == "1"]
-        kernel = override[0] if override else DeltaNetKernel(getattr(self.neuron_config, "deltanet_kernel", "auto"))
-        if kernel is not DeltaNetKernel.AUTO:
-            return kernel
-        fits = self.linear_key_head_dim == self.linear_value_head_dim == KERNEL_HEAD_DIM
-        return DeltaNetKernel.FUSED if fits and not self.neuron_config.on_cpu else DeltaNetKernel.TORCH
-
     def padded_num_attention_heads(self, tp_degree: int) -> int:
         """Attention heads once NxDI has added zero heads, as many to each KV group, to fill `tp_degree` ranks."""
         return int(self.num_attention_heads + -self.num_attention_heads % tp_degree)
@@ -500,7 +470,7 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
     if neuron.torch_dtype not in DTYPES.values():
         reason = "gates and decays overflow float16; " if neuron.torch_dtype == torch.float16 else ""
         yield f"torch_dtype={neuron.torch_dtype} is not supported: {reason}set torch_dtype to bfloat16 or float32"
-    yield from _kernel_problems(config, malformed)
+    yield from kernel_problems(config, malformed)
     instance = getattr(neuron, "instance", None)
     if instance is not None and instance not in INSTANCES:
         yield f"instance={instance!r} is unknown; set it to {', '.join(INSTANCES)}, or None to check no memory"
@@ -542,18 +512,3 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
         if obstacle:
             valid = ", ".join(map(str, config.valid_tp_degrees()))
             yield f"tp_degree={neuron.tp_degree} {obstacle} of this checkpoint; valid degrees: {valid}"
-
-
-def _kernel_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[str]:
-    """Problems of the choice of DeltaNet kernel."""
-    override = [name for name in KERNEL_ENVIRONMENT if os.environ.get(name) == "1"]
-    if len(override) > 1:
-        yield f"{' and '.join(override)} are all set to 1; each names another kernel, set one"
-    chosen = getattr(config.neuron_config, "deltanet_kernel", DeltaNetKernel.AUTO.value)
-    if chosen not in [kernel.value for kernel in DeltaNetKernel]:
-        yield f"deltanet_kernel={chosen!r} is unknown; set it to {', '.join(kernel.value for kernel in DeltaNetKernel)}"
-    elif malformed.isdisjoint(("linear_key_head_dim", "linear_value_head_dim")):
-        kernel = config.resolve_deltanet_kernel()
-        dims = (config.linear_key_head_dim, config.linear_value_head_dim)
-        if kernel is not DeltaNetKernel.TORCH and dims != (KERNEL_HEAD_DIM, KERNEL_HEAD_DIM):
-            yield f"deltanet_kernel={kernel.value!r} has heads of 128 dims, not {dims[0]} and {dims[1]}; use 'torch'"

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .modeling_qwen35 import NeuronQwen35Model
@@ -77,11 +77,5 @@ def count_whole_deltanet(module: NeuronQwen35Model) -> int:
 
 def count_bytes(module: NeuronQwen35Model) -> RankBytes:
     """The bytes of a module, on whatever device; its parameters are those of one rank."""
-    state = module.kv_mgr.past_key_values
-    linear, full = module.config.linear_attention_layers, module.config.full_attention_layers
-    return RankBytes(
-        weights=count_weights(module).total,
-        kv_cache=sum(state[2 * i].nbytes + state[2 * i + 1].nbytes for i in full),
-        recurrent_state=sum(state[2 * i].nbytes for i in linear),
-        conv_state=sum(state[2 * i + 1].nbytes for i in linear),
-    )
+    cache: Any = module.kv_mgr
+    return RankBytes(count_weights(module).total, *cache.nbytes())

@@ -22,25 +22,20 @@ import torch
 import torch.nn.functional as F
 
 from .configuration_qwen35_vl import MEDIA_TOKENS, Qwen35VLInferenceConfig
-from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model, Qwen35ModelWrapper
+from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model
 from .nxdi import ModelWrapper
+from .phase import Phase, Submodel, phase_of
+from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper
 from .vision.encoder import NeuronQwen35VisionModel
 from .vision.positions import checked_grids
-
-VISION_CONTEXT_ENCODING_MODEL_TAG = "vision_context_encoding_model"
-VISION_CONTINUATION_MODEL_TAG = "vision_prompt_continuation_model"
-"""The submodels of prompts with images; their buckets are those of the submodels of text."""
-
-# Positions of the last arguments of NxDI's traced `forward`; what lies between them and the first seven stays empty.
-_ROTARY, _EMBEDDINGS, _MASK = 21, 22, 23
-_PLAIN_ARGUMENTS = 7
 
 
 class NeuronQwen35VLModel(NeuronQwen35Model):
     """The text decoder whose embeddings may come from outside."""
 
     def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
-        if self.continues and kwargs.get("vision_embeddings") is not None:  # NxDI places them in first chunks only
+        if self.phase is Phase.CONTINUATION and kwargs.get("vision_embeddings") is not None:
+            # NxDI places them in first chunks only.
             kwargs["inputs_embeds"] = self.encode_vision_to_input(
                 self.embed_tokens(kwargs["input_ids"]), kwargs.pop("vision_embeddings"), kwargs.pop("vision_mask")
             )
@@ -57,44 +52,42 @@ class Qwen35VLModelWrapper(Qwen35ModelWrapper):
     """The wrapper of each submodel, with the inputs that images add."""
 
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
-        """One tuple of sample inputs a bucket.
+        """One tuple of sample inputs per bucket.
 
         Prompts of text have the seven plain ones. Decoding adds rotary positions [B, 1]; a prompt with images
         rotary positions [B, 3, S], vision embeddings [B, S, D] and a mask [B, S, 1].
         """
-        if self.neuron_config.is_prefill_stage and not self.takes_images:
-            return super().input_generator()
-        return [(*inputs, *self._sample(inputs[0])) for inputs in super().input_generator()]
+        return [self._add_media(ModelInputs(*inputs)).args() for inputs in super().input_generator()]
 
-    @property
-    def takes_images(self) -> bool:
-        return self.tag in (VISION_CONTEXT_ENCODING_MODEL_TAG, VISION_CONTINUATION_MODEL_TAG)
-
-    @property
-    def continues(self) -> bool:
-        return super().continues or self.tag == VISION_CONTINUATION_MODEL_TAG
-
-    def _sample(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
-        if not self.takes_images:
-            return extra_arguments(torch.zeros_like(input_ids))
-        dtype, hidden = self.neuron_config.torch_dtype, self.config.hidden_size
-        return extra_arguments(
-            torch.zeros_like(input_ids).unsqueeze(1).repeat(1, 3, 1),
-            torch.zeros(*input_ids.shape, hidden, dtype=dtype),
-            torch.zeros_like(input_ids).unsqueeze(-1),
+    def _add_media(self, inputs: ModelInputs) -> ModelInputs:
+        zeros = torch.zeros_like(inputs.input_ids)
+        if self.phase is Phase.TOKEN_GENERATION:
+            return inputs._replace(rotary_position_id=zeros)
+        if not self.takes_media:
+            return inputs
+        return inputs._replace(
+            rotary_position_id=zeros.unsqueeze(1).repeat(1, 3, 1),
+            vision_embeddings=torch.zeros(*zeros.shape, self.config.hidden_size, dtype=self.neuron_config.torch_dtype),
+            vision_mask=zeros.unsqueeze(-1),
         )
 
     def pad_inputs(self, *args: torch.Tensor, pad_type: str = "first_fit") -> tuple[torch.Tensor, ...]:
         padded = super().pad_inputs(*args, pad_type=pad_type)
-        if not self.takes_images:
+        if not self.takes_media:
             return padded
-        bucket = padded[0].shape[1]
+        inputs = ModelInputs(*padded)
+        bucket = inputs.input_ids.shape[1]
 
-        def fit(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        def fit(tensor: torch.Tensor | None, dim: int) -> torch.Tensor:
+            assert tensor is not None, "prompts with media come with all three"
             cut = tensor.narrow(dim, 0, min(bucket, tensor.shape[dim]))
             return F.pad(cut, (0, 0) * (tensor.dim() - 1 - dim) + (0, bucket - cut.shape[dim]))
 
-        return (*padded[:_ROTARY], fit(args[_ROTARY], 2), fit(args[_EMBEDDINGS], 1), fit(args[_MASK], 1))
+        return inputs._replace(
+            rotary_position_id=fit(inputs.rotary_position_id, 2),
+            vision_embeddings=fit(inputs.vision_embeddings, 1),
+            vision_mask=fit(inputs.vision_mask, 1),
+        ).args()
 
 
 @dataclass(frozen=True)
@@ -125,9 +118,11 @@ class PlacedMedia:
         return cls(*(torch.cat([getattr(row, field.name) for row in rows]) for field in fields(cls)))
 
 
-def extra_arguments(*last: torch.Tensor) -> list[torch.Tensor]:
-    """The arguments of NxDI's traced `forward` after the plain ones: rotary positions, vision embeddings, mask."""
-    return [*(torch.empty(0) for _ in range(_ROTARY - _PLAIN_ARGUMENTS)), *last]
+def media_arguments(rotary_position_id: torch.Tensor, **further: torch.Tensor) -> list[torch.Tensor]:
+    """`llava_args` of NxDI's application: rotary positions, and embeddings and mask of prompts with media."""
+    nothing = torch.empty(0)
+    plain = ModelInputs(*[nothing] * PLAIN_ARGUMENTS)
+    return plain._replace(rotary_position_id=rotary_position_id, **further).further_args()
 
 
 class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
@@ -135,7 +130,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
 
     `HuggingFaceGenerationAdapter(model).generate(**inputs)` takes what the checkpoint's processor gives;
     `generation.TextGenerator.chat` takes messages with paths, images and frames. Every prompt
-    starts anew: rows keep their own offset between token index and position until their line gets another prompt.
+    starts anew: a slot keeps the offset between token index and position of its prompt until it gets another.
     """
 
     _model_cls = NeuronQwen35VLModel
@@ -144,7 +139,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vision: NeuronQwen35VisionModel | None = None
-        # By line of the cache, set when a prompt enters it.
+        # By slot of the cache, set when a prompt enters it.
         self.rope_deltas = torch.zeros(self.neuron_config.kv_cache_batch_size, dtype=torch.long)
 
     @classmethod
@@ -158,15 +153,13 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         """Two submodels: prompts of text, and prompts with images."""
         super().enable_context_encoding(**model_init_kwargs)
         config = copy.deepcopy(self.context_encoding_model.config)
-        self.vision_context_encoding_model = self.add_submodel(
-            VISION_CONTEXT_ENCODING_MODEL_TAG, config, **model_init_kwargs
-        )
+        self.add_submodel(Submodel(Phase.CONTEXT_ENCODING, with_media=True), config, **model_init_kwargs)
 
     def enable_token_generation(self, *args: Any, **kwargs: Any) -> None:
         super().enable_token_generation(*args, **kwargs)
         if self.config.prefill_chunk_size is not None:
-            config = copy.deepcopy(self.continuation_model.config)
-            self.vision_continuation_model = self.add_submodel(VISION_CONTINUATION_MODEL_TAG, config)
+            config = copy.deepcopy(self.submodel(Submodel(Phase.CONTINUATION)).config)
+            self.add_submodel(Submodel(Phase.CONTINUATION, with_media=True), config)
 
     def load(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         super().load(compiled_model_path, *args, **kwargs)
@@ -197,6 +190,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         placed: PlacedMedia | None = None,
+        phase: Phase | None = None,
         **kwargs: Any,
     ) -> Any:
         """As for text. A prompt may come with images and videos, in the order of their placeholders, rows in order.
@@ -212,29 +206,31 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images goes on
                 without `placed`.
         """
-        if position_ids is None:
-            raise ValueError("position_ids is None: NxDI's forward needs them; the prompt's count from 0")
-        lines = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
-        begins = self._begins(position_ids)
+        phase = phase_of(position_ids) if phase is None else phase
+        slots = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
+        begins = phase is Phase.CONTEXT_ENCODING
         if begins and placed is None and not (image_grid_thw is None and video_grid_thw is None):
             placed = self.place(
                 input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
             )
         extra: Sequence[torch.Tensor] = []
         if placed is not None:
-            self.rope_deltas[lines] = placed.rope_deltas
-            extra = extra_arguments(placed.positions, placed.embeddings, placed.mask.int().unsqueeze(-1))
+            self.rope_deltas[slots] = placed.rope_deltas
+            extra = media_arguments(
+                placed.positions, vision_embeddings=placed.embeddings, vision_mask=placed.mask.int().unsqueeze(-1)
+            )
         elif begins:
-            self.rope_deltas[lines] = 0
-        elif input_ids.shape[1] == 1:
+            self.rope_deltas[slots] = 0
+        elif phase is Phase.TOKEN_GENERATION:
             index = position_ids if attention_mask is None else attention_mask.sum(dim=1, keepdim=True)
-            extra = extra_arguments(index + self.rope_deltas[lines].unsqueeze(1))
-        elif self.rope_deltas[lines].any():
+            assert index is not None, "the phase was told from it"
+            extra = media_arguments(index + self.rope_deltas[slots].unsqueeze(1))
+        elif self.rope_deltas[slots].any():
             raise ValueError(
-                f"seq_ids={lines.tolist()} hold prompts with images, and placed is None: pass the next columns of what "
+                f"seq_ids={slots.tolist()} hold prompts with images, and placed is None: pass the next columns of what "
                 "place() gave for the whole prompts"
             )
-        return super().forward(input_ids, seq_ids, attention_mask, position_ids, llava_args=extra, **kwargs)
+        return super().forward(input_ids, seq_ids, attention_mask, position_ids, phase, llava_args=extra, **kwargs)
 
     @torch.no_grad()
     def place(
@@ -301,16 +297,6 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             return llava_args
         *empty, rotary, embeddings, mask = llava_args
         return [*empty, rotary[:, :, columns], embeddings[:, columns], mask[:, columns]]
-
-    def _submodel_for(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, llava_args: Sequence[torch.Tensor]
-    ) -> Any:
-        submodel = super()._submodel_for(input_ids, position_ids, llava_args)
-        if len(llava_args) <= _EMBEDDINGS - _PLAIN_ARGUMENTS:
-            return submodel
-        if self._begins(position_ids):
-            return self.vision_context_encoding_model
-        return self.vision_continuation_model
 
 
 def get_rope_index(

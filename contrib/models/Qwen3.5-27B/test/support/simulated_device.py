@@ -16,6 +16,7 @@ import torch
 
 from nxdi_cpu.model_builder import shapes_of
 from qwen35 import NeuronQwen35ForCausalLM
+from qwen35.phase import Phase
 
 
 class _NxDModel(torch.nn.Module):
@@ -47,14 +48,14 @@ class _Program:
 
     modules: list[Any]
     bucket: int
-    continues: bool
+    phase: Phase
     dtypes: list[torch.dtype]
 
     def __call__(self, state: list[dict[str, torch.Tensor]], inputs: tuple[torch.Tensor, ...]) -> Any:
         assert [tensor.dtype for tensor in inputs] == self.dtypes, "the program was made for other dtypes"
         returned = []
         for module, buffers in zip(self.modules, state, strict=True):
-            module.n_positions, module.continues = self.bucket, self.continues
+            module.n_positions, module.phase = self.bucket, self.phase
             for entry, buffer in zip(module.kv_mgr.past_key_values, buffers.values(), strict=True):
                 entry.data = buffer.clone()
             outputs = module(*inputs)
@@ -84,7 +85,7 @@ def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForC
             programs[shapes_of(samples)] = _Program(
                 modules=[each.model for each in submodels],
                 bucket=bucket,
-                continues=wrapper.continues,
+                phase=wrapper.phase,
                 dtypes=[tensor.dtype for tensor in samples],
             )
     loaded = _LoadedModel(nxd_model, lambda *inputs: programs[shapes_of(inputs)](nxd_model.state, inputs))

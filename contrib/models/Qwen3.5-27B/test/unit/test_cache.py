@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.layers.cache import Qwen35CacheManager, write_lines
+from qwen35.layers.cache import Qwen35CacheManager, write_slots
+from qwen35.phase import Phase
 from support.models import TINY, load_neuron, random_prompts, right_padded
 from support.oracle import save_reference
 
@@ -27,7 +28,7 @@ def test_deltanet_layers_hold_state_and_attention_layers_hold_keys_and_values(tm
     save_reference(tmp_path)
     _, cache = cache_of(tmp_path, batch_size=3, seq_len=96, torch_dtype=torch.bfloat16)
     recurrent, conv = ((3, 8, 16, 16), torch.float32), ((3, 256, 3), torch.bfloat16)
-    key_value = ((3, 2, 96 + 128, 32), torch.bfloat16)  # NxDI's room for rows that fill a batch up
+    key_value = ((3, 2, 96 + 128, 32), torch.bfloat16)  # NxDI's room for rows that pad a batch
     expected = [recurrent, conv] * 3 + [key_value] * 2
     assert [(tuple(entry.shape), entry.dtype) for entry in cache] == expected
 
@@ -39,26 +40,26 @@ def test_a_longer_context_costs_deltanet_layers_nothing(tmp_path: Path) -> None:
     assert [8 * n for n in sizes[0][6:]] == sizes[1][6:]
 
 
-def test_context_encoding_of_one_line_leaves_the_others_alone(tmp_path: Path) -> None:
+def test_context_encoding_of_one_slot_leaves_the_others_alone(tmp_path: Path) -> None:
     save_reference(tmp_path)
     model, _ = cache_of(tmp_path, batch_size=3, ctx_batch_size=1, is_continuous_batching=True)
 
-    def encode(line: int, prompt: list[int]) -> None:
+    def encode(slot: int, prompt: list[int]) -> None:
         ids, mask = right_padded([prompt])
         positions = torch.arange(len(prompt)).unsqueeze(0)
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, seq_ids=torch.tensor([line]))
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, seq_ids=torch.tensor([slot]))
 
-    def line(index: int) -> list[torch.Tensor]:
+    def kept_of(index: int) -> list[torch.Tensor]:
         return [entry[index].clone() for entry in model.models[0].model.kv_mgr.past_key_values]
 
     prompts = random_prompts([7, 5, 9])
     for index in (2, 0, 1):
         encode(index, prompts[index])
-    before = [line(0), line(2)]
+    before = [kept_of(0), kept_of(2)]
     assert all(entry.any() for entry in before[0] + before[1])
     encode(1, random_prompts([4], seed=5)[0])
     for kept, index in zip(before, (0, 2), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(kept, line(index), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(kept, kept_of(index), strict=True))
 
 
 def test_a_new_prompt_starts_from_an_empty_state(tmp_path: Path) -> None:
@@ -76,38 +77,39 @@ def test_a_new_prompt_starts_from_an_empty_state(tmp_path: Path) -> None:
 
 
 @given(st.integers(2, 6), st.data())
-def test_rows_are_written_at_their_lines_and_ids_out_of_range_nowhere(lines: int, data: st.DataObject) -> None:
+def test_rows_are_written_in_their_slots_and_ids_out_of_range_nowhere(slots: int, data: st.DataObject) -> None:
     """Against plain loops; the manager sees a batch of any size, with ids in any order at context encoding."""
-    prompt = data.draw(st.booleans())
-    ids = data.draw(st.lists(st.integers(-1, lines + 1), min_size=1, max_size=lines, unique=True))
-    if not prompt and len(ids) == lines:
-        ids = [i if i in ids else -1 for i in range(lines)]  # a decoding batch of all lines comes in line order
-    config = Qwen35InferenceConfig(Qwen35NeuronConfig(batch_size=lines, seq_len=8), **TINY)
+    phase = data.draw(st.sampled_from((Phase.CONTEXT_ENCODING, Phase.TOKEN_GENERATION)))
+    prompt = phase is Phase.CONTEXT_ENCODING
+    ids = data.draw(st.lists(st.integers(-1, slots + 1), min_size=1, max_size=slots, unique=True))
+    if not prompt and len(ids) == slots:
+        ids = [i if i in ids else -1 for i in range(slots)]  # row b of a decoding batch of all slots is slot b
+    config = Qwen35InferenceConfig(Qwen35NeuronConfig(batch_size=slots, seq_len=8), **TINY)
     manager = Qwen35CacheManager(config, num_kv_head=config.num_key_value_heads)
     tokens = 3 if prompt else 1
     positions = torch.arange(tokens).repeat(len(ids), 1) if prompt else 4 + torch.arange(len(ids)).unsqueeze(1)
     row = torch.arange(1.0, len(ids) + 1).view(-1, 1, 1, 1)
     for layer in (0, 3):
-        old = [entry.clone() for entry in manager.past_key_values[2 * layer : 2 * layer + 2]]
+        old = [entry.clone() for entry in manager.layer_state(layer)]
         shapes = [(len(ids), *entry.shape[1:]) for entry in old]
         if layer == 3:  # attention: keys and values of the new tokens
             shapes = [(rows, heads, tokens, dims) for rows, heads, _, dims in shapes]
         new = tuple(row.view(-1, *[1] * (len(shape) - 1)).expand(shape) for shape in shapes)
-        updated = manager.update_kv_by_layer_id(layer, prompt, torch.tensor(ids), positions, new)
+        updated = manager.update_kv_by_layer_id(layer, torch.tensor(ids), positions, new, phase)
         for entry, before in zip(updated, old, strict=True):
-            for line in range(lines):
-                expected = before[line].clone()
-                if line in ids:
-                    at = ids.index(line)
+            for slot in range(slots):
+                expected = before[slot].clone()
+                if slot in ids:
+                    at = ids.index(slot)
                     if layer == 3:
                         expected[:, positions[at]] = at + 1
                     else:
                         expected[:] = at + 1
-                kept = entry[line, :, :8] if layer == 3 else entry[line]  # beyond the length lies what nothing reads
-                assert torch.equal(kept, expected[:, :8] if layer == 3 else expected), (layer, line, ids)
+                kept = entry[slot, :, :8] if layer == 3 else entry[slot]  # beyond the length lies what nothing reads
+                assert torch.equal(kept, expected[:, :8] if layer == 3 else expected), (layer, slot, ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_written_rows_take_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
     written = torch.tensor([True, False])
-    assert write_lines(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), written).dtype == dtype
+    assert write_slots(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), written).dtype == dtype

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig, ops
-from qwen35.configuration_qwen35 import KERNEL_ENVIRONMENT, QWEN35_PRESETS, DeltaNetKernel
+from qwen35.configuration_qwen35 import QWEN35_PRESETS
+from qwen35.kernel_selection import KERNEL_ENVIRONMENT, DeltaNetKernel, select_deltanet_kernel
 from qwen35.layers import gated_deltanet
+from qwen35.layers.cache import DeltaNetState
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
+from qwen35.phase import Phase
 from qwen35.serving.generation import MINI_CHECKPOINT, encode, load_tokenizer
 from support.models import load_neuron, neuron_greedy
 from support.oracle import save_reference
@@ -29,15 +32,15 @@ def _no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_is_fused_on_a_device_and_torch_on_a_cpu() -> None:
-    assert config().resolve_deltanet_kernel() is DeltaNetKernel.FUSED
-    assert config(on_cpu=True).resolve_deltanet_kernel() is DeltaNetKernel.TORCH
+    assert select_deltanet_kernel(config()) is DeltaNetKernel.FUSED
+    assert select_deltanet_kernel(config(on_cpu=True)) is DeltaNetKernel.TORCH
 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in DeltaNetKernel if kernel is not DeltaNetKernel.AUTO])
 def test_a_configured_kernel_is_taken_and_survives_saving(kernel: DeltaNetKernel, tmp_path: Path) -> None:
     for given in (kernel, kernel.value):
         config(deltanet_kernel=given).save(tmp_path)
-        assert Qwen35InferenceConfig.load(tmp_path).resolve_deltanet_kernel() is kernel
+        assert select_deltanet_kernel(Qwen35InferenceConfig.load(tmp_path)) is kernel
 
 
 @pytest.mark.parametrize(("name", "kernel"), KERNEL_ENVIRONMENT.items())
@@ -45,9 +48,9 @@ def test_the_environment_overrides_the_configuration(
     name: str, kernel: DeltaNetKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "1")
-    assert config(deltanet_kernel="chunked").resolve_deltanet_kernel() is kernel
+    assert select_deltanet_kernel(config(deltanet_kernel="chunked")) is kernel
     monkeypatch.setenv(name, "0")
-    assert config(deltanet_kernel="chunked").resolve_deltanet_kernel() is DeltaNetKernel.CHUNKED
+    assert select_deltanet_kernel(config(deltanet_kernel="chunked")) is DeltaNetKernel.CHUNKED
 
 
 def test_two_overrides_at_once_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,17 +89,22 @@ def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str)
     torch.testing.assert_close(logits, expected_logits, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 9])
-def test_a_layer_goes_on_from_a_state_by_kernel_as_by_torch(tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("phase", "tokens"),
+    [(Phase.TOKEN_GENERATION, 1), (Phase.TOKEN_GENERATION, 8), (Phase.CONTINUATION, 8), (Phase.CONTINUATION, 9)],
+)
+def test_a_layer_continues_from_a_state_by_kernel_as_by_torch(phase: Phase, tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = []
     hidden = torch.randn(1, tokens, 128, generator=generator)
-    state = (torch.randn(1, 8, 128, 128, generator=generator), torch.randn(1, 2048, 3, generator=generator))
+    state = DeltaNetState(
+        torch.randn(1, 8, 128, 128, generator=generator), torch.randn(1, 2048, 3, generator=generator)
+    )
     for kernel in ("fused", "torch"):
         model = load_neuron(MINI_CHECKPOINT, deltanet_kernel=kernel)
         with torch.no_grad():
-            output = model.models[0].model.layers[0].linear_attn(hidden, past_key_value=state)
-        outputs.append((output.hidden_states, *output.present_key_value))
+            output, new_state = model.models[0].model.layers[0].linear_attn(hidden, phase, state)
+        outputs.append((output, *new_state))
     for actual, expected in zip(*outputs, strict=True):
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 

@@ -193,10 +193,10 @@ def test_a_prompt_longer_than_the_context_is_refused_before_its_first_chunk(path
 
 
 @pytest.mark.parametrize("lengths", [[40, 40], [40, 30]], ids=["even", "ragged"])
-def test_a_piece_longer_than_a_chunk_that_goes_on_is_refused(lengths: list[int], path: Path) -> None:
+def test_a_continuation_longer_than_a_chunk_is_refused(lengths: list[int], path: Path) -> None:
     model = load_neuron(path, batch_size=2, seq_len=SEQ_LEN, prefill_chunk_size=16)
     prompts = random_prompts(lengths, seed=4)
-    with pytest.raises(ValueError, match=r"32 tokens go on with prompts and exceed prefill_chunk_size=16"):
+    with pytest.raises(ValueError, match=r"32 tokens continue prompts and exceed prefill_chunk_size=16"):
         last_logits_of_pieces(model, prompts, (([0, 1], [8, 8]), ([0, 1], [n - 8 for n in lengths])))
 
 
@@ -205,14 +205,14 @@ def test_a_chunk_size_bounds_the_buckets_of_prompts(path: Path) -> None:
     config = Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config)
     assert config.neuron_config.max_context_length == config.prefill_chunk_size == 256
     assert type(config).from_json_string(config.to_json_string()).prefill_chunk_size == 256
-    prompts, decoding, going_on = (
+    prompts, decoding, continuation = (
         wrapper.neuron_config.buckets for wrapper in NeuronQwen35ForCausalLM(path, config).models
     )
     assert prompts == [128, 256] and decoding == [128, 256, 512, 1024]
-    assert going_on == [256, 512, 1024], "a chunk or more is cached"
+    assert continuation == [256, 512, 1024], "a chunk or more is cached"
 
 
-def test_going_on_without_a_chunk_size_is_an_error_that_names_it(in_one_piece: Any) -> None:
+def test_a_continuation_without_a_chunk_size_is_an_error_that_names_it(in_one_piece: Any) -> None:
     ids = torch.tensor([[1, 2, 3]])
-    with pytest.raises(ValueError, match=r"position_ids start at 4.*prefill_chunk_size"):
+    with pytest.raises(ValueError, match=r"no continuation_model: position_ids .*prefill_chunk_size"):
         in_one_piece(ids, torch.tensor([0]), torch.ones(1, 4, dtype=torch.long), torch.tensor([[4, 5, 6]]))

@@ -344,7 +344,7 @@ class TestBeforeCompiling:
 
     @needs_stand_ins
     def test_a_program_too_long_for_the_compiler_is_warned_of(self) -> None:
-        with pytest.warns(UserWarning, match=r"prompt_continuation_model, bucket 262144.*prefill_chunk_size=4096"):
+        with pytest.warns(UserWarning, match=r"continuation_model, bucket 262144.*prefill_chunk_size=4096"):
             require_fits(of_27b(seq_len=262144, prompt_bucket=4096))
 
     def test_more_ranks_than_cores_are_refused(self) -> None:

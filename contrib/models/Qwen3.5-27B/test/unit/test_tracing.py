@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nxdi_cpu.model_builder import TraceError, alias_problems, input_problems, shapes_of
 from nxdi_cpu.parallel_state import as_rank
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.modeling_qwen35 import Qwen35ModelWrapper, require_float32
 from qwen35.nxdi import NXDI_AVAILABLE
 from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.submodels import Qwen35ModelWrapper, require_float32
 from qwen35.weights.conversion import ConversionError
 from support.models import TINY, load_neuron, save_checkpoint
 
@@ -235,7 +235,7 @@ class TestCompile:
     ) -> None:
         monkeypatch.setattr(Qwen35ModelWrapper, "_mark", lambda _, inputs: inputs)
         app = application(**OPTIONS["prompts in chunks"])
-        message = r"prompt_continuation_model, bucket 0: inputs of the shapes of context_encoding_model, bucket 0: only"
+        message = r"continuation_model, bucket 0: inputs of the shapes of context_encoding_model, bucket 0: only"
         with pytest.raises(TraceError, match=message):
             app.get_builder().trace()
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase as HypothesisPhase
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen35 import NeuronQwen35VLForCausalLM, Qwen35NeuronConfig, Qwen35VLInferenceConfig
 from qwen35.configuration_qwen35 import Qwen35ConfigError
 from qwen35.modeling_qwen35_vl import get_rope_index
+from qwen35.phase import Phase, Submodel
 from support.compare import assert_close
 from support.models import TINY
 from support.oracle import transformers_model, vl_reference_greedy
@@ -38,7 +40,7 @@ from support.vl_cases import (
     types,
 )
 
-WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
+WITHOUT_SHRINKING = (HypothesisPhase.explicit, HypothesisPhase.generate)
 STEPS = 32
 
 
@@ -130,7 +132,7 @@ def test_a_prompt_of_text_takes_the_submodel_of_text(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the submodel of images ran")
 
-    monkeypatch.setattr(model.vision_context_encoding_model, "forward", refuse)
+    monkeypatch.setattr(model.submodel(Submodel(Phase.CONTEXT_ENCODING, with_media=True)), "forward", refuse)
     greedy(model, EXAMPLE[1:2], 2)
     with pytest.raises(AssertionError, match="the submodel of images ran"):
         greedy(model, EXAMPLE[:1], 2)

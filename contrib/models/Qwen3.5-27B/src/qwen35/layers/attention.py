@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
-from ..nxdi import ColumnParallelLinear, NeuronAttentionBase
+from ..nxdi import NeuronAttentionBase
+from ..phase import Phase
+from .linear import column_parallel
 from .norms import Qwen35RMSNorm
 from .rope import Qwen35RotaryEmbedding, apply_partial_rotary
 
 PRIOR_SCORES = 2048 * 1024
-"""Most scores of a head that are made together when a chunk of a prompt looks at cached tokens: 8 MB in float32."""
+"""Most scores per head that are in memory at once when a chunk of a prompt looks at cached tokens: 8 MB in float32."""
 
 
 class _RunningSoftmax:
@@ -72,13 +74,7 @@ class NeuronQwen35Attention(NeuronAttentionBase):
             k_layernorm=Qwen35RMSNorm(config.head_dim, config.rms_norm_eps),
             num_cores_per_group=config.num_cores_per_group,
         )
-        self.gate_proj = ColumnParallelLinear(
-            config.hidden_size,
-            self.num_heads * self.tp_degree * self.head_dim,
-            bias=False,
-            gather_output=False,
-            dtype=config.neuron_config.torch_dtype,
-        )
+        self.gate_proj = column_parallel(config, config.hidden_size, self.num_heads * self.tp_degree * self.head_dim)
         self._gate: torch.Tensor | None = None
 
     def prep_qkv_tensors(
@@ -97,27 +93,31 @@ class NeuronQwen35Attention(NeuronAttentionBase):
 
         return gated_o_proj
 
-    def compute_for_token_gen(
+    def attention_tokengen(  # type: ignore[override] # our decoder loop always passes the phase
         self,
         Q: torch.Tensor,
         K: torch.Tensor,
         V: torch.Tensor,
+        attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past_key_value: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor,
         active_mask: torch.Tensor | None,
-        is_prefix_caching: bool = False,
+        *,
+        phase: Phase,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """NxDI's for one token. For the next tokens of a prompt the cache is read in blocks, with a running softmax.
+        """NxDI's for one token per row. For the next tokens of prompts the cache is read in blocks, with a running
+        softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] -> [B, N, S, E].
 
         Scores of all cached tokens at once would be the largest activation by far: 1.6 GB a layer for 2,048 new tokens
-        on 32K cached ones at 6 heads a rank.
+        on 32K cached ones at 6 heads per rank.
         """
-        if Q.shape[2] == 1:
-            return super().compute_for_token_gen(
-                Q, K, V, position_ids, past_key_value, attention_mask, active_mask, is_prefix_caching
+        if phase is not Phase.CONTINUATION:
+            attended: torch.Tensor = super().attention_tokengen(
+                Q, K, V, attention_mask, position_ids, past_key_value, active_mask, **kwargs
             )
-        assert active_mask is not None, "the tokens of a prompt that goes on see each other through it"
+            return attended
+        assert active_mask is not None, "the new tokens of a prompt see each other through it"
         kv_heads, groups = K.shape[1], Q.shape[1] // K.shape[1]
         query = Q.unflatten(1, (kv_heads, groups)) * self.head_dim**-0.5  # [B, M, G, S, E]
         state = _RunningSoftmax(query, K, V, active_mask.unsqueeze(2))

@@ -1,29 +1,102 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept between steps: K and V of the attention layers, recurrent and conv state of the DeltaNet layers.
+"""What is kept between calls: keys and values of the attention layers, recurrent and conv state of the DeltaNet layers.
 
-Letters: L cache lines, H value heads and Ch conv channels of this rank, K key dim, V value dim, W conv kernel.
+A *slot* is a row of every cache: what is kept for one sequence. A *row* is a row of a call's batch, and `seq_ids` names
+the slot of each.
+
+Letters: B rows of a call, S tokens per row, N slots, P positions, E head dim, K key dim, V value dim, W conv kernel;
+per rank: M KV heads, H value heads, Ch conv channels.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..configuration_qwen35 import LINEAR_ATTENTION, Qwen35InferenceConfig
 from ..nxdi import KVCacheManager, get_tensor_model_parallel_size
+from ..phase import Phase, real_tokens
 
-State = tuple[torch.Tensor, torch.Tensor]
+
+class KeyValue(NamedTuple):
+    """What an attention layer keeps: [N, M, P, E] each."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class DeltaNetState(NamedTuple):
+    """What a DeltaNet layer keeps: recurrent [N, H, K, V] float32, and conv [N, Ch, W - 1], its last inputs."""
+
+    recurrent: torch.Tensor
+    conv: torch.Tensor
+
+
+LayerState = KeyValue | DeltaNetState
+
+
+class SlotViews(NamedTuple):
+    """What one slot holds, as views that can be read and written; each is one run of memory."""
+
+    states: list[torch.Tensor]
+    """Recurrent [H, K, V] and conv state [Ch, W - 1] of each DeltaNet layer, in the order of the layers."""
+    key_values: list[torch.Tensor]
+    """Keys and values [P, E] of each head of each attention layer."""
+
+
+class CacheLayout:
+    """Where NxDI's flat list of caches, two tensors per layer, has the state of each layer.
+
+    The list may be a module's parameters, the buffers of a loaded model, or the outputs of a call.
+    """
+
+    def __init__(self, layer_types: Sequence[str]) -> None:
+        self.is_linear = [kind == LINEAR_ATTENTION for kind in layer_types]
+
+    def parameter_names(self) -> list[str]:
+        """The names of the entries as parameters of a `NeuronQwen35Model`, in the order of the list."""
+        return [f"kv_mgr.past_key_values.{i}" for i in range(2 * len(self.is_linear))]
+
+    def layer_state(self, entries: Sequence[torch.Tensor] | nn.ParameterList, layer: int) -> LayerState:
+        """What `entries` hold of a layer."""
+        first, second = entries[2 * layer], entries[2 * layer + 1]
+        return DeltaNetState(first, second) if self.is_linear[layer] else KeyValue(first, second)
+
+    def slot(self, entries: Sequence[torch.Tensor], slot: int) -> SlotViews:
+        """What `entries` hold of a slot."""
+        views = SlotViews([], [])
+        for layer, is_linear in enumerate(self.is_linear):
+            of_slot = [entry[slot] for entry in self.layer_state(entries, layer)]
+            if is_linear:
+                views.states.extend(of_slot)
+            else:
+                views.key_values.extend(head for entry in of_slot for head in entry)
+        return views
+
+
+class CacheBytes(NamedTuple):
+    """Bytes per rank, for all slots."""
+
+    kv_cache: int
+    recurrent_state: int
+    conv_state: int
+
+
+def rows_are_slots(phase: Phase, rows: int, slots: int) -> bool:
+    """Whether row b of a call is slot b: so NxDI orders every call that reads the cache with as many rows as slots."""
+    return phase.reads_cache and rows == slots
 
 
 class Qwen35CacheManager(KVCacheManager):
-    """NxDI's cache manager whose pair for a DeltaNet layer is (recurrent [L, H, K, V] float32, conv [L, Ch, W - 1]).
+    """NxDI's cache manager that keeps a `DeltaNetState` where a DeltaNet layer would have keys and values.
 
-    NxDI treats its flat `past_key_values` list, two entries a layer, as the state to alias, copy and reset; DeltaNet's
-    state in the place of a K/V pair therefore needs no output of its own and no dummy cache.
+    NxDI aliases, copies and resets its flat `past_key_values` list, two entries per layer. DeltaNet's state in the
+    place of a K/V pair therefore needs no output of its own and no dummy cache.
     """
 
     def __init__(self, config: Qwen35InferenceConfig, num_kv_head: int, **kwargs: Any) -> None:
@@ -32,21 +105,21 @@ class Qwen35CacheManager(KVCacheManager):
         without_layers.num_hidden_layers = 0
         super().__init__(without_layers, num_kv_head, **kwargs)
         self.config = config
-        self.is_linear = [layer_type == "linear_attention" for layer_type in config.layer_types]
+        self.layout = CacheLayout(config.layer_types)
 
-        lines = config.neuron_config.kv_cache_batch_size + config.neuron_config.kv_cache_padding_size
+        slots = config.neuron_config.kv_cache_batch_size + config.neuron_config.kv_cache_padding_size
         ranks = get_tensor_model_parallel_size()
         recurrent = (
-            lines,
+            slots,
             config.linear_num_value_heads // ranks,
             config.linear_key_head_dim,
             config.linear_value_head_dim,
         )
-        conv = (lines, config.conv_dim // ranks, config.linear_conv_kernel_dim - 1)
+        conv = (slots, config.conv_dim // ranks, config.linear_conv_kernel_dim - 1)
         dtype = config.neuron_config.torch_dtype
         self.past_key_values = nn.ParameterList(
             nn.Parameter(torch.zeros(shape, dtype=entry_dtype), requires_grad=False)
-            for is_linear in self.is_linear
+            for is_linear in self.layout.is_linear
             for shape, entry_dtype in (
                 ((recurrent, torch.float32), (conv, dtype))
                 if is_linear
@@ -54,88 +127,103 @@ class Qwen35CacheManager(KVCacheManager):
             )
         )
 
+    def layer_state(self, layer: int) -> LayerState:
+        """What is kept of a layer, for all slots."""
+        return self.layout.layer_state(self.past_key_values, layer)
+
+    def nbytes(self) -> CacheBytes:
+        """What this rank keeps, counted."""
+        states = [self.layer_state(layer) for layer in range(len(self.layout.is_linear))]
+        linear = [state for state in states if isinstance(state, DeltaNetState)]
+        return CacheBytes(
+            kv_cache=sum(entry.nbytes for state in states if isinstance(state, KeyValue) for entry in state),
+            recurrent_state=sum(state.recurrent.nbytes for state in linear),
+            conv_state=sum(state.conv.nbytes for state in linear),
+        )
+
     def get_kv_by_layer_id(  # type: ignore[override] # NxDI passes keywords, more than are needed
         self,
         idx: int,
         seq_len: int,
-        kvcache_buffer: Any = None,
+        phase: Phase,
         seq_ids: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> State:
-        """The pair of layer `idx` for the rows of the batch, keys and values up to `seq_len`.
-
-        Row b of a full batch is cache line b, as everywhere in NxDI; a smaller batch is looked up by `seq_ids` [B].
-        """
-        pair = self._fetch_cache(idx, kvcache_buffer)
-        if not self.is_linear[idx]:
-            pair = pair[0][:, :, :seq_len], pair[1][:, :, :seq_len]
-        if seq_ids is None or seq_ids.shape[0] == self.kv_cache_batch_size:
-            return pair[0][: self.kv_cache_batch_size], pair[1][: self.kv_cache_batch_size]
-        lines = seq_ids.clamp(0, self.kv_cache_batch_size - 1)
-        return pair[0].index_select(0, lines), pair[1].index_select(0, lines)
+    ) -> LayerState:
+        """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B]."""
+        state = self.layer_state(idx)
+        if isinstance(state, KeyValue):
+            state = KeyValue(*(entry[:, :, :seq_len] for entry in state))
+        slots = self.kv_cache_batch_size
+        if seq_ids is None or rows_are_slots(phase, seq_ids.shape[0], slots):
+            return type(state)(*(entry[:slots] for entry in state))
+        slot_of_row = seq_ids.clamp(0, slots - 1)
+        return type(state)(*(entry.index_select(0, slot_of_row) for entry in state))
 
     def update_kv_by_layer_id(  # type: ignore[override]
         self,
         idx: int,
-        is_for_context_encoding: bool,
         seq_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        kv_per_layer: State,
-        kvcache_buffer: Any = None,
+        kv_per_layer: LayerState,
+        phase: Phase,
         **kwargs: Any,
-    ) -> State:
-        """The caches of layer `idx` with the rows of `kv_per_layer` at lines `seq_ids` [B]; other lines as they were.
+    ) -> LayerState:
+        """The caches of layer `idx` with the rows of `kv_per_layer` in slots `seq_ids` [B]; other slots as they were.
 
-        A row whose id is outside 0..kv_cache_batch_size - 1 fills the compiled batch up and is written nowhere.
+        A row whose id is outside 0..kv_cache_batch_size - 1 pads the compiled batch and is written nowhere.
         """
-        caches = self._fetch_cache(idx, kvcache_buffer)
+        caches = self.layer_state(idx)
         seq_ids = torch.where(seq_ids < self.kv_cache_batch_size, seq_ids, -1)
-        if not self.is_linear[idx]:
-            if is_for_context_encoding:  # token i of a prompt; position_ids hold 0 for padding
-                position_ids = torch.arange(kv_per_layer[0].shape[2], device=seq_ids.device).unsqueeze(0)
-            elif position_ids.shape[1] > 1:  # the next tokens of one, of which none has position 0
-                position_ids = torch.where(position_ids > 0, position_ids, caches[0].shape[2] - 1)
-            key, value = (
-                write_tokens(cache, rows, seq_ids, position_ids)
+        if isinstance(caches, KeyValue):
+            positions = self._cache_positions(position_ids, caches.key.shape[2], phase)
+            pairs = zip(caches, kv_per_layer, strict=True)
+            return KeyValue(*(write_tokens(cache, rows, seq_ids, positions) for cache, rows in pairs))
+        slots = caches.recurrent.shape[0]
+        if slots == 1:  # the only slot, and a batch of one row needs no padding
+            return DeltaNetState(kv_per_layer[0], kv_per_layer[1].to(caches.conv.dtype))
+        if rows_are_slots(phase, seq_ids.shape[0], slots):
+            row_of_slot, written = None, seq_ids >= 0
+        else:
+            hits = torch.arange(slots, device=seq_ids.device).unsqueeze(1) == seq_ids
+            row_of_slot = (hits * torch.arange(seq_ids.shape[0], device=seq_ids.device)).sum(dim=1)
+            written = hits.any(dim=1)
+        return DeltaNetState(
+            *(
+                write_slots(cache, rows if row_of_slot is None else rows.index_select(0, row_of_slot), written)
                 for cache, rows in zip(caches, kv_per_layer, strict=True)
             )
-            return key, value
-        if caches[0].shape[0] == 1:
-            return kv_per_layer[0], kv_per_layer[1].to(caches[1].dtype)  # the only line, and a batch of one is full
-        if not is_for_context_encoding and seq_ids.shape[0] == caches[0].shape[0]:
-            row_of_line, written = None, seq_ids >= 0  # row b is line b, or is written nowhere
-        else:
-            hits = torch.arange(caches[0].shape[0], device=seq_ids.device).unsqueeze(1) == seq_ids
-            row_of_line = (hits * torch.arange(seq_ids.shape[0], device=seq_ids.device)).sum(dim=1)
-            written = hits.any(dim=1)
-        recurrent, conv = (
-            write_lines(cache, rows if row_of_line is None else rows.index_select(0, row_of_line), written)
-            for cache, rows in zip(caches, kv_per_layer, strict=True)
         )
-        return recurrent, conv
+
+    @staticmethod
+    def _cache_positions(position_ids: torch.Tensor, length: int, phase: Phase) -> torch.Tensor:
+        """Where keys and values of tokens at position_ids [B, S] are written in a cache of `length`: [B or 1, S]."""
+        if not phase.reads_cache:  # a prompt from its beginning: its padding too, which later tokens overwrite
+            return torch.arange(position_ids.shape[1], device=position_ids.device).unsqueeze(0)
+        real = real_tokens(position_ids, phase)
+        return position_ids if real is None else torch.where(real, position_ids, length - 1)
 
 
 def write_tokens(
     cache: torch.Tensor, rows: torch.Tensor, seq_ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """cache [L, M, P, E] with rows [B, M, S, E] at lines seq_ids [B] and positions [B or 1, S].
+    """cache [N, M, P, E] with rows [B, M, S, E] in slots seq_ids [B] at positions [B or 1, S].
 
-    A row with a negative id goes to the last position of the last line, which nothing reads: NxDI lengthens the cache
+    A row with a negative id goes to the last position of the last slot, which nothing reads: NxDI lengthens the cache
     when `apply_seq_ids_mask` is set. Whole rows of E are put, as NxDI's `update_cache_const_indices` does for a prompt;
     its `torch.scatter` for a decoding step indexes every single element. In place on a CPU, where a new cache would be
     a copy of the old; a cache that is traced must not change, because it serves the trace of every bucket.
     """
-    last_line, last_position = cache.shape[0] - 1, cache.shape[2] - 1
+    last_slot, last_position = cache.shape[0] - 1, cache.shape[2] - 1
     real = (seq_ids >= 0).unsqueeze(1)
-    lines = torch.where(real, seq_ids.unsqueeze(1), last_line)
+    slots = torch.where(real, seq_ids.unsqueeze(1), last_slot)
     positions = torch.where(real, positions, last_position)
     heads = torch.arange(cache.shape[1], device=seq_ids.device)
-    indices = (lines.unsqueeze(1).int(), heads.view(1, -1, 1).int(), positions.unsqueeze(1).int())
+    indices = (slots.unsqueeze(1).int(), heads.view(1, -1, 1).int(), positions.unsqueeze(1).int())
     return (cache.index_put_ if cache.is_cpu else cache.index_put)(indices, rows.to(cache.dtype))
 
 
-def write_lines(cache: torch.Tensor, rows: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """cache [L, ...] with line l from rows [L, ...] where written [L] is true.
+def write_slots(cache: torch.Tensor, rows: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """cache [N, ...] with slot n from rows [N, ...] where written [N] is true.
 
     Selection instead of a scatter: a state is written whole, and the compiler fuses the choice with what computes it.
     """

@@ -2,39 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated DeltaNet layer, three of every four (arXiv 2412.06464).
 
-Letters: B batch, S tokens, D hidden; of this rank: H value heads, Hk key heads, K key dim, V value dim, W conv kernel,
+Letters: B batch, S tokens, D hidden; per rank: H value heads, Hk key heads, K key dim, V value dim, W conv kernel,
 Ch = 2 Hk K + H V conv channels.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from ..configuration_qwen35 import DeltaNetKernel, Qwen35InferenceConfig
-from ..nxdi import (
-    BaseParallelLinear,
-    ColumnParallelLinear,
-    NeuronAttentionBaseOutput,
-    RowParallelLinear,
-    get_tensor_model_parallel_size,
-    set_tensor_model_parallel_attributes,
-)
+from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..kernel_selection import DeltaNetKernel, select_deltanet_kernel
+from ..nxdi import get_tensor_model_parallel_size
 from ..ops import causal_conv, chunk_gated_delta_rule, decay_and_beta, recurrent_gated_delta_rule
-from . import kernel_launch as deltanet_kernels
+from ..phase import Phase
+from .cache import DeltaNetState
+from .linear import HeadShardedParameter, column_parallel, row_parallel
 from .norms import Qwen35GatedRMSNorm
-
-
-class HeadShardedParameter(BaseParallelLinear):
-    """A bare parameter whose rows are split over the ranks; NxD splits only parameters of its own linear layers."""
-
-    def __init__(self, rows: int, *shape: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        ranks = get_tensor_model_parallel_size()
-        self.weight = nn.Parameter(torch.empty(rows // ranks, *shape, dtype=dtype), requires_grad=False)
-        set_tensor_model_parallel_attributes(self.weight, True, 0, 1, ranks)
 
 
 class NeuronGatedDeltaNet(nn.Module):
@@ -43,52 +27,42 @@ class NeuronGatedDeltaNet(nn.Module):
     def __init__(self, config: Qwen35InferenceConfig) -> None:
         super().__init__()
         ranks = get_tensor_model_parallel_size()
-        dtype = config.neuron_config.torch_dtype
-        self.kernel, self.cores = config.resolve_deltanet_kernel(), config.neuron_config.logical_nc_config
+        self.kernel, self.cores = select_deltanet_kernel(config), config.neuron_config.logical_nc_config
         self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.key_dim, self.value_dim = config.key_dim // ranks, config.value_dim // ranks
         self.num_value_heads = config.linear_num_value_heads // ranks
 
-        def column(rows: int) -> ColumnParallelLinear:
-            return ColumnParallelLinear(config.hidden_size, rows, bias=False, gather_output=False, dtype=dtype)
-
         # Fused so that a rank reads its hidden states once; the rows lie rank by rank, [q | k | v | z] in each.
-        self.in_proj_qkvz = column(config.conv_dim + config.value_dim)
-        self.in_proj_ba = column(2 * config.linear_num_value_heads)
-        self.conv1d = HeadShardedParameter(config.conv_dim, config.linear_conv_kernel_dim, dtype=dtype)
+        self.in_proj_qkvz = column_parallel(config, config.hidden_size, config.conv_dim + config.value_dim)
+        self.in_proj_ba = column_parallel(config, config.hidden_size, 2 * config.linear_num_value_heads)
+        self.conv1d = HeadShardedParameter(
+            config.conv_dim, config.linear_conv_kernel_dim, dtype=config.neuron_config.torch_dtype
+        )
         # The decay is exp of exp: float32 throughout, as in the checkpoint.
         self.A_log = HeadShardedParameter(config.linear_num_value_heads, dtype=torch.float32)
         self.dt_bias = HeadShardedParameter(config.linear_num_value_heads, dtype=torch.float32)
         self.norm = Qwen35GatedRMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
-        self.out_proj = RowParallelLinear(
-            config.value_dim, config.hidden_size, bias=False, input_is_parallel=True, dtype=dtype
-        )
+        self.out_proj = row_parallel(config, config.value_dim, config.hidden_size)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        past_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+        phase: Phase,
+        state: DeltaNetState | None = None,
         padding_mask: torch.Tensor | None = None,
-        cos_cache: torch.Tensor | None = None,
-        sin_cache: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> NeuronAttentionBaseOutput:
-        """hidden_states [B, S, D]; past state (recurrent [B, H, K, V] float32, conv [B, Ch, W - 1]) or None.
+    ) -> tuple[torch.Tensor, DeltaNetState]:
+        """hidden_states [B, S, D]; the state of earlier tokens, or None where there are none.
 
         padding_mask [B, S] bool, True at real tokens, which come first; None when every token is real. Returns the
-        output [B, S, D] and the state after the last real token; the rotary tables pass through.
+        output [B, S, D] and the state after the last real token.
         """
-        recurrent_state, conv_state = past_key_value if past_key_value is not None else (None, None)
         qkv, z = self.in_proj_qkvz(hidden_states).split((2 * self.key_dim + self.value_dim, self.value_dim), dim=-1)
         b, a = self.in_proj_ba(hidden_states).split(self.num_value_heads, dim=-1)
-        few = hidden_states.shape[1] <= deltanet_kernels.MAX_DECODE_TOKENS  # more with a state is a prompt going on
-        if few and recurrent_state is not None and conv_state is not None and self.kernel is not DeltaNetKernel.TORCH:
-            weights = (self.conv1d.weight, conv_state, self.A_log.weight, self.dt_bias.weight, self.norm.weight)
-            output, recurrent_state, conv_state = deltanet_kernels.decode(
-                self.cores, self.norm.eps, qkv, z, a, b, *weights, recurrent_state
-            )
-            return NeuronAttentionBaseOutput(self.out_proj(output), (recurrent_state, conv_state), cos_cache, sin_cache)
-        qkv, conv_state = causal_conv(qkv, self.conv1d.weight, conv_state, padding_mask)
+        if phase is Phase.TOKEN_GENERATION and state is not None and self.kernel is not DeltaNetKernel.TORCH:
+            output, state = self._decode_by_kernel(qkv, z, a, b, state)
+            return self.out_proj(output), state
+        recurrent, conv = (None, None) if state is None else state
+        qkv, conv = causal_conv(qkv, self.conv1d.weight, conv, padding_mask)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
         g, beta = decay_and_beta(a, b, self.A_log.weight, self.dt_bias.weight)
         if padding_mask is not None:
@@ -100,12 +74,46 @@ class NeuronGatedDeltaNet(nn.Module):
             x.unflatten(-1, (-1, dim))
             for x, dim in ((q, self.key_head_dim), (k, self.key_head_dim), (v, self.value_head_dim))
         )
-        if self.kernel is DeltaNetKernel.TORCH:
-            delta_rule = recurrent_gated_delta_rule if hidden_states.shape[1] == 1 else chunk_gated_delta_rule
-            output, recurrent_state = delta_rule(q, k, v, g, beta, recurrent_state)
-        else:
-            output, recurrent_state = deltanet_kernels.prefill(
-                self.kernel, self.cores, q, k, v, g, beta, recurrent_state
-            )
+        output, recurrent = self._delta_rule(phase, q, k, v, g, beta, recurrent)
         output = self.norm(output, z.unflatten(-1, (-1, self.value_head_dim))).flatten(2)
-        return NeuronAttentionBaseOutput(self.out_proj(output), (recurrent_state, conv_state), cos_cache, sin_cache)
+        return self.out_proj(output), DeltaNetState(recurrent, conv)
+
+    def _decode_by_kernel(
+        self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
+    ) -> tuple[torch.Tensor, DeltaNetState]:
+        """All between the projections in one kernel: the normed output [B, S, H V] and the new state."""
+        from . import kernel_launch  # here, since it loads NKI or its emulator
+
+        output, recurrent, conv = kernel_launch.decode(
+            self.cores,
+            qkv=qkv,
+            z=z,
+            a=a,
+            b=b,
+            conv_weight=self.conv1d.weight,
+            conv_state=state.conv,
+            A_log=self.A_log.weight,
+            dt_bias=self.dt_bias.weight,
+            norm_weight=self.norm.weight,
+            recurrent_state=state.recurrent,
+            norm_eps=self.norm.eps,
+        )
+        return output, DeltaNetState(recurrent, conv)
+
+    def _delta_rule(
+        self,
+        phase: Phase,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        recurrent: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.chunk_gated_delta_rule` by the kernel that was chosen, or by PyTorch."""
+        if self.kernel is DeltaNetKernel.TORCH:
+            rule = chunk_gated_delta_rule if phase.encodes_prompts else recurrent_gated_delta_rule
+            return rule(q, k, v, g, beta, recurrent)
+        from . import kernel_launch  # here, since it loads NKI or its emulator
+
+        return kernel_launch.prefill(self.kernel, self.cores, q, k, v, g, beta, recurrent)

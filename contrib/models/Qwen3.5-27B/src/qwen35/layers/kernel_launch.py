@@ -12,14 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..configuration_qwen35 import DeltaNetKernel
+from ..kernel_selection import DeltaNetKernel
 from ..nki_kernels.chunked import deltanet_chunk_step
 from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer
 from ..nki_kernels.recurrent import deltanet_decode_layer, deltanet_recurrent_fwd_state
 from ..ops import l2norm
-
-MAX_DECODE_TOKENS = 8
-"""Most tokens of one decoding launch; enough to verify what a draft model speculates."""
 
 
 def prefill(
@@ -78,13 +75,28 @@ def _by_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs.to(v.dtype), states
 
 
-def decode(cores: int, norm_eps: float, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A whole layer between its projections; `tensors` as the first ten arguments of `deltanet_decode_layer`.
+def decode(
+    cores: int,
+    *,
+    qkv: torch.Tensor,
+    z: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A whole layer between its projections, by `deltanet_decode_layer`, which says what the tensors are.
 
     Returns the normed output [B, T, H V], the recurrent state [B, H, K, V] and the conv state [B, Ch, W - 1]; on the
     meta device, shapes and dtypes only.
     """
-    if tensors[0].is_meta:
-        return torch.empty_like(tensors[1]), torch.empty_like(tensors[9]), torch.empty_like(tensors[5])
+    if qkv.is_meta:
+        return torch.empty_like(z), torch.empty_like(recurrent_state), torch.empty_like(conv_state)
+    tensors = (qkv, z, a, b, conv_weight, conv_state, A_log, dt_bias, norm_weight, recurrent_state)
     outputs: Any = deltanet_decode_layer[cores](*(x.contiguous() for x in tensors), norm_eps=norm_eps)
     return outputs

@@ -553,7 +553,7 @@ def work_of(model: NeuronQwen35ForCausalLM, copies: int = 1) -> Work:
     weights = count_weights(module)
     deltanet = weights.deltanet if copies == 1 else count_whole_deltanet(module)
     linear, full = config.linear_attention_layers, config.full_attention_layers
-    states = [module.kv_mgr.past_key_values[2 * i : 2 * i + 2] for i in range(config.num_hidden_layers)]
+    states = [module.kv_mgr.layer_state(i) for i in range(config.num_hidden_layers)]
     products = sum(
         parameter.numel() * (copies if ".linear_attn." in name else 1)
         for name, parameter in module.layers.named_parameters()

@@ -182,12 +182,9 @@ class PrefixCache:
 
         Each is one run of memory, so that a copy to or from a device is one transfer.
         """
-        linear, full = self.model.config.linear_attention_layers, self.model.config.full_attention_layers
-        states, heads = [], []
-        for entries in self.model.cache_entries():
-            states += [entries[2 * i + pair][line] for i in linear for pair in (0, 1)]
-            heads += [head for i in full for pair in (0, 1) for head in entries[2 * i + pair][line]]
-        return states, heads
+        layout = self.model.cache_layout
+        views = [layout.slot(entries, line) for entries in self.model.cache_entries()]
+        return [s for view in views for s in view.states], [kv for view in views for kv in view.key_values]
 
 
 def _to_host(view: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,72 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Where the linear layers of the decoder are made, so that one place decides what their weights are.
+
+NxDI's attention makes its own q, k, v and o projections. None of these layers has a bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..nxdi import (
+    BaseParallelLinear,
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    get_tensor_model_parallel_size,
+    set_tensor_model_parallel_attributes,
+)
+
+
+def column_parallel(config: Qwen35InferenceConfig, inputs: int, outputs: int) -> ColumnParallelLinear:
+    """x [..., inputs] -> [..., outputs / R] on each of R ranks, which has its own rows of the weight."""
+    return ColumnParallelLinear(
+        inputs, outputs, bias=False, gather_output=False, dtype=config.neuron_config.torch_dtype
+    )
+
+
+def row_parallel(config: Qwen35InferenceConfig, inputs: int, outputs: int) -> RowParallelLinear:
+    """x [..., inputs / R], the output of a column-parallel layer -> [..., outputs], summed over the R ranks."""
+    return RowParallelLinear(
+        inputs, outputs, bias=False, input_is_parallel=True, dtype=config.neuron_config.torch_dtype
+    )
+
+
+def token_embedding(config: Qwen35InferenceConfig) -> ParallelEmbedding:
+    """Ids [B, S] -> [B, S, hidden_size]; each rank has some columns of the table."""
+    return ParallelEmbedding(
+        config.vocab_size,
+        config.hidden_size,
+        dtype=config.neuron_config.torch_dtype,
+        shard_across_embedding=True,
+        pad=True,
+    )
+
+
+def output_head(config: Qwen35InferenceConfig) -> ColumnParallelLinear:
+    """x [..., hidden_size] -> logits, padded to whole ranks: the rank's share where a device samples, else all."""
+    neuron_config = config.neuron_config
+    return ColumnParallelLinear(
+        config.hidden_size,
+        config.vocab_size,
+        bias=False,
+        pad=True,
+        # On a device the sampler reduces over the ranks; on a CPU it wants whole rows.
+        gather_output=neuron_config.on_device_sampling_config is None or neuron_config.on_cpu,
+        # NxDI masks as many of the last columns as there is padding; without it they would be tokens.
+        keep_padded_output=True,
+        dtype=neuron_config.torch_dtype,
+    )
+
+
+class HeadShardedParameter(BaseParallelLinear):
+    """A bare parameter whose rows are split over the ranks; NxD splits only parameters of its own linear layers."""
+
+    def __init__(self, rows: int, *shape: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        ranks = get_tensor_model_parallel_size()
+        self.weight = nn.Parameter(torch.empty(rows // ranks, *shape, dtype=dtype), requires_grad=False)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1, ranks)

@@ -1,0 +1,90 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a call does with its tokens, and which submodel that takes: decided here and nowhere else.
+
+The application derives the phase of a call from its positions, once, where a call enters. From there on it is passed
+along: a submodel is made for one phase, gives it to its module, and the module to its layers and to the cache. None of
+them compares a shape, a position or a tag to find out.
+
+Letters: B rows, S tokens per row.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+
+class Phase(Enum):
+    """What is done with the tokens of a call."""
+
+    CONTEXT_ENCODING = "context_encoding"  # they begin prompts: no state and no keys come before them
+    CONTINUATION = "continuation"  # they are the next tokens of prompts whose beginnings are in the cache
+    TOKEN_GENERATION = "token_generation"  # one new token per row
+
+    @property
+    def encodes_prompts(self) -> bool:
+        """Whether the tokens are of prompts, padded on the right to a common length."""
+        return self is not Phase.TOKEN_GENERATION
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether keys, values and states of earlier tokens are read."""
+        return self is not Phase.CONTEXT_ENCODING
+
+
+def phase_of(position_ids: torch.Tensor | None) -> Phase:
+    """The phase of a call with positions [B, S]. Prompts begin at position 0; padding has it too, but comes last.
+
+    Raises:
+        ValueError: there are none; or some rows begin a prompt and others do not, calls of different submodels.
+    """
+    if position_ids is None:
+        raise ValueError("position_ids is None: NxDI's forward needs them; the prompt's count from 0")
+    begins = position_ids[:, 0] == 0
+    if begins.any() and not begins.all():
+        raise ValueError(
+            f"position_ids start at {position_ids[:, 0].tolist()}: rows that begin a prompt, at 0, and other rows are "
+            "for different submodels; pass them in calls of their own"
+        )
+    if begins.any():
+        return Phase.CONTEXT_ENCODING
+    return Phase.TOKEN_GENERATION if position_ids.shape[1] == 1 else Phase.CONTINUATION
+
+
+def real_tokens(position_ids: torch.Tensor, phase: Phase) -> torch.Tensor | None:
+    """Where tokens of prompts are real, [B, S] bool, from their positions [B, S]; None where all are.
+
+    Only the first token of a row may be real at position 0: the submodels give that position to padding.
+    """
+    if not phase.encodes_prompts:
+        return None
+    first = torch.arange(position_ids.shape[1], device=position_ids.device) == 0
+    return (position_ids > 0) | first
+
+
+class Submodel(NamedTuple):
+    """Which compiled submodel runs a call."""
+
+    phase: Phase
+    with_media: bool = False
+    """Whether prompts come with embeddings of images or videos."""
+
+    @property
+    def tag(self) -> str:
+        """Its name in NxDI, which knows two of them: `context_encoding_model` and `token_generation_model`."""
+        return f"{'vision_' if self.with_media else ''}{self.phase.value}_model"
+
+
+_SUBMODELS = {kind.tag: kind for phase in Phase for kind in (Submodel(phase), Submodel(phase, with_media=True))}
+
+
+def submodel_of(tag: str) -> Submodel:
+    """The submodel that has this tag in NxDI.
+
+    Raises:
+        KeyError: no submodel of this package has it.
+    """
+    return _SUBMODELS[tag]

@@ -1,0 +1,257 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The model's submodels in NxDI: how inputs are named, padded to what was compiled, and how the module is made.
+
+A submodel is compiled for one phase and some buckets. Its wrapper pads a call to a bucket and to the compiled batch,
+and takes the padding off the outputs.
+
+Letters: B rows, S tokens per row, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .layers.cache import rows_are_slots
+from .nxdi import DecoderModelInstance, ModelWrapper, NeuronBaseModel
+from .phase import Phase, submodel_of
+
+FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
+"""Endings of the names of parameters that are float32 whatever `torch_dtype` is."""
+
+
+class ModelInputs(NamedTuple):
+    """The arguments of NxDI's traced `forward` (`NeuronBaseModel.forward`), which takes them by position.
+
+    Shapes of those that are used: input_ids and position_ids [B, S]; attention_mask [B, S] of prompts from their
+    beginning, else [B, cached tokens]; seq_ids [B]; rotary_position_id [B, 1] or [B, 3, S]; vision_embeddings
+    [B, S, D]; vision_mask [B, S, 1].
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    seq_ids: torch.Tensor
+    sampling_params: torch.Tensor
+    prev_hidden: torch.Tensor | None = None
+    adapter_ids: torch.Tensor | None = None
+    accepted_indices: torch.Tensor | None = None
+    current_length: torch.Tensor | None = None
+    medusa_mask: torch.Tensor | None = None
+    scatter_index: torch.Tensor | None = None
+    slot_mapping: torch.Tensor | None = None
+    active_block_table: torch.Tensor | None = None
+    num_queries: torch.Tensor | None = None
+    computed_context_lens: torch.Tensor | None = None
+    tile_q_indices: torch.Tensor | None = None
+    tile_block_tables: torch.Tensor | None = None
+    tile_masks: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    kv_cache: torch.Tensor | None = None
+    active_mask: torch.Tensor | None = None
+    rotary_position_id: torch.Tensor | None = None
+    vision_embeddings: torch.Tensor | None = None
+    vision_mask: torch.Tensor | None = None
+    deepstack_vision_embeds: torch.Tensor | None = None
+
+    def args(self) -> tuple[Any, ...]:
+        """By position: the seven that NxDI always gives, and more up to the last there is; empty tensors between."""
+        further = list(self[PLAIN_ARGUMENTS:])
+        while further and further[-1] is None:
+            further.pop()
+        return *self[:PLAIN_ARGUMENTS], *(torch.empty(0) if value is None else value for value in further)
+
+    def further_args(self) -> list[torch.Tensor]:
+        """Those of `args` after the seven, which NxDI's application takes as `llava_args`."""
+        return list(self.args()[PLAIN_ARGUMENTS:])
+
+    def rows(self, chosen: torch.Tensor | slice) -> ModelInputs:
+        """The chosen rows of every input that has rows."""
+        rows = self.seq_ids.shape[0]
+        return ModelInputs(*(select_rows(value, rows, chosen) for value in self))
+
+
+PLAIN_ARGUMENTS = 7
+
+
+def select_rows(value: Any, rows: int, chosen: torch.Tensor | slice) -> Any:
+    """The chosen rows of a tensor that has `rows` of them; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
+        return value[chosen]
+    return value
+
+
+def require_float32(module: NeuronBaseModel) -> None:
+    """Check that no cast reached what must be float32: an error in a decay is exponentiated at every token.
+
+    Raises:
+        TypeError: a decay parameter, a norm or a recurrent state has another dtype.
+    """
+    cache: Any = module.kv_mgr
+    kept = {
+        f"recurrent state of layer {i}": cache.layer_state(i).recurrent for i in module.config.linear_attention_layers
+    }
+    kept |= {n: p for n, p in module.named_parameters() if n.endswith(FLOAT32_SUFFIXES)}
+    cast = [f"{name} is {p.dtype}" for name, p in kept.items() if p.dtype != torch.float32]
+    if cast:
+        raise TypeError(f"float32 was lost: {', '.join(cast)}; set cast_type='as-declared'")
+
+
+class Qwen35DecoderModelInstance(DecoderModelInstance):
+    """Makes the traced module of a phase, and checks that what must be float32 still is."""
+
+    def __init__(self, *args: Any, phase: Phase, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.phase = phase
+
+    def load_module(self) -> None:
+        super().load_module()
+        require_float32(self.module)
+        self.module.phase = self.phase
+
+
+class Qwen35ModelWrapper(ModelWrapper):
+    """NxDI's wrapper, with positions that tell padding from tokens and with padding rows that write nowhere."""
+
+    @property
+    def phase(self) -> Phase:
+        """What this submodel does. Under CONTINUATION its buckets are lengths of what is cached."""
+        return submodel_of(self.tag).phase
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether prompts come with embeddings of images or videos."""
+        return submodel_of(self.tag).with_media
+
+    def get_model_instance(self) -> DecoderModelInstance:
+        return Qwen35DecoderModelInstance(
+            model_cls=self.model_cls, config=self.config, phase=self.phase, **self.model_init_kwargs
+        )
+
+    def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
+        """NxDI's sample inputs, one tuple per bucket, those of continuations told apart from those of prompts."""
+        return [self._mark(ModelInputs(*inputs)).args() for inputs in super().input_generator()]
+
+    def _mark(self, inputs: ModelInputs) -> ModelInputs:
+        """In a continuation, empty hidden states, which NxDI takes for none, in the place of its filler [B].
+
+        A loaded model finds the program to run by the shapes of its inputs alone, and a chunk that follows as many
+        cached tokens as it has itself would look like a prompt of this length.
+        """
+        return inputs._replace(prev_hidden=torch.empty(0)) if self.phase is Phase.CONTINUATION else inputs
+
+    def get_target_bucket(self, *args: torch.Tensor, strategy: str = "first_fit") -> int:
+        """The bucket for an attention mask [B, length]; a prompt may fill its bucket to the last token.
+
+        NxDI wants one token of room, which doubles the work on a prompt of exactly 512 tokens.
+        """
+        length = ModelInputs(*args).attention_mask.shape[1]
+        if self.phase.encodes_prompts and strategy == "first_fit" and length in self.neuron_config.buckets:
+            return length
+        return super().get_target_bucket(*args, strategy=strategy)
+
+    def pad_inputs(self, *args: torch.Tensor, pad_type: str = "first_fit") -> tuple[torch.Tensor, ...]:
+        """Pad a prompt to the bucket of its longest row; padding gets position 0.
+
+        NxDI gives padding position 1, which in a prompt of one token cannot be told from its second token: the state
+        would take in padding, and the last token would be looked for one place too far.
+        """
+        if self.phase is Phase.TOKEN_GENERATION:
+            return super().pad_inputs(*args, pad_type=pad_type)
+        inputs = ModelInputs(*args)
+        if self.phase is Phase.CONTINUATION:
+            bucket, tokens = self.get_target_bucket(*args, strategy=pad_type), self.neuron_config.n_active_tokens
+            return self._mark(
+                inputs._replace(
+                    input_ids=_pad_columns(inputs.input_ids, tokens),
+                    attention_mask=_pad_columns(inputs.attention_mask, bucket),
+                    position_ids=_pad_columns(inputs.position_ids, tokens),
+                )
+            ).args()
+        longest = int(inputs.attention_mask.sum(dim=1).max())
+        cut = inputs._replace(
+            input_ids=inputs.input_ids[:, :longest],
+            attention_mask=inputs.attention_mask[:, :longest],
+            position_ids=inputs.position_ids[:, :longest],
+        )
+        bucket = self.get_target_bucket(*cut.args(), strategy=pad_type)
+        attention_mask = _pad_columns(cut.attention_mask, bucket)
+        position_ids = _pad_columns(cut.position_ids, bucket)
+        return cut._replace(
+            input_ids=_pad_columns(cut.input_ids, bucket),
+            attention_mask=attention_mask,
+            position_ids=torch.where(attention_mask > 0, position_ids, 0),
+        ).args()
+
+    def _forward(self, *args: torch.Tensor) -> Any:
+        if not self.is_neuron():
+            # Tracing sets these once in each traced copy; the one module of a CPU serves every submodel and bucket.
+            self.model.n_positions, self.model.phase = ModelInputs(*args).attention_mask.shape[1], self.phase
+        return super()._forward(*args)
+
+    def forward(self, *args: Any, pad_type: str = "first_fit") -> Any:
+        """Run any number of rows, in ascending order of their seq_ids, in pieces of the compiled batch."""
+        inputs, batch = ModelInputs(*args), self.neuron_config.batch_size
+        rows = inputs.seq_ids.shape[0]
+        if self.model is None or rows == batch:
+            return super().forward(*args, pad_type=pad_type)
+        if self.async_mode:  # the outputs are still on the device; NxDI cuts the pieces and picks the rows later
+            return super().forward(*self._pad_batch(inputs)[0].args(), pad_type=pad_type)
+        pieces: list[list[torch.Tensor]] = []
+        for start in range(0, rows, batch):
+            padded, places = self._pad_batch(inputs.rows(slice(start, start + batch)))
+            outputs = super().forward(*padded.args(), pad_type=pad_type)
+            if self.is_neuron():
+                outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+                pieces.append([output.index_select(0, places) for output in outputs])
+                continue
+            state = self.model.kv_mgr.past_key_values
+            first = len(outputs) - len(state)
+            pieces.append([output.index_select(0, places) for output in outputs[:first]])
+            for entry, new in zip(state, outputs[first:], strict=True):
+                entry.data = new.data  # for the next piece; a device aliases them
+        merged = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+        if not self.is_neuron():
+            return [*merged, *self.model.kv_mgr.past_key_values]
+        return merged if len(merged) > 1 else merged[0]
+
+    def _pad_batch(self, inputs: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
+        """Inputs of whole compiled batches, and where in them each of the rows given is.
+
+        The rows added are copies of the first under the id -1, which writes nowhere; NxDI's own would write to slots
+        that are idle.
+        """
+        batch, seq_ids = self.neuron_config.batch_size, inputs.seq_ids.long()
+        rows = seq_ids.shape[0]
+        in_slots = rows_are_slots(self.phase, batch, self.neuron_config.kv_cache_batch_size)
+        places = seq_ids if in_slots else torch.arange(rows)
+        source = torch.zeros(-(-rows // batch) * batch, dtype=torch.long)
+        source[places] = torch.arange(rows)
+        padded_ids = torch.full_like(source, -1)
+        padded_ids[places] = seq_ids
+        return inputs.rows(source)._replace(seq_ids=padded_ids), places
+
+
+def _pad_columns(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, S] as [B, width], zeros on the right."""
+    return F.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def cache_entries(submodel: ModelWrapper, names: Sequence[str]) -> list[list[torch.Tensor]]:
+    """What every rank of this process keeps between calls: flat lists, as `CacheLayout` reads them.
+
+    On a CPU what its own rank keeps. On a device what all local ranks keep: NxD holds it in the loaded model's `state`,
+    under the names of the parameters, and its programs update it in place. Indices and slices of either are views that
+    `copy_` reads and writes; a call may replace the entries of a CPU, so ask again after each.
+
+    Args:
+        submodel: any that is loaded: all share what is kept.
+        names: of the entries as parameters, `CacheLayout.parameter_names`.
+    """
+    if not submodel.is_neuron():
+        return [[entry.data for entry in submodel.model.kv_mgr.past_key_values]]
+    return [[buffers[name] for name in names] for buffers in submodel.model.nxd_model.state]
