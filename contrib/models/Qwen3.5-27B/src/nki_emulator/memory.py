@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from . import costs, dtypes
+from .access_times import AccessTimes, Entries
 from .allocation import Allocation
 from .enums import MemoryRegion
 from .errors import fail
 from .registers import NKIObject, VirtualRegister
-
-if TYPE_CHECKING:
-    from .engine import RegionTimes
 
 _AP_DOC = "nki/deep-dives/nki-aps.rst"
 _GUIDE = "nki/get-started/nki-language-guide.rst"
@@ -48,7 +46,7 @@ class Storage:
         self.base: int = raw.__array_interface__["data"][0]
         self.granule = granule
         self.name = name
-        self.times: RegionTimes | None = None
+        self.times: AccessTimes | None = None
         self.allocation: Allocation | None = None
 
     def __del__(self) -> None:
@@ -101,11 +99,11 @@ class NkiTensor(NKIObject):
     __slots__ = (
         "_array",
         "_byte_offset",
-        "_entries",
         "_indexed",
         "_indirect",
         "accumulation",
         "dtype",
+        "entries",
         "has_partition_axis",
         "storage",
     )
@@ -130,7 +128,7 @@ class NkiTensor(NKIObject):
         self._indirect = indirect
         # Views are immutable, so what the timeline derives from one is computed once.
         self._byte_offset = -1
-        self._entries: Any = None
+        self.entries: tuple[int, Entries] | None = None
 
     # --- What a kernel may ask at compile time --------------------------------------------------------------------
     @property

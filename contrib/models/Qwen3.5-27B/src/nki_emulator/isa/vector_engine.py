@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from .. import checks, costs, dtypes, ops
-from .. import language as nl
 from ..context import current
 from ..enums import MemoryRegion
 from ..enums import engine as Engine
@@ -563,7 +562,7 @@ def select_reduce(
     on_false: Any,
     reduce_res: Any = None,
     reduce_cmd: ReduceCmd = ReduceCmd.idle,
-    reduce_op: Any = nl.maximum,
+    reduce_op: Any = ops.MAXIMUM,
     reverse_pred: bool = False,
     name: str | None = None,
 ) -> None:
@@ -605,7 +604,7 @@ def range_select(
     bound1: Any,
     reduce_cmd: ReduceCmd = ReduceCmd.reset_reduce,
     reduce_res: Any = None,
-    reduce_op: Any = nl.maximum,
+    reduce_op: Any = ops.MAXIMUM,
     range_start: int = 0,
     on_false_value: float = -3.4028235e38,
     name: str | None = None,
