@@ -46,19 +46,31 @@ class View(Protocol):
 
 @dataclass(slots=True)
 class Wait:
-    """The latest of several times, with what it came from."""
+    """The latest of several times, with what it came from.
+
+    Attributes:
+        time: modelled nanoseconds from the start of the kernel.
+        cause: the instruction that it came from, as `Timeline` numbers them; -1 if none.
+        kind: ``data``, ``engine``, ``memory``, ``barrier`` or ``none``.
+    """
 
     time: float = 0.0
     cause: int = -1
     kind: str = "none"
 
     def until(self, time: float, cause: int, kind: str) -> None:
+        """Wait until ``time`` at least."""
         if time > self.time:
             self.time, self.cause, self.kind = time, cause, kind
 
 
 class AccessTimes:
     """Last write and last read of every part of one storage.
+
+    Args:
+        partitions, row_bytes: of the storage; one partition in HBM.
+        granule: bytes of one entry.
+        in_hbm: whether the storage is in HBM.
 
     On chip, an entry is one element of 32 partitions: compute engines start at multiples of 32, so this is exact, until
     an access covers a part of such a group, which DMA may; then the storage is tracked by partition. In HBM an entry is
@@ -91,8 +103,10 @@ class AccessTimes:
         # In HBM only the latest read of the tensor is kept, and writes from the first one on: inputs cost nothing.
         self.hbm_read_at, self.hbm_read_by = 0.0, -1
         shape = (0, self.row) if self.in_hbm else (-(-partitions // _QUADRANT), self.row)
-        self.write_at, self.write_by = np.zeros(shape), np.full(shape, -1, dtype=np.int64)
-        self.read_at, self.read_by = np.zeros(shape), np.full(shape, -1, dtype=np.int64)
+        self.write_at: np.ndarray = np.zeros(shape)
+        self.write_by: np.ndarray = np.full(shape, -1, dtype=np.int64)
+        self.read_at: np.ndarray = np.zeros(shape)
+        self.read_by: np.ndarray = np.full(shape, -1, dtype=np.int64)
 
     def wait_to_read(self, tensor: View, wait: Wait) -> None:
         """Wait for the last write of what ``tensor`` covers."""
@@ -140,7 +154,7 @@ class AccessTimes:
     def select(self, tensor: View) -> Entries:
         """Entries that ``tensor`` touches, as an index into the arrays."""
         if tensor.entries is None or tensor.entries[0] != self.group:
-            # Looking them up may change the group.
+            # Before the group is read, for this may change it.
             selected = self._select(tensor)
             tensor.entries = (self.group, selected)
         return tensor.entries[1]

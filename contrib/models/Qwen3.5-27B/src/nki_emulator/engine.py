@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modelled timeline of one core: when each instruction starts and ends.
 
-An instruction starts when its operands are ready (read after write), when nobody still uses what it overwrites (write
-after read, write after write), when memory that it is the first to write has been given up by its previous tenant, and
-when its engine is free. Compute engines execute in program order; DMA transfers are only ordered by their data.
+An instruction starts when its operands are ready (read after write), when nothing still uses what it overwrites (write
+after read, write after write), when the tensor that had its destination's memory before is no longer in use, and when
+its engine is free. Compute engines execute in program order; DMA transfers are only ordered by their data.
 """
 
 from __future__ import annotations

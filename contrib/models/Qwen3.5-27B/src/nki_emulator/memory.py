@@ -363,17 +363,18 @@ class NkiTensor(NKIObject):
             # Only the instruction knows whether a dynamic address out of bounds is an error or skipped.
             nowhere = Indirect(self._flat(name), np.zeros(nums, dtype=np.int64), np.zeros(nums, dtype=np.bool_))
             return self._like(self._array[:0], name, indexed=True, indirect=nowhere)
+        return self._strided(name, steps, nums, start, total)
+
+    def _strided(self, name: str, steps: list[int], nums: list[int], start: int, total: int) -> NkiTensor:
+        """The view of a static access pattern, which lies within the ``total`` elements of this tensor."""
+        size = dtypes.itemsize(name)
         if self.buffer in ON_CHIP and self.has_partition_axis:
             row = total // self.shape[0]
             if nums[0] > 1 and steps[0] != row:
                 fail("ap", f"partition step {steps[0]} on {self!r}", f"it must be the free size {row}", _AP_DOC)
             if start % row + sum(s * (n - 1) for s, n in zip(steps[1:], nums[1:], strict=True)) >= row:
-                fail(
-                    "ap",
-                    f"pattern {[list(p) for p in pattern]} at {start}",
-                    f"it leaves the {row} elements of a partition",
-                    _AP_DOC,
-                )
+                pattern = [list(p) for p in zip(steps, nums, strict=True)]
+                fail("ap", f"pattern {pattern} at {start}", f"it leaves the {row} elements of a partition", _AP_DOC)
             pitch = self._array.strides[0]
             where = self.byte_offset + start // row * pitch + start % row * size
             strides = (pitch, *(s * size for s in steps[1:]))
