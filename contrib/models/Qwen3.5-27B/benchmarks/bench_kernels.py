@@ -25,8 +25,8 @@ CHUNK = 128
 CASES = {
     "context encoding, 512 tokens": KernelCase(KernelName.FUSED, tokens=512),
     "chunk step, 128 tokens": KernelCase(KernelName.CHUNKED, tokens=CHUNK),
-    "decode layer, batch 1": KernelCase(KernelName.RECURRENT, batch=1),
-    "decode layer, batch 8": KernelCase(KernelName.RECURRENT, batch=8),
+    "decode layer, batch 1": KernelCase(KernelName.DECODE, batch=1),
+    "decode layer, batch 8": KernelCase(KernelName.DECODE, batch=8),
 }
 
 

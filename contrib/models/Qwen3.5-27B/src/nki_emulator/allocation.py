@@ -4,8 +4,8 @@
 
 A tensor is live from its first to its last access in program order, as for a compiler that allocates statically. The
 last access is not known while the kernel runs; so each access extends the life of its tensor, and overflow is certain,
-and reported, at the access that makes more live at one instruction than fits. When memory is full, modelled time
-reuses what the kernel no longer references, then what it has not accessed for longest.
+and reported, at the access that makes more live at one instruction than fits. When memory is full, modelled time takes
+that of tensors that nothing refers to any more, then that of the tensor whose last access is the oldest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Allocation:
 class OnChipPool:
     """SBUF (bytes per partition) or PSUM (banks) of one core.
 
-    Memory is a fluid: sizes are tracked, addresses are not, so fragmentation is not modelled.
+    Sizes are tracked and addresses are not, so fragmentation is not modelled.
     """
 
     def __init__(self, memory: str, capacity: int, unit: str, source: str, *, enforce: bool) -> None:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modelled timeline of one core: when each instruction starts and ends.
 
-An instruction starts when its operands are ready (read after write), when nobody still uses what it overwrites (write
-after read, write after write), when memory that it is the first to write has been given up by its previous tenant, and
-when its engine is free. Compute engines execute in program order; DMA transfers are only ordered by their data.
+An instruction starts when its operands are ready (read after write), when nothing still uses what it overwrites (write
+after read, write after write), when the tensor that had its destination's memory before is no longer in use, and when
+its engine is free. Compute engines execute in program order; DMA transfers are only ordered by their data.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import costs
+from .access_times import ENGINE_CODES, AccessTimes, Wait
 from .enums import engine
 from .memory import HBM, NkiTensor, Storage
 
-#: Largest tracker of one tensor, in entries; larger tensors are tracked more coarsely.
-_ENTRIES = 1 << 20
-_QUADRANT = 32
 _INDEX_LIMIT = 1 << 26
-_ENGINE_CODES = 8
 
 
 @dataclass(slots=True)
@@ -57,149 +54,6 @@ class Instruction:
     cause_kind: str
     bytes_hbm_read: int = 0
     bytes_hbm_written: int = 0
-
-
-@dataclass(slots=True)
-class _Wait:
-    """The latest of several times, with what it came from."""
-
-    time: float = 0.0
-    cause: int = -1
-    kind: str = "none"
-
-    def until(self, time: float, cause: int, kind: str) -> None:
-        if time > self.time:
-            self.time, self.cause, self.kind = time, cause, kind
-
-
-class RegionTimes:
-    """Last write and last read of every part of one storage.
-
-    On chip, an entry is one element of 32 partitions: compute engines start at multiples of 32, so this is exact, until
-    an access covers a part of such a group, which DMA may; then the storage is tracked by partition. In HBM an entry is
-    one element, or more for tensors beyond a million elements. Look-ups are vectorised over the region, hence linear in
-    its size and independent of how many instructions ran before.
-    """
-
-    __slots__ = (
-        "granule",
-        "group",
-        "hbm",
-        "hbm_read_at",
-        "hbm_read_by",
-        "partitions",
-        "read_at",
-        "read_by",
-        "row",
-        "write_at",
-        "write_by",
-    )
-
-    def __init__(self, storage: Storage) -> None:
-        rows, row_bytes = storage.raw.shape
-        self.hbm = storage.region in HBM
-        self.partitions, self.group = rows, _QUADRANT
-        self.granule = storage.granule
-        while self.hbm and row_bytes // self.granule > _ENTRIES:
-            self.granule *= 2
-        self.row = max(-(-row_bytes // self.granule), 1)
-        # In HBM only the latest read of the tensor is kept, and writes from the first one on: inputs cost nothing.
-        self.hbm_read_at, self.hbm_read_by = 0.0, -1
-        shape = (0, self.row) if self.hbm else (-(-rows // _QUADRANT), self.row)
-        self.write_at, self.write_by = np.zeros(shape), np.full(shape, -1, dtype=np.int64)
-        self.read_at, self.read_by = np.zeros(shape), np.full(shape, -1, dtype=np.int64)
-
-    def wait_to_read(self, tensor: NkiTensor, wait: _Wait) -> None:
-        """Wait for the last write of what ``tensor`` covers."""
-        if self.write_at.size and tensor.size:
-            where = self.select(tensor)
-            _latest(wait, self.write_at[where], self.write_by[where], None)
-
-    def wait_to_write(self, tensor: NkiTensor, wait: _Wait, on: engine) -> None:
-        """Wait for the last write and the last read of what ``tensor`` covers.
-
-        A compute engine works in order, so it need not wait for its own earlier accesses: accumulating matmuls follow
-        each other without a gap.
-        """
-        wait.until(self.hbm_read_at, self.hbm_read_by, "data")
-        if not tensor.size:
-            return
-        own = None if on is engine.dma else on.value
-        where = self.select(tensor)
-        if self.write_at.size:
-            _latest(wait, self.write_at[where], self.write_by[where], own)
-        if self.read_at.size:
-            _latest(wait, self.read_at[where], self.read_by[where], own)
-
-    def mark_read(self, tensor: NkiTensor, end: float, by: int) -> None:
-        """Record a read that ends at ``end``."""
-        if self.hbm:
-            if end > self.hbm_read_at:
-                self.hbm_read_at, self.hbm_read_by = end, by
-        elif tensor.size:
-            where = self.select(tensor)
-            at = self.read_at[where]
-            later = at < end
-            self.read_by[where] = np.where(later, by, self.read_by[where])
-            self.read_at[where] = np.where(later, end, at)
-
-    def mark_write(self, tensor: NkiTensor, end: float, by: int) -> None:
-        """Record a write that ends at ``end``."""
-        if not self.write_at.size:
-            self.write_at, self.write_by = np.zeros((1, self.row)), np.full((1, self.row), -1, dtype=np.int64)
-        if tensor.size:
-            where = self.select(tensor)
-            self.write_at[where] = end
-            self.write_by[where] = by
-
-    def select(self, tensor: NkiTensor) -> tuple[slice, slice | np.ndarray]:
-        """Entries that ``tensor`` touches, as an index into the arrays."""
-        if tensor._entries is None or tensor._entries[0] != self.group:
-            entries = self._select(tensor)
-            tensor._entries = (self.group, entries)
-        return tensor._entries[1]
-
-    def _track_by_partition(self) -> None:
-        """Give every partition entries of its own."""
-        count = self.partitions
-        self.write_at, self.write_by, self.read_at, self.read_by = (
-            np.repeat(a, self.group, axis=0)[:count] for a in (self.write_at, self.write_by, self.read_at, self.read_by)
-        )
-        self.group = 1
-
-    def _select(self, tensor: NkiTensor) -> tuple[slice, slice | np.ndarray]:
-        if tensor.is_indirect:
-            return slice(None), slice(None)
-        array = tensor._array
-        pitch = tensor.storage.raw.strides[0]
-        start = tensor.byte_offset
-        groups, shape, strides = slice(0, 1), array.shape, array.strides
-        if not self.hbm:
-            first = start // pitch
-            count = array.shape[0] if tensor.has_partition_axis else 1
-            last = first + max(count, 1)
-            partial = first % self.group or (last % self.group and last != self.partitions)
-            if partial and self.partitions * self.row <= _ENTRIES:
-                self._track_by_partition()
-            groups = slice(first // self.group, (last - 1) // self.group + 1)
-            start -= first * pitch
-            if tensor.has_partition_axis:
-                shape, strides = shape[1:], strides[1:]
-        dims = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s != 0]
-        dims.sort(key=lambda dim: -dim[1])
-        run = array.itemsize
-        while dims and dims[-1][1] == run:
-            run *= dims.pop()[0]
-        g = self.granule
-        if not dims:
-            return groups, slice(start // g, -(-(start + run) // g))
-        offsets = np.zeros(1, dtype=np.int64)
-        for count, stride in dims:
-            offsets = (offsets[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
-        first_entry = (offsets + start) // g
-        length = int((-(-(offsets + start + run) // g) - first_entry).max())
-        entries = (first_entry[:, None] + np.arange(length)).reshape(-1)
-        return groups, np.minimum(entries, self.row - 1)
 
 
 class Resource:
@@ -344,11 +198,11 @@ class Timeline:
         return item
 
     def _append(
-        self, call: str, on: engine, label: str, wait: _Wait, occupied: float, share: float, end: float, cost: float
+        self, call: str, on: engine, label: str, wait: Wait, occupied: float, share: float, end: float, cost: float
     ) -> Instruction:
         cause = wait.cause
         if cause >= 0:
-            core, cause = divmod(cause // _ENGINE_CODES, _INDEX_LIMIT)
+            core, cause = divmod(cause // ENGINE_CODES, _INDEX_LIMIT)
             if core != self.core:
                 cause = -1
         item = Instruction(
@@ -369,10 +223,10 @@ class Timeline:
 
     def _mark_of(self, on: engine, index: int) -> int:
         """Core, instruction and engine in one number: storages shared by two cores carry marks of both."""
-        return (self.core * _INDEX_LIMIT + index) * _ENGINE_CODES + on.value
+        return (self.core * _INDEX_LIMIT + index) * ENGINE_CODES + on.value
 
-    def _data_wait(self, on: engine, reads: Sequence[NkiTensor], writes: Sequence[NkiTensor]) -> _Wait:
-        wait = _Wait()
+    def _data_wait(self, on: engine, reads: Sequence[NkiTensor], writes: Sequence[NkiTensor]) -> Wait:
+        wait = Wait()
         for tensor in reads:
             _times(tensor.storage).wait_to_read(tensor, wait)
         for tensor in writes:
@@ -393,16 +247,8 @@ class Timeline:
             _times(tensor.storage).mark_write(tensor, item.end_ns, by)
 
 
-def _times(storage: Storage) -> RegionTimes:
+def _times(storage: Storage) -> AccessTimes:
     if storage.times is None:
-        storage.times = RegionTimes(storage)
+        rows, row_bytes = storage.raw.shape
+        storage.times = AccessTimes(rows, row_bytes, storage.granule, in_hbm=storage.region in HBM)
     return storage.times
-
-
-def _latest(wait: _Wait, at: np.ndarray, by: np.ndarray, ignore: int | None) -> None:
-    """Wait for the latest of the accesses ``at``, leaving out those of the engine with code ``ignore``."""
-    if at.size:
-        if ignore is not None:
-            at = np.where(by % _ENGINE_CODES == ignore, 0.0, at)
-        k = int(at.argmax())
-        wait.until(float(at.flat[k]), int(by.flat[k]), "data")

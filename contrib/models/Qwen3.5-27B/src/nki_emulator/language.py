@@ -12,19 +12,19 @@ import builtins
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from . import costs, dtypes, ops
+from . import isa as _isa
 from .context import current
 from .enums import MemoryRegion
+from .enums import engine as _engine
 from .errors import fail
+from .isa.common import finish as _finish
 from .memory import HBM, ON_CHIP, NkiTensor, new_storage, place, wrap_hbm
 from .registers import NKIObject, VirtualRegister
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 _LANGUAGE = "nki/api/nki/language/__init__.py"
 _TILING = "nki/get-started/about/tiling-overview.rst"
@@ -188,14 +188,14 @@ def _filled(shape: Sequence[int], value: float, dtype: Any, buffer: MemoryRegion
     if tensor.dtype in dtypes.INTEGERS:
         value = int(value)
     if buffer in ON_CHIP:
-        _isa().memset(tensor, value)
+        _isa.memset(tensor, value)
         return tensor
     rows = tensor.reshape((-1, tensor.shape[-1])) if tensor.ndim > 1 else tensor.reshape((1, tensor.size))
     for start in builtins.range(0, rows.shape[0], costs.PARTITIONS):
         part = rows[start : builtins.min(start + costs.PARTITIONS, rows.shape[0])]
         tile = ndarray(part.shape, tensor.dtype)
-        _isa().memset(tile, value)
-        _isa().dma_copy(dst=part, src=tile)
+        _isa.memset(tile, value)
+        _isa.dma_copy(dst=part, src=tile)
     return tensor
 
 
@@ -248,7 +248,7 @@ def shared_identity_matrix(n: int, dtype: Any = "uint8", dst: Any = None) -> Nki
     identity = np.eye(int(n), dtype=np.float32).astype(dtypes.STORAGE[kind])
     constant = wrap_hbm(identity, kind, "identity", MemoryRegion.shared_hbm)
     tile = ndarray((int(n), int(n)), kind, name="identity") if dst is None else dst
-    _isa().dma_copy(dst=tile, src=constant)
+    _isa.dma_copy(dst=tile, src=constant)
     if dst is None:
         core.identities[key] = tile
     return tile
@@ -342,26 +342,26 @@ def device_print(print_prefix: str, tensor: NkiTensor) -> None:
 def load(src: NkiTensor, dtype: Any = None) -> NkiTensor:
     """HBM to a new SBUF tile."""
     out = ndarray(src.shape, src.dtype if dtype is None else dtype)
-    _isa().dma_copy(dst=out, src=src)
+    _isa.dma_copy(dst=out, src=src)
     return out
 
 
 def store(dst: NkiTensor, value: NkiTensor) -> None:
     """SBUF tile to HBM."""
-    _isa().dma_copy(dst=dst, src=value)
+    _isa.dma_copy(dst=dst, src=value)
 
 
 def load_transpose2d(src: NkiTensor, dtype: Any = None) -> NkiTensor:
     """HBM ``[A, B]`` to a new SBUF tile ``[B, A]``."""
     out = ndarray((src.shape[1], src.shape[0]), src.dtype)
-    _isa().dma_transpose(dst=out, src=src)
+    _isa.dma_transpose(dst=out, src=src)
     return out if dtype is None else copy(out, dtype)
 
 
 def copy(x: NkiTensor, dtype: Any = None) -> NkiTensor:
     """A new tile with the content of ``x``, on the Scalar engine."""
     out = ndarray(x.shape, x.dtype if dtype is None else dtype, x.buffer)
-    _isa().activation(dst=out, op=copy, data=x)
+    _isa.activation(dst=out, op=copy, data=x)
     return out
 
 
@@ -380,7 +380,7 @@ def transpose(x: NkiTensor, dtype: Any = None) -> NkiTensor:
     """``[P, F]`` to a new ``[F, P]`` tile, in PSUM when the Tensor engine does it."""
     small = x.partitions <= 32 and x.free_size <= 32
     out = ndarray((x.free_size, x.partitions), x.dtype, sbuf if small else psum)
-    _isa().nc_transpose(dst=out, data=x)
+    _isa.nc_transpose(dst=out, data=x)
     return out if dtype is None else copy(out, dtype)
 
 
@@ -390,26 +390,20 @@ def matmul(x: NkiTensor, y: NkiTensor, transpose_x: bool = False) -> NkiTensor:
     if not transpose_x:
         turned = transpose(x)
         stationary = ndarray(turned.shape, turned.dtype)
-        _isa().tensor_copy(dst=stationary, src=turned)
+        _isa.tensor_copy(dst=stationary, src=turned)
     out = ndarray((stationary.free_size, y.free_size), float32, psum)
-    _isa().nc_matmul(dst=out, stationary=stationary, moving=y)
+    _isa.nc_matmul(dst=out, stationary=stationary, moving=y)
     return out
 
 
 def gather_flattened(data: NkiTensor, indices: NkiTensor, axis: int = 0, dtype: Any = None) -> NkiTensor:
     """Per partition, elements of the flattened ``data`` at ``indices``."""
     out = ndarray(indices.shape, data.dtype)
-    _isa().nc_n_gather(dst=out, data=data, indices=indices)
+    _isa.nc_n_gather(dst=out, data=data, indices=indices)
     return out if dtype is None else copy(out, dtype)
 
 
 # --- Operators and element-wise calls --------------------------------------------------------------------------------
-def _isa() -> ModuleType:
-    from . import isa  # the instructions take operators of this module as defaults
-
-    return isa
-
-
 def _operator(name: str, call: Callable[..., NkiTensor], doc: str) -> Callable[..., NkiTensor]:
     call.__name__ = call.__qualname__ = name
     call.__doc__ = doc
@@ -428,7 +422,7 @@ def _unary(name: str, meaning: str) -> Callable[..., NkiTensor]:
     def apply(x: NkiTensor, dtype: Any = None) -> NkiTensor:
         out = ndarray(x.shape, x.dtype if dtype is None else dtype)
         if name in ops.ACTIVATIONS:
-            _isa().activation(dst=out, op=globals()[name], data=x)
+            _isa.activation(dst=out, op=globals()[name], data=x)
         else:
             out.write(_COMPOSED_UNARY[name](x.read_float()))
             _record_composed(name, out, [x])
@@ -440,7 +434,7 @@ def _unary(name: str, meaning: str) -> Callable[..., NkiTensor]:
 def _reduction(name: str, operator: str, meaning: str) -> Callable[..., NkiTensor]:
     def apply(x: NkiTensor, axis: Any, dtype: Any = None, keepdims: bool = False) -> NkiTensor:
         out = ndarray(_reduced(x, axis, keepdims), x.dtype if dtype is None else dtype)
-        _isa().tensor_reduce(dst=out, op=globals()[operator], data=x, axis=axis, keepdims=keepdims)
+        _isa.tensor_reduce(dst=out, op=globals()[operator], data=x, axis=axis, keepdims=keepdims)
         return out
 
     return _operator(name, apply, f"{meaning} over the last free axes of a tile.")
@@ -467,7 +461,7 @@ def _apply_binary(name: str, x: Any, y: Any, dtype: Any) -> NkiTensor:
         kind = dtypes.promote(tiles[0].dtype, tiles[-1].dtype)
     shape = np.broadcast_shapes(*(t.shape for t in tiles))
     out = ndarray(shape, kind)
-    operator, isa = globals()[name], _isa()
+    operator = globals()[name]
     if name in ops.COMPOSED:
         # No single instruction divides: the cost is that of two on the Vector engine.
         with np.errstate(all="ignore"):
@@ -475,14 +469,14 @@ def _apply_binary(name: str, x: Any, y: Any, dtype: Any) -> NkiTensor:
             out.write(np.asarray(ops.COMPOSED[name](left, right), dtype=np.float32))
         _record_composed(name, out, tiles)
     elif len(tiles) == 2:
-        isa.tensor_tensor(dst=out, data1=_spread(x, shape), data2=_spread(y, shape), op=operator)
+        _isa.tensor_tensor(dst=out, data1=_spread(x, shape), data2=_spread(y, shape), op=operator)
     elif name == "power":
         with np.errstate(all="ignore"):
             out.write(np.power(_as_array(x, shape), _as_array(y, shape), dtype=np.float32))
         _record_composed(name, out, tiles)
     else:
         constant = x if tiles[0] is y else y
-        isa.tensor_scalar(dst=out, data=tiles[0], op0=operator, operand0=constant, reverse0=tiles[0] is y)
+        _isa.tensor_scalar(dst=out, data=tiles[0], op0=operator, operand0=constant, reverse0=tiles[0] is y)
     return out
 
 
@@ -497,11 +491,8 @@ def _as_array(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _record_composed(name: str, out: NkiTensor, reads: Sequence[NkiTensor]) -> None:
-    from .enums import engine
-    from .isa.common import finish
-
     cycles = out.free_size * costs.VECTOR_TWO_INPUTS * 2
-    finish(f"nl.{name}", engine.vector, costs.elementwise(engine.vector, cycles), list(reads), [out], None)
+    _finish(f"nl.{name}", _engine.vector, costs.elementwise(_engine.vector, cycles), list(reads), [out], None)
 
 
 _COMPOSED_UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -580,7 +571,7 @@ sum = _reduction("sum", "add", "Sum")
 def invert(x: NkiTensor, dtype: Any = None) -> NkiTensor:
     """Bitwise not on an integer tile; also an operator."""
     out = ndarray(x.shape, x.dtype if dtype is None else dtype)
-    _isa().tensor_scalar(dst=out, data=x, op0=bitwise_xor, operand0=-1)
+    _isa.tensor_scalar(dst=out, data=x, op0=bitwise_xor, operand0=-1)
     return out
 
 
@@ -590,7 +581,7 @@ _operator("invert", invert, invert.__doc__ or "")
 def all(x: NkiTensor, axis: Any, dtype: Any = None) -> NkiTensor:
     """1 where every element along ``axis`` is non-zero."""
     out = ndarray(_reduced(x, axis, False), x.dtype if dtype is None else dtype)
-    _isa().tensor_reduce(dst=out, op=logical_and, data=x, axis=axis)
+    _isa.tensor_reduce(dst=out, op=logical_and, data=x, axis=axis)
     return out
 
 
@@ -641,7 +632,5 @@ def rms_norm(
     return multiply(multiply(x, scale, inner), w, x.dtype if dtype is None else dtype)
 
 
-__all__ = [
-    name for name in dir() if not name.startswith("_") and name not in ("TYPE_CHECKING", "annotations", "builtins")
-]
+__all__ = [name for name in dir() if not name.startswith("_") and name not in ("annotations", "builtins")]
 __all__ += ["NKIObject"]

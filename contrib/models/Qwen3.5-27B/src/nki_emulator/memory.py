@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from . import costs, dtypes
+from .access_times import AccessTimes, Entries
 from .allocation import Allocation
 from .enums import MemoryRegion
 from .errors import fail
 from .registers import NKIObject, VirtualRegister
-
-if TYPE_CHECKING:
-    from .engine import RegionTimes
 
 _AP_DOC = "nki/deep-dives/nki-aps.rst"
 _GUIDE = "nki/get-started/nki-language-guide.rst"
@@ -48,7 +46,7 @@ class Storage:
         self.base: int = raw.__array_interface__["data"][0]
         self.granule = granule
         self.name = name
-        self.times: RegionTimes | None = None
+        self.times: AccessTimes | None = None
         self.allocation: Allocation | None = None
 
     def __del__(self) -> None:
@@ -101,11 +99,11 @@ class NkiTensor(NKIObject):
     __slots__ = (
         "_array",
         "_byte_offset",
-        "_entries",
         "_indexed",
         "_indirect",
         "accumulation",
         "dtype",
+        "entries",
         "has_partition_axis",
         "storage",
     )
@@ -130,7 +128,7 @@ class NkiTensor(NKIObject):
         self._indirect = indirect
         # Views are immutable, so what the timeline derives from one is computed once.
         self._byte_offset = -1
-        self._entries: Any = None
+        self.entries: tuple[int, Entries] | None = None
 
     # --- What a kernel may ask at compile time --------------------------------------------------------------------
     @property
@@ -365,17 +363,18 @@ class NkiTensor(NKIObject):
             # Only the instruction knows whether a dynamic address out of bounds is an error or skipped.
             nowhere = Indirect(self._flat(name), np.zeros(nums, dtype=np.int64), np.zeros(nums, dtype=np.bool_))
             return self._like(self._array[:0], name, indexed=True, indirect=nowhere)
+        return self._strided(name, steps, nums, start, total)
+
+    def _strided(self, name: str, steps: list[int], nums: list[int], start: int, total: int) -> NkiTensor:
+        """The view of a static access pattern, which lies within the ``total`` elements of this tensor."""
+        size = dtypes.itemsize(name)
         if self.buffer in ON_CHIP and self.has_partition_axis:
             row = total // self.shape[0]
             if nums[0] > 1 and steps[0] != row:
                 fail("ap", f"partition step {steps[0]} on {self!r}", f"it must be the free size {row}", _AP_DOC)
             if start % row + sum(s * (n - 1) for s, n in zip(steps[1:], nums[1:], strict=True)) >= row:
-                fail(
-                    "ap",
-                    f"pattern {[list(p) for p in pattern]} at {start}",
-                    f"it leaves the {row} elements of a partition",
-                    _AP_DOC,
-                )
+                pattern = [list(p) for p in zip(steps, nums, strict=True)]
+                fail("ap", f"pattern {pattern} at {start}", f"it leaves the {row} elements of a partition", _AP_DOC)
             pitch = self._array.strides[0]
             where = self.byte_offset + start // row * pitch + start % row * size
             strides = (pitch, *(s * size for s in steps[1:]))

@@ -9,6 +9,7 @@ named by the ``nki.language`` function that also serves as a convenience call: `
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import pi
 from typing import Any
 
@@ -145,6 +146,21 @@ VALID_RANGE: dict[str, tuple[float, float]] = {
     "sqrt": (2.0**-116, 2.0**118),
     "rsqrt": (2.0**-87, 2.0**97),
 }
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator by its name alone, the default of an instruction that takes one.
+
+    The ``nki.language`` function of that name carries the same ``nki_operator``; being a convenience call too, it is
+    built on the instructions, which therefore cannot name it.
+    """
+
+    nki_operator: str
+
+
+EQUAL = Operator("equal")
+MAXIMUM = Operator("maximum")
 
 
 def op_name(call: str, operand: str, op: Any) -> str:

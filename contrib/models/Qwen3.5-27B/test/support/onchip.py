@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Run one instruction on tiles: load arrays, call it, store what it wrote."""
+"""Helpers of the emulator's tests: run one instruction on tiles, seeded inputs, tolerances."""
 
 from __future__ import annotations
 
@@ -10,11 +10,40 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nki_emulator import emulate
+from nki_emulator import Report, emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
+from nki_emulator.engine import Instruction
 
 BF16 = ml_dtypes.bfloat16
+
+BF16_ONCE = 2.0**-8
+"""One rounding to bf16 has relative error 2**-9; two operations in float32 before it add nothing visible."""
+
+F32_SUM = 1e-5
+"""Sums of a few hundred float32 terms in another order."""
+
+SHAPES = [(128, 512), (1, 1), (128, 1), (33, 7), (64, 130)]
+DTYPES = [np.float32, BF16, np.float16]
+
+
+def data(shape: tuple[int, ...], dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
+    """Normal values; the same seed gives the same ones."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def grid_data(*shape: int) -> np.ndarray:
+    """0, 1, 2, ... in float32: every element is another one."""
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def f64(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, dtype=np.float64)
+
+
+def items(report: Report, core: int = 0) -> list[Instruction]:
+    """The instructions of a core in program order."""
+    return list(report.instructions[core])
 
 
 def tile(array: Any, buffer: Any = nl.sbuf) -> Any:

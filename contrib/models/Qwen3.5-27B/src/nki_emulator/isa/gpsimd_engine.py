@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from .. import checks, costs, dtypes, ops
-from .. import language as nl
 from ..enums import engine as Engine
 from ..errors import fail
 from ..memory import NkiTensor
@@ -68,7 +67,7 @@ def affine_select(
     channel_multiplier: int,
     on_true_tile: Any,
     on_false_value: float,
-    cmp_op: Any = nl.equal,
+    cmp_op: Any = ops.EQUAL,
     offset: int = 0,
     name: str | None = None,
 ) -> None:

@@ -234,30 +234,34 @@ def _check_matmul(
         fail(call, f"contraction size {w.partitions}", f"at most {rows} rows", f"{_DOC}, Tile size")
     factor = 2 if double else 1
     if double:
-        for operand, t in (("stationary", w), ("moving", x)):
-            if t.dtype not in ("float8_e4m3", "float8_e5m2"):
-                fail(
-                    call,
-                    f"{operand} has dtype {t.dtype} with double_row",
-                    "it must be float8_e4m3 or float8_e5m2",
-                    _DOC,
-                )
-            if t.ndim < 3 or t.shape[1] != 2:
-                fail(
-                    call, f"{operand} has shape {list(t.shape)} with double_row", "its first free dimension is 2", _DOC
-                )
-        if is_transpose or (tile_size and columns != 128):
-            fail(
-                call,
-                "double_row with transpose or column tiling",
-                "they cannot be combined",
-                f"{_DOC}, Performance mode",
-            )
+        _check_double_row(call, w, x, columns, is_transpose, tile_size)
     if w.free_size > columns * factor:
         fail(call, f"stationary has {w.free_size} columns", f"at most {columns * factor}", f"{_DOC}, Tile size")
     if x.free_size > 512 * factor:
         fail(call, f"moving has {x.free_size} columns", f"at most {512 * factor}", f"{_DOC}, Tile size")
     one_bank(call, out)
+
+
+def _check_double_row(
+    call: str, w: NkiTensor, x: NkiTensor, columns: int, is_transpose: bool, tile_size: tuple[int, ...]
+) -> None:
+    for operand, t in (("stationary", w), ("moving", x)):
+        if t.dtype not in ("float8_e4m3", "float8_e5m2"):
+            fail(
+                call,
+                f"{operand} has dtype {t.dtype} with double_row",
+                "it must be float8_e4m3 or float8_e5m2",
+                _DOC,
+            )
+        if t.ndim < 3 or t.shape[1] != 2:
+            fail(call, f"{operand} has shape {list(t.shape)} with double_row", "its first free dimension is 2", _DOC)
+    if is_transpose or (tile_size and columns != 128):
+        fail(
+            call,
+            "double_row with transpose or column tiling",
+            "they cannot be combined",
+            f"{_DOC}, Performance mode",
+        )
 
 
 def one_bank(call: str, out: NkiTensor) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from .. import checks, costs, dtypes, ops
-from .. import language as nl
 from ..context import current
 from ..enums import MemoryRegion
 from ..enums import engine as Engine
@@ -42,8 +41,8 @@ def tensor_copy(dst: Any, src: Any, engine: Engine = Engine.unknown, name: str |
     out.write(source.read() if source.dtype == out.dtype else source.read_float())
     candidates = (Engine.vector, Engine.scalar) if on is Engine.unknown else (on,)
     prices = {e: _copy_cost(e, out, source) for e in candidates}
-    line = current().timeline
-    on = min(candidates, key=lambda e: line.engine_free_at(e) + prices[e].busy_ns)
+    timeline = current().timeline
+    on = min(candidates, key=lambda e: timeline.engine_free_at(e) + prices[e].busy_ns)
     checks.reachable(call, on, dst=out, src=source)
     finish(call, on, prices[on], [source], [out], name)
 
@@ -112,9 +111,9 @@ def memset(dst: Any, value: Any, engine: Engine = Engine.unknown, name: str | No
     else:
         out.write(np.full(out.shape, value, dtype=np.float32))
     if on is Engine.unknown:
-        line = current().timeline
+        timeline = current().timeline
         in_psum = out.buffer is MemoryRegion.psum
-        gpsimd_first = line.engine_free_at(Engine.gpsimd) < line.engine_free_at(Engine.vector)
+        gpsimd_first = timeline.engine_free_at(Engine.gpsimd) < timeline.engine_free_at(Engine.vector)
         on = Engine.gpsimd if gpsimd_first and not in_psum else Engine.vector
     checks.reachable(call, on, dst=out)
     if on is Engine.vector:
@@ -563,7 +562,7 @@ def select_reduce(
     on_false: Any,
     reduce_res: Any = None,
     reduce_cmd: ReduceCmd = ReduceCmd.idle,
-    reduce_op: Any = nl.maximum,
+    reduce_op: Any = ops.MAXIMUM,
     reverse_pred: bool = False,
     name: str | None = None,
 ) -> None:
@@ -605,7 +604,7 @@ def range_select(
     bound1: Any,
     reduce_cmd: ReduceCmd = ReduceCmd.reset_reduce,
     reduce_res: Any = None,
-    reduce_op: Any = nl.maximum,
+    reduce_op: Any = ops.MAXIMUM,
     range_start: int = 0,
     on_false_value: float = -3.4028235e38,
     name: str | None = None,

@@ -34,7 +34,7 @@ CONV_WIDTH = 4
 """Taps of the convolution (linear_conv_kernel_dim)."""
 
 NORM_EPS = 1e-6
-"""rms_norm_eps of the checkpoints, and the default of the decoding kernel."""
+"""rms_norm_eps of the checkpoints, and the default of the decode kernel."""
 
 HBM_BYTES_PER_US = 0.36e6
 """Of one physical core: Trainium2 has 2.9 TB/s for eight (about-neuron/arch/neuron-hardware/trainium2.rst)."""
@@ -45,7 +45,7 @@ SEED = 0
 class KernelName(str, Enum):
     """The kernels that the model launches."""
 
-    RECURRENT = "recurrent"  # deltanet_decode_layer: a layer between its projections, 1 to 8 tokens
+    DECODE = "decode"  # deltanet_decode_layer: a layer between its projections, 1 to 8 tokens
     CHUNKED = "chunked"  # deltanet_chunk_step: the delta rule over one chunk of 32, 64 or 128 tokens
     FUSED = "fused"  # deltanet_fused_chunked_layer: the delta rule over whole sequences
 
@@ -58,7 +58,7 @@ class Gates(str, Enum):
     EQUAL_KEYS = "equal-keys"  # one key for all tokens, no decay, beta = 1: each token erases the one before it
 
 
-DEFAULT_TOKENS = {KernelName.RECURRENT: 1, KernelName.CHUNKED: 128, KernelName.FUSED: 512}
+DEFAULT_TOKENS = {KernelName.DECODE: 1, KernelName.CHUNKED: 128, KernelName.FUSED: 512}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class KernelCase:
     Attributes:
         kernel: which kernel.
         batch, tokens: B and T.
-        heads, key_heads: H and Hk of the rank.
+        heads, key_heads: H and Hk per rank.
         dtype: of activations; gates and states are float32.
         cores: 1, or 2 for LNC=2.
         gates: how hard the inputs are.
@@ -77,7 +77,7 @@ class KernelCase:
         ValueError: the kernel does not take this shape.
     """
 
-    kernel: KernelName = KernelName.RECURRENT
+    kernel: KernelName = KernelName.DECODE
     batch: int = 1
     tokens: int = 1
     heads: int = 12
@@ -96,8 +96,8 @@ class KernelCase:
             raise ValueError(f"cores={self.cores}: 1, or 2 with LNC=2")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype={self.dtype}: one of {', '.join(DTYPES)} is needed")
-        if self.kernel is KernelName.RECURRENT and self.tokens > 8:
-            raise ValueError(f"tokens={self.tokens}: the recurrent kernel takes 1 to 8 tokens")
+        if self.kernel is KernelName.DECODE and self.tokens > 8:
+            raise ValueError(f"tokens={self.tokens}: the decode kernel takes 1 to 8 tokens")
         if self.kernel is KernelName.CHUNKED and self.tokens not in (32, 64, 128):
             raise ValueError(f"tokens={self.tokens}: the chunked kernel takes 32, 64 or 128 tokens")
 
@@ -155,14 +155,14 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
     import nki_emulator
 
     from ..nki_kernels.chunked import deltanet_chunk_step
+    from ..nki_kernels.decode_layer import deltanet_decode_layer
     from ..nki_kernels.fused_chunked import deltanet_fused_chunked_layer
     from ..nki_kernels.nki_seam import EMULATED
-    from ..nki_kernels.recurrent import deltanet_decode_layer
 
     if not EMULATED:
         raise ValueError("the Neuron SDK's nki is installed here: kernel reports need an environment without it")
     kernel = {
-        KernelName.RECURRENT: deltanet_decode_layer,
+        KernelName.DECODE: deltanet_decode_layer,
         KernelName.CHUNKED: deltanet_chunk_step,
         KernelName.FUSED: deltanet_fused_chunked_layer,
     }[case.kernel]
@@ -172,7 +172,7 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
     except (AssertionError, nki_emulator.NkiValidationError) as error:
         raise ValueError(f"the kernel refuses {case}: {error}") from error
     exact = [x.double() for x in inputs]
-    expected = _decode_step(*exact) if case.kernel is KernelName.RECURRENT else recurrent_gated_delta_rule(*exact)
+    expected = _decode_step(*exact) if case.kernel is KernelName.DECODE else recurrent_gated_delta_rule(*exact)
     report = result.report
     return (
         KernelFigures(
@@ -196,7 +196,7 @@ def hbm_bytes(case: KernelCase) -> int:
     size, channels = case.dtype.itemsize, (2 * Hk + H) * HEAD_DIM
     activations = B * T * (channels + H * HEAD_DIM) * size  # q, k, v and the output
     states = 4 * B * H * HEAD_DIM**2 * (1 if case.kernel is KernelName.FUSED else 2)  # a sequence starts from zero
-    if case.kernel is not KernelName.RECURRENT:
+    if case.kernel is not KernelName.DECODE:
         return activations + states + 2 * 4 * B * T * H  # g and beta
     gates = B * T * H * (HEAD_DIM + 2) * size  # z, a and b
     conv = channels * (CONV_WIDTH + 2 * B * (CONV_WIDTH - 1)) * size  # weights, and the state in and out
@@ -265,7 +265,7 @@ def _make_inputs(case: KernelCase) -> list[Tensor]:
         a, b = torch.full_like(a, -30.0), torch.full_like(b, 20.0)
         qkv[:, :, : 2 * Hk] = history[:, :, : 2 * Hk] = normal(1, 1, 1, D)
 
-    if case.kernel is KernelName.RECURRENT:
+    if case.kernel is KernelName.DECODE:
         channels = (2 * Hk + H) * D
         # One filter for all heads keeps equal keys equal.
         weight = (normal(1, D, CONV_WIDTH) / 2).expand(2 * Hk + H, D, CONV_WIDTH).reshape(channels, CONV_WIDTH)
@@ -358,8 +358,8 @@ def add_kernels_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         metavar="T",
         help="default: " + ", ".join(f"{tokens} ({kernel.value})" for kernel, tokens in DEFAULT_TOKENS.items()),
     )
-    parser.add_argument("--heads", type=int, default=default.heads, metavar="H", help="value heads of a rank")
-    parser.add_argument("--key-heads", type=int, default=default.key_heads, metavar="Hk", help="key heads of a rank")
+    parser.add_argument("--heads", type=int, default=default.heads, metavar="H", help="value heads per rank")
+    parser.add_argument("--key-heads", type=int, default=default.key_heads, metavar="Hk", help="key heads per rank")
     parser.add_argument("--dtype", choices=DTYPES, default=dtype_name(default.dtype))
     parser.add_argument("--cores", type=int, choices=(1, 2), default=default.cores, help="physical cores (LNC)")
     parser.add_argument("--gates", choices=_values(Gates), default=default.gates.value)

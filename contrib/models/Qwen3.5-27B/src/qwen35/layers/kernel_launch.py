@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from ..kernel_selection import DeltaNetKernel
 from ..nki_kernels.chunked import deltanet_chunk_step
+from ..nki_kernels.decode_layer import deltanet_decode_layer
 from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer
-from ..nki_kernels.recurrent import deltanet_decode_layer, deltanet_recurrent_fwd_state
+from ..nki_kernels.recurrent import deltanet_recurrent_fwd_state
 from ..ops import l2norm
 
 

@@ -1,6 +1,9 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Context encoding: causal grouped-query attention at head_dim 256."""
+"""Context encoding: causal grouped-query attention at head_dim 256.
+
+The specification is `qwen35.ops.causal_attention`.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ GROUP = 4
 (nki/guides/architecture/trainium_inferentia2_arch.rst, PSUM)."""
 
 LOOKAHEAD = 2
-"""Rows by which scores run ahead of P V, so that the chain maximum, exp, transpose stays off the Tensor engine."""
+"""Rows by which scores run ahead of P V, so that the Tensor engine need not wait for maximum, exp and transpose."""
 
 QUERY_LEAD = 2
 """Rows by which Q^T runs ahead of the scores."""
@@ -31,7 +34,8 @@ MASKED = -1e30
 """Added to the scores of future keys: exp gives 0, and bfloat16 and float32 hold it."""
 
 MAX_TOKENS = 4096
-"""In bfloat16, half of it in float32: K^T and V of two heads, two rows of scores and three of p then fit in SBUF."""
+"""Longest sequence in bfloat16; half of it in float32. SBUF then holds K^T and V of two heads, and two rows of scores
+and three of p."""
 
 
 @dataclass
@@ -58,9 +62,9 @@ class Row(nl.NKIObject):
 
 @dataclass
 class KeyValue(nl.NKIObject):
-    """One key-value head of one sequence; `tiles` says how many key tiles are on chip so far.
+    """One key-value head of one sequence.
 
-    k_t: [128(d), 2, S] operand type. v: [128(token), S / 128, 256] operand type.
+    k_t: [128(d), 2, S] operand type. v: [128(token), S / 128, 256] operand type. tiles: key tiles loaded so far.
     """
 
     b: int
@@ -72,7 +76,7 @@ class KeyValue(nl.NKIObject):
 
 @dataclass
 class Pool(nl.NKIObject):
-    """Buffers of one shape taken in turn, so that an instruction waits only for the user before the last ones."""
+    """Buffers of one shape, taken in turn: writing to one waits for what used it that many turns ago."""
 
     tiles: list[Any]
     taken: int = 0
@@ -166,7 +170,7 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                     rows.append(Row(b=b, head=m * (N // M) + i % (N // M), tile=i // (N // M), kv=len(heads) - 1))
     pools = _make_pools(S, q.dtype)
 
-    transposed = []  # blocks of p; the last one is still on its way to SBUF
+    transposed = []  # blocks of p; the last one has yet to be copied to SBUF
     for step in range(-QUERY_LEAD, len(rows) + LOOKAHEAD):
         scored, used = step, step - LOOKAHEAD
         blocks = 0
@@ -278,7 +282,7 @@ def _make_constants() -> Constants:
 
 
 def _need_keys(head: KeyValue, tiles: int, k: Tensor, v: Tensor, pools: Pools) -> None:
-    """Bring K^T and V up to the block that contains key tile `tiles - 1`."""
+    """Load K^T and V up to the block that contains key tile `tiles - 1`, as far as they are not there yet."""
     S = k.shape[2]
     if head.tiles == 0:
         head.k_t = nl.ndarray((TILE, HALVES, S), dtype=k.dtype, buffer=nl.sbuf)
@@ -303,7 +307,7 @@ def _need_keys(head: KeyValue, tiles: int, k: Tensor, v: Tensor, pools: Pools) -
 
 
 def _load_query(row: Row, q: Tensor, pools: Pools) -> None:
-    """Q^T, scaled."""
+    """Load Q of a row, transpose and scale it."""
     tokens = row.tile * TILE
     q_rows = _take(pools.rows)
     moved = _take(pools.moved)
@@ -366,7 +370,7 @@ def _exponentiate(row: Row, pools: Pools) -> None:
 def _transpose_block(row: Row, j: int, pools: Pools) -> Tensor:
     """P^T of one block: [128(key), tiles, 128(q)] operand type."""
     n = _blocks(row)
-    if j == 0:  # the sums are long there: the Vector engine does not wait
+    if j == 0:  # the row was exponentiated LOOKAHEAD rows ago: the Vector engine does not wait for its sums
         total, inverse = row.stats[:, 2 * n + 1 : 2 * n + 2], row.stats[:, 2 * n + 2 : 2 * n + 3]
         nisa.tensor_reduce(dst=total, op=nl.add, data=row.stats[:, n : 2 * n], axis=1)
         nisa.reciprocal(dst=inverse, data=total)

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated delta rule chunk by chunk: the stages of one chunk, their schedule over sequences, and a one-chunk kernel.
 
-The formulas and the letters are those of `common`. A chunk goes through fourteen stages of preparation, which need no
-state, and four that move the state on. Work per chunk, unit of R value heads and stage; bf16 operands, all else
-float32, PE the Tensor engine, V Vector, A Scalar, G GpSimd:
+The specification is `qwen35.ops.chunk_gated_delta_rule`; formulas and letters are those of `chunk_pieces`. A chunk goes
+through fourteen stages of preparation, which need no state, and four that update the state. The table gives the work
+of a stage for one chunk and unit of R value heads; PE is the Tensor engine, V Vector, A Scalar, G GpSimd. Operands of
+products are bf16, all else is float32:
 
     prepare  0  PE K^T, Q^T                             V evict               G g_t [t <= i]
              1  PE K K^T | Q K^T, sums of g             A evict, exp -> D     G masks
@@ -22,16 +23,14 @@ float32, PE the Tensor engine, V Vector, A Scalar, G GpSimd:
 
 from typing import Any
 
-from .common import (
+from .chunk_pieces import (
     BLOCK,
     SMALL_LEVELS,
     UNIT_HEADS,
     Constants,
     Shape,
     State,
-    Tensor,
     Work,
-    assemble_blocks,
     check_inputs,
     compute_gates,
     load_segment,
@@ -39,17 +38,21 @@ from .common import (
     make_constants,
     make_units,
     mask_gates,
+    slice_heads,
+    split_heads,
+    store_state,
+)
+from .common import Tensor
+from .nki_seam import nisa, nki, nl
+from .triangular_inverse import (
+    assemble_blocks,
     merge_halves,
     merge_pairs,
     merge_small,
-    slice_heads,
-    split_heads,
     start_halves,
     start_inverse,
     start_pairs,
-    store_state,
 )
-from .nki_seam import nisa, nki, nl
 
 
 # --- Preparation of a chunk: everything that does not need the state -------------------------------------------------
@@ -253,7 +256,7 @@ PHASES = 2
 PHASE_STAGES = (PREPARE_STAGES + PHASES - 1) // PHASES
 
 SEGMENT_CHUNKS = 4
-"""Chunks whose inputs are loaded and whose gates are computed together: the next segment's are under way meanwhile."""
+"""Chunks whose inputs are loaded and whose gates are computed together, while those of the next segment are loaded."""
 
 
 def delta_rule(
@@ -298,14 +301,15 @@ def delta_rule(
         nisa.memset(dst=t, value=0.0, engine=nisa.engine.gpsimd)
         inverses.append(t)
 
-    # Chunks of all sequences in one row, (sequence, segment, chunk within the segment).
+    # Segments as (sequence, first chunk, chunks); chunks of all sequences as (sequence, segment, chunk within the
+    # segment, chunk within the sequence).
     segments: list[tuple[int, int, int]] = []
     items = []
     chunks = (S + C - 1) // C
     for b in range(B):
         first = 0
         while first < chunks:
-            # The very first segment is one chunk, because nothing can be done until it has arrived.
+            # The very first segment is one chunk, because no engine can start before it is loaded.
             n = 1 if len(segments) == 0 else min(SEGMENT_CHUNKS, chunks - first)
             for c in range(n):
                 items.append((b, len(segments), c, first + c))

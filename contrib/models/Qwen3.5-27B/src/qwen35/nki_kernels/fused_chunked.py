@@ -1,9 +1,13 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Context encoding: whole sequences of a gated DeltaNet layer in one launch, and the same for a single head."""
+"""Context encoding: whole sequences of a gated DeltaNet layer in one launch, and the same for a single head.
 
+The specification is `qwen35.ops.chunk_gated_delta_rule`, with g = beta = 0 from the valid length on.
+"""
+
+from .chunk_pieces import check_inputs
 from .chunked import delta_rule
-from .common import Tensor, check_inputs
+from .common import Tensor
 from .nki_seam import nki, nl
 
 CHUNK = 128
@@ -20,7 +24,7 @@ def deltanet_fused_chunked_layer(
     initial_state: Tensor = None,
     valid_lengths: Tensor = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule of all heads of a layer over whole sequences (`ops.gated_delta_rule`).
+    """The gated delta rule of all heads of a layer over whole sequences.
 
     Pseudocode, per core with its heads, K^T and Q^T products once per key head:
 

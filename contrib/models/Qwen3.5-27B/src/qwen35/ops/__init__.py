@@ -1,7 +1,8 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of the DeltaNet layer in plain PyTorch: the specification of the NKI kernels and the CPU path."""
+"""Operators in plain PyTorch: the specification of the NKI kernels, and what DeltaNet layers run on a CPU."""
 
+from .causal_attention import causal_attention
 from .causal_conv import causal_conv
 from .gated_delta_rule import (
     CHUNK_SIZE,
@@ -13,6 +14,7 @@ from .gated_delta_rule import (
 
 __all__ = [
     "CHUNK_SIZE",
+    "causal_attention",
     "causal_conv",
     "chunk_gated_delta_rule",
     "decay_and_beta",

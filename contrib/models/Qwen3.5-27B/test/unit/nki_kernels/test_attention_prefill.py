@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The prefill attention kernel in the emulator, against causal softmax attention in float64."""
+"""The prefill attention kernel in the emulator, against causal softmax attention in float64 and its specification."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import nki_emulator
 from nki_emulator import costs
 from qwen35.nki_kernels.attention_prefill import HEAD_DIM, attention_prefill
 from qwen35.nki_kernels.nki_seam import EMULATED
+from qwen35.ops import causal_attention
 from support.compare import assert_close
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
@@ -45,8 +46,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, grid: int | None = 2) -> Tensor:
     return nki_emulator.emulate(attention_prefill, q, k, v, grid=grid, timed=False).outputs
 
 
-def check(actual: Tensor, expected: Tensor) -> None:
-    assert_close(actual, expected, atol=TOLERANCE[actual.dtype] * float(expected.abs().max()), label="out")
+def check(actual: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, expected in (("float64", naive(q, k, v)), ("causal_attention", causal_attention(q, k, v))):
+        limit = TOLERANCE[actual.dtype] * float(expected.abs().max())
+        assert_close(actual, expected, atol=limit, label=f"out against {name}")
 
 
 @DTYPES
@@ -54,14 +57,14 @@ def check(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("S", [128, 256, 640])
 def test_matches_softmax_attention(S: int, G: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(S, G, dtype)
-    check(run(*inputs), naive(*inputs))
+    check(run(*inputs), *inputs)
 
 
 @DTYPES
 @pytest.mark.parametrize("grid", [None, 1, 2])
 def test_any_grid_covers_all_sequences_and_heads(grid: int | None, dtype: torch.dtype) -> None:
     inputs = make_inputs(256, 3, dtype, B=2, M=2)
-    check(run(*inputs, grid=grid), naive(*inputs))
+    check(run(*inputs, grid=grid), *inputs)
 
 
 @pytest.mark.parametrize("spread", [0.0, 100.0])
@@ -69,7 +72,9 @@ def test_equal_and_extreme_scores(spread: float) -> None:
     inputs = make_inputs(640, 1, torch.float32, spread=spread)
     # A score of 400 carries 256 roundings of products of its size: 2e-5 absolute, hence relative in exp.
     atol = (1e-5 if spread == 0.0 else 1e-4) * float(inputs[2].abs().max())
-    assert_close(run(*inputs), naive(*inputs), atol=atol, label="out")
+    out = run(*inputs)
+    assert_close(out, naive(*inputs), atol=atol, label="out against float64")
+    assert_close(out, causal_attention(*inputs), atol=2 * atol, label="out against causal_attention")  # rounds as well
 
 
 def test_later_tokens_change_nothing_before_them() -> None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The token-by-token NKI kernels on the emulator, against the formulas of the layer in float64.
+"""The decode step of a layer in the emulator, against the formulas of the layer in float64.
 
 Letters: B batch, T tokens of a step, H value heads, Hk key heads of a rank; K = V = 128. All times are modelled.
 """
@@ -8,15 +8,15 @@ Letters: B batch, T tokens of a step, H value heads, Hk key heads of a rank; K =
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import nki_emulator
-from qwen35.nki_kernels.recurrent import deltanet_decode_layer, deltanet_recurrent_fwd, deltanet_recurrent_fwd_state
+from qwen35.nki_kernels.decode_layer import deltanet_decode_layer
 from qwen35.ops import causal_conv, decay_and_beta, recurrent_gated_delta_rule
+from support.kernel_cases import assert_near
 
 D = 128
 EPS = 1e-6
@@ -103,17 +103,6 @@ def run(step: Step, grid: int | None, token_states: bool = False, timed: bool = 
     )
 
 
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float, label: str) -> None:
-    """Largest error over largest element; shows the worst element otherwise."""
-    assert actual.shape == expected.shape, f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = (actual.double() - expected).abs().nan_to_num(nan=torch.inf)
-    at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-    allowed = tolerance * float(expected.abs().max())
-    assert error[at] <= allowed, (
-        f"{label}{at}: {actual[at].item()!r}, expected {expected[at].item()!r}, off by more than {allowed:g}"
-    )
-
-
 def check(step: Step, grid: int | None, token_states: bool = False, tolerance: float | None = None) -> None:
     outputs = run(step, grid, token_states).outputs
     expected = naive(step)
@@ -128,7 +117,6 @@ def check(step: Step, grid: int | None, token_states: bool = False, tolerance: f
         assert_near(outputs[3], expected[3], STATE_TOLERANCE, "states")
 
 
-# --- The decode step of a layer --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grid", [None, 2])
 @pytest.mark.parametrize("B", [1, 2, 3, 4])
 @pytest.mark.parametrize(("H", "Hk"), [(3, 1), (6, 2), (2, 1), (1, 1)], ids=str)
@@ -232,8 +220,8 @@ def test_inputs_are_left_alone() -> None:
     [
         (1, 8, 12, 4, torch.bfloat16),
         (4, 8, 12, 4, torch.float32),
-        (5, 3, 12, 4, torch.float32),  # split by key heads, in slabs
-        (16, 1, 12, 4, torch.bfloat16),  # two slabs per core
+        (5, 3, 12, 4, torch.float32),  # split by key heads, in several boxes
+        (16, 1, 12, 4, torch.bfloat16),  # two boxes per core
         (8, 8, 3, 1, torch.float32),
         (1, 2, 48, 16, torch.float32),
     ],
@@ -244,9 +232,8 @@ def test_large_steps_are_the_formula(B: int, T: int, H: int, Hk: int, dtype: tor
 
 
 # --- What the machine allows -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kernel", [deltanet_decode_layer, deltanet_recurrent_fwd, deltanet_recurrent_fwd_state])
-def test_kernels_are_written_in_the_nki_language(kernel: Any) -> None:
-    assert nki_emulator.lint_kernel(kernel) == []
+def test_the_kernel_is_written_in_the_nki_language() -> None:
+    assert nki_emulator.lint_kernel(deltanet_decode_layer) == []
 
 
 @pytest.mark.parametrize(("H", "Hk"), [(12, 4), (3, 1)], ids=["TP=4", "TP=16"])
@@ -290,41 +277,3 @@ def test_the_state_is_read_once_and_written_once() -> None:
     small = sum(x.numel() * x.element_size() for x in step.tensors()[:-1])
     assert state <= sum(core.hbm_bytes_read for core in cores) <= state + 2 * small
     assert state <= sum(core.hbm_bytes_written for core in cores) <= state + small
-
-
-# --- One head --------------------------------------------------------------------------------------------------------
-def head_inputs(S: int, dtype: torch.dtype, g: float) -> list[Tensor]:
-    q, k = (torch.nn.functional.normalize(torch.randn(S, D), dim=-1) for _ in range(2))
-    log_decay, beta = (x.expand(S, D).contiguous() for x in (g * torch.rand(S, 1), torch.rand(S, 1)))
-    return [*(x.to(dtype) for x in (q / D**0.5, k, torch.randn(S, D))), log_decay, beta]
-
-
-def naive_head(inputs: list[Tensor], S: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, g, beta = (x.double() for x in inputs)
-    S, outputs = S.double(), []
-    for t in range(q.shape[0]):
-        S = g[t, 0].exp() * S
-        S = S + torch.outer(k[t], beta[t, 0] * (v[t] - S.T @ k[t]))
-        outputs.append(S.T @ q[t])
-    return torch.stack(outputs), S
-
-
-@pytest.mark.parametrize("g", [-0.01, -3.0, -200.0])
-@pytest.mark.parametrize(("S", "dtype"), [(1, torch.float32), (40, torch.float32), (40, torch.bfloat16)], ids=str)
-def test_one_head_is_the_recurrence(S: int, dtype: torch.dtype, g: float) -> None:
-    inputs = head_inputs(S, dtype, g)
-    initial = torch.randn(D, D)
-    output, state = nki_emulator.emulate(deltanet_recurrent_fwd_state, *inputs, initial, timed=False).outputs
-    expected, expected_state = naive_head(inputs, initial)
-    assert output.dtype == dtype
-    assert_near(output, expected, TOLERANCE[dtype], "output")
-    assert_near(state, expected_state, STATE_TOLERANCE, "state")
-
-
-def test_one_head_takes_more_tokens_than_partitions_and_gates_of_one_column() -> None:
-    q, k, v, g, beta = head_inputs(150, torch.float32, -1.0)
-    output = nki_emulator.emulate(
-        deltanet_recurrent_fwd, q, k, v, g[:, :1].contiguous(), beta[:, :1].contiguous(), timed=False
-    ).outputs
-    expected, _ = naive_head([q, k, v, g, beta], torch.zeros(D, D))
-    assert_near(output, expected, TOLERANCE[torch.float32], "output")

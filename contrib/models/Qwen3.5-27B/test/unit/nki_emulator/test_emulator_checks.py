@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nki_emulator import NkiValidationError, emulate, jit
+from nki_emulator import NkiValidationError, emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
 
@@ -37,8 +37,13 @@ def double_read() -> None:
 
 
 FP8 = "float8_e4m3"
+
+
 ROW = nisa.matmul_perf_mode.double_row
+
+
 HW = nisa.dge_mode.hwdge
+
 
 RULES: dict[str, tuple[Callable[[], Any], str]] = {
     # Partitions
@@ -301,13 +306,3 @@ def test_unchecked_runs_go_on() -> None:
         nisa.dma_copy(sb(4, 4), hbm(4, 4), dge_mode=3)
 
     emulate(kernel, strict=False)
-
-
-def test_a_list_is_no_kernel_argument() -> None:
-    with pytest.raises(NkiValidationError, match=r"argument \[1, 2\]; a kernel takes tuples, not lists"):
-        emulate(lambda strides: None, [1, 2])
-
-
-def test_platform_target_is_refused() -> None:
-    with pytest.raises(NkiValidationError, match="platform_target"):
-        jit(platform_target="trn2")

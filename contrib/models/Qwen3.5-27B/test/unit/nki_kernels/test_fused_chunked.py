@@ -1,12 +1,9 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The chunked kernels in the emulator, against the recurrence written out token by token in float64."""
+"""The kernels of whole sequences in the emulator, against the recurrence written out token by token in float64."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,88 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nki_emulator
-from qwen35.nki_kernels.chunked import deltanet_chunk_step
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_fwd, deltanet_fused_chunked_layer
 from qwen35.nki_kernels.nki_seam import EMULATED
 from support.compare import assert_close
+from support.kernel_cases import TOLERANCE, TOLERANCE_EQUAL_KEYS, Case, check, make_case, naive
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
 
-# Largest error relative to the largest element.
-# float32: 6e-8 per rounding; sums over 128 tokens and 128 dimensions bring 5e-7, equal keys 3e-6 (the triangular system
-# is then worst conditioned).
-# bfloat16: 4e-3 per rounding of an operand, 5e-3 to 9e-3 in all; with equal keys and beta near 1 successive writes
-# nearly cancel, and what is left carries the roundings of all: 4e-2.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-TOLERANCE_EQUAL_KEYS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-
-
-@dataclass
-class Case:
-    """Arguments of a layer."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-    state: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.q, self.k, self.v, self.g, self.beta
-
-
-def make_case(
-    B: int = 1,
-    S: int = 256,
-    Hk: int = 1,
-    R: int = 2,
-    K: int = 64,
-    V: int = 32,
-    dtype: torch.dtype = torch.float32,
-    gates: str = "mild",
-    keys: str = "random",
-    state: bool = False,
-    seed: int = 0,
-) -> Case:
-    """Normal q, k, v; see the code for the gates and keys that the names stand for."""
-    rng = torch.Generator().manual_seed(seed)
-    H = Hk * R
-    q, k, v = (torch.randn(B, S, *heads, generator=rng) for heads in ((Hk, K), (Hk, K), (H, V)))
-    g, beta = (torch.rand(B, S, H, generator=rng) for _ in range(2))
-    rare = torch.rand(B, S, H, generator=rng) < 0.1
-    g = {
-        "none": 0 * g,
-        "weak": -1e-3 * g,
-        "mild": -0.5 * g,
-        "strong": -20 * g,
-        "extreme": -80 * g,
-        "rare": torch.where(rare, -80.0, -0.01 * g),
-    }[gates]
-    if keys != "random":
-        k = {"equal": k[:, :1].expand_as(k).contiguous(), "alike": 0.9 * k[:, :1] + 0.1 * k}[keys]
-        beta = 0.95 + 0.05 * beta
-    initial = torch.randn(B, H, K, V, generator=rng) if state else None
-    return Case(q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial)
-
-
-def naive(case: Case, lengths: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """The recurrence, one token at a time, in float64; beyond its length a sequence's state stays."""
-    q, k, v, g, beta = (x.double().numpy() for x in case.tensors)
-    (B, S, Hk, K), (H, V) = q.shape, v.shape[2:]
-    state = np.zeros((B, H, K, V)) if case.state is None else case.state.double().numpy().copy()
-    o = np.zeros((B, S, H, V))
-    for b, h in np.ndindex(B, H):
-        for t in range(S if lengths is None else lengths[b]):
-            q_t, k_t = (x[b, t, h // (H // Hk)] for x in (q, k))
-            q_t = q_t / np.sqrt(q_t @ q_t + 1e-6) / np.sqrt(K)
-            k_t = k_t / np.sqrt(k_t @ k_t + 1e-6)
-            s = state[b, h] * np.exp(g[b, t, h])
-            state[b, h] = s + np.outer(k_t, (v[b, t, h] - s.T @ k_t) * beta[b, t, h])
-            o[b, t, h] = state[b, h].T @ q_t
-    return torch.from_numpy(o), torch.from_numpy(state)
 
 
 def run_layer(case: Case, lengths: Tensor | None = None, grid: int | None = None) -> tuple[Tensor, Tensor]:
@@ -105,13 +28,6 @@ def run_layer(case: Case, lengths: Tensor | None = None, grid: int | None = None
     return result.outputs
 
 
-def check(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float) -> None:
-    for name, a, e in zip(("o", "state"), actual, expected, strict=True):
-        # The floor is for single tokens whose q and k are nearly orthogonal: all that is left of o is rounding.
-        assert_close(a.double(), e, atol=tolerance * max(e.abs().max().item(), 1e-2), label=name)
-
-
-# --- The layer kernel ------------------------------------------------------------------------------------------------
 @DTYPES
 @pytest.mark.parametrize("gates", ["none", "mild", "strong", "extreme", "rare"])
 def test_the_layer_is_the_recurrence_for_any_decay(gates: str, dtype: torch.dtype) -> None:
@@ -209,7 +125,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         run_layer(Case(*(x.bfloat16() if i == 2 else x for i, x in enumerate(make_case(S=8).tensors))))
 
 
-# --- One head, one chunk ---------------------------------------------------------------------------------------------
+# --- One head --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("state", [False, True], ids=["from zero", "from a state"])
 def test_the_single_head_kernel_is_the_layer_with_one_head(state: bool) -> None:
     case = make_case(S=150, R=1, K=128, V=128, state=state)
@@ -221,19 +137,8 @@ def test_the_single_head_kernel_is_the_layer_with_one_head(state: bool) -> None:
     check((output[:140], final), (expected_o[0, :140, 0], expected_state[0, 0]), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("C", [32, 64, 128])
-def test_chunk_steps_in_a_row_are_the_recurrence(C: int) -> None:
-    case = make_case(B=2, S=2 * C, Hk=2, R=2, K=32, V=16, state=True)
-    state, outputs = case.state, []
-    for start in (0, C):
-        chunk = [x[:, start : start + C].contiguous() for x in case.tensors]
-        o, state = nki_emulator.emulate(deltanet_chunk_step, *chunk, state, grid=2, timed=False).outputs
-        outputs.append(o)
-    check((torch.cat(outputs, dim=1), state), naive(case), TOLERANCE[torch.float32])
-
-
 # --- The 27B model on the machine ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kernel", [deltanet_chunk_step, deltanet_fused_chunked_fwd, deltanet_fused_chunked_layer])
+@pytest.mark.parametrize("kernel", [deltanet_fused_chunked_fwd, deltanet_fused_chunked_layer])
 def test_kernels_are_written_in_the_language_that_the_compiler_takes(kernel: object) -> None:
     assert not nki_emulator.lint_kernel(kernel)
 

@@ -43,8 +43,8 @@ def small(kernel: KernelName, tokens: int, dtype: torch.dtype = torch.float32, *
 @pytest.mark.parametrize(
     ("kernel", "tokens", "cores"),
     [
-        (KernelName.RECURRENT, 1, 2),
-        (KernelName.RECURRENT, 3, 1),
+        (KernelName.DECODE, 1, 2),
+        (KernelName.DECODE, 3, 1),
         (KernelName.CHUNKED, 32, 2),
         (KernelName.FUSED, 1, 1),
         (KernelName.FUSED, 130, 2),
@@ -59,7 +59,7 @@ def test_kernels_are_near_float64(kernel: KernelName, tokens: int, cores: int, d
 
 
 @pytest.mark.parametrize("gates", [Gates.STRONG, Gates.EQUAL_KEYS])
-@pytest.mark.parametrize(("kernel", "tokens"), [(KernelName.RECURRENT, 4), (KernelName.FUSED, 64)])
+@pytest.mark.parametrize(("kernel", "tokens"), [(KernelName.DECODE, 4), (KernelName.FUSED, 64)])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_hard_gates_cost_little_accuracy(kernel: KernelName, tokens: int, gates: Gates, dtype: torch.dtype) -> None:
     figures, _ = measure(small(kernel, tokens, dtype, gates=gates))
@@ -67,7 +67,7 @@ def test_hard_gates_cost_little_accuracy(kernel: KernelName, tokens: int, gates:
 
 
 def test_the_same_case_gives_the_same_figures() -> None:
-    case = small(KernelName.RECURRENT, 1)
+    case = small(KernelName.DECODE, 1)
     assert measure(case)[0] == measure(case)[0]
 
 
@@ -81,7 +81,7 @@ def test_the_bound_of_a_decode_step_is_mostly_its_state() -> None:
 def test_the_command_labels_its_times_as_modelled(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("recurrent B=1 T=1 H=2 Hk=1 bfloat16 cores=2")
+    assert lines[0].startswith("decode B=1 T=1 H=2 Hk=1 bfloat16 cores=2")
     assert all("modelled" in line or "bound" in line for line in lines if " us" in line)
 
 
@@ -98,7 +98,7 @@ def test_the_command_writes_json_trace_and_picture(capsys: pytest.CaptureFixture
 
 
 def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _, report = measure(small(KernelName.RECURRENT, 1))
+    _, report = measure(small(KernelName.DECODE, 1))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'qwen35-neuron\[plot\]'"):
         write_timeline_png(report, tmp_path / "timeline.png")

@@ -1,0 +1,312 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Operands of a decoding step's state update: convolution, gates, and what multiplies each head's products.
+
+Letters as in `decode_layer`. A column is one value head of one token and sequence, in the order (token, sequence,
+head); `columns` counts those whose operands are computed together, at most MAX_HEADS.
+
+Numbers that belong to a column, such as its gates, are needed on every partition, to scale tiles of [128, columns].
+Matmuls with ones put them there. They share one PSUM bank, `scalars` [128, 512] float32:
+
+    from GATES on    3 x columns: exp(g), -exp(g) beta, beta
+    from SQUARES on  3 x columns: k.k, q.q, k.q
+    from DECAY on    columns / n: exp(g) of the head whose state a partition holds
+    at NORM          1: q.q with columns on partitions
+"""
+
+from .common import L2_EPS, PARTITIONS, Tensor
+from .decode_io import Box, heads_per_sequence, rows_per_sequence
+from .nki_seam import nisa, nl
+
+MAX_HEADS = 64
+"""Columns done together at most: n x 2 x 64 float32 of k and q fill a PSUM bank of 512, with n = 4."""
+
+GATES, SQUARES, DECAY, NORM = 0, 3 * MAX_HEADS, 6 * MAX_HEADS, 511
+"""First column of each part of `scalars`."""
+
+
+def block_masks(ones: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Which partitions hold the state of head i of a group of n heads: 1 there, 0 elsewhere.
+
+    Returns:
+        mask: [128, n] float32.
+        blocks: [1, n, 128] float32, its transpose.
+    """
+    block = PARTITIONS // n
+    mask = nl.ndarray((PARTITIONS, n), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.affine_select(
+        dst=mask,
+        pattern=[[-block, n]],
+        channel_multiplier=1,
+        on_true_tile=ones[:, 0:n],
+        on_false_value=0.0,
+        cmp_op=nl.greater_equal,
+    )
+    nisa.affine_select(
+        dst=mask,
+        pattern=[[block, n]],
+        channel_multiplier=-1,
+        offset=block - 1,
+        on_true_tile=mask,
+        on_false_value=0.0,
+        cmp_op=nl.greater_equal,
+    )
+    blocks = nl.ndarray((1, n, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=blocks, value=0.0, engine=nisa.engine.vector)
+    for i in nl.affine_range(n):
+        nisa.memset(dst=blocks[:, i, i * block : (i + 1) * block], value=1.0, engine=nisa.engine.vector)
+    return mask, blocks
+
+
+# --- Per channel: the channels of a head are on partitions -----------------------------------------------------------
+def transpose_taps(x: Tensor, history: Tensor) -> Tensor:
+    """[channel, 3 + T, rows] inputs of the convolution in the order of time: in PSUM if T = 1, else float32 in SBUF."""
+    rows, T = x.shape[0], x.shape[1]
+    taps = 3 + T
+    columns = nl.ndarray((PARTITIONS, taps if T > 1 else 1, rows), dtype=nl.float32, buffer=nl.sbuf)
+    for first in nl.static_range(0, taps, 4):
+        # Each transpose has room for 128 columns, so that none crosses a PSUM bank.
+        transposed = nl.ndarray((PARTITIONS, 4, PARTITIONS), dtype=x.dtype, buffer=nl.psum)
+        some = min(4, taps - first)
+        for w in nl.static_range(first, first + some):
+            source = history[:, :, w] if w < 3 else x[:, w - 3, :]
+            nisa.nc_transpose(dst=transposed[:, w - first, 0:rows], data=source, engine=nisa.engine.tensor)
+        if T == 1:
+            return transposed
+        nisa.tensor_copy(dst=columns[:, first : first + some, :], src=transposed[:, 0:some, 0:rows])
+    return columns
+
+
+def transpose_weights(weight: Tensor, nb: int) -> Tensor:
+    """[channel, 4, nb, rows of a sequence] float32 in SBUF, the same for each of nb sequences."""
+    rows = weight.shape[0]
+    transposed = nl.ndarray((PARTITIONS, 4, PARTITIONS), dtype=weight.dtype, buffer=nl.psum)
+    columns = nl.ndarray((PARTITIONS, 4, nb, rows), dtype=nl.float32, buffer=nl.sbuf)
+    for w in nl.static_range(4):
+        nisa.nc_transpose(dst=transposed[:, w, 0:rows], data=weight[:, :, w], engine=nisa.engine.tensor)
+    nisa.activation(
+        dst=columns,
+        op=nl.copy,
+        data=transposed.ap(pattern=[[4 * PARTITIONS, PARTITIONS], [PARTITIONS, 4], [0, nb], [1, rows]], offset=0),
+    )
+    return columns
+
+
+def convolve(taps: Tensor, weights: Tensor, box: Box, t0: int, some: int) -> tuple[Tensor, Tensor]:
+    """Convolution and SiLU of `some` tokens from t0 on; k and q of a key head are repeated for its value heads.
+
+    Returns:
+        kq: [channel, 2, columns] float32, k and q.
+        rk_v: [channel, 2, columns] float32, v in the second half; `head_scalars` writes rk to the first.
+    """
+    nk, nr = box.nk, box.nr
+    per_sequence, heads, rows = rows_per_sequence(box), heads_per_sequence(box), box.nb * rows_per_sequence(box)
+    sequences, columns = some * box.nb, some * box.nb * heads  # tokens and sequences are one axis from here on
+    pitch = taps.shape[2]  # of a tap: the rows, or the room that a transpose has
+    products = nl.ndarray((PARTITIONS, some * rows, 4), dtype=nl.float32, buffer=nl.sbuf)
+    sums = nl.ndarray((PARTITIONS, some * rows), dtype=nl.float32, buffer=nl.sbuf)
+    kq = nl.ndarray((PARTITIONS, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
+    rk_v = nl.ndarray((PARTITIONS, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(
+        dst=products.ap(pattern=[[4 * some * rows, PARTITIONS], [4 * rows, some], [1, 4], [4, rows]], offset=0),
+        data1=taps.ap(
+            pattern=[[taps.shape[1] * pitch, PARTITIONS], [pitch, some], [pitch, 4], [1, rows]],
+            offset=t0 * pitch,
+        ),
+        data2=weights.ap(pattern=[[4 * rows, PARTITIONS], [0, some], [rows, 4], [1, rows]], offset=0),
+        op=nl.multiply,
+    )
+    nisa.tensor_reduce(dst=sums, op=nl.add, data=products, axis=2)
+    for which, row in ((0, nk), (1, 0)):  # the rows of q come before those of k
+        nisa.activation(
+            dst=kq.ap(
+                pattern=[[2 * columns, PARTITIONS], [heads, sequences], [nr, nk], [1, nr]], offset=which * columns
+            ),
+            op=nl.silu,
+            data=sums.ap(pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, nk], [0, nr]], offset=row),
+        )
+    nisa.activation(
+        dst=rk_v.ap(pattern=[[2 * columns, PARTITIONS], [heads, sequences], [1, heads]], offset=columns),
+        op=nl.silu,
+        data=sums.ap(pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, heads]], offset=2 * nk),
+    )
+    return kq, rk_v
+
+
+def pack_columns(
+    kq: Tensor, mask: Tensor, ones: Tensor, identity: Tensor, scalars: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and q in the layout of the packed state, each head on its own block of partitions, zero elsewhere.
+
+    Writes k.k, q.q and k.q to scalars, from SQUARES on.
+
+    Returns:
+        packed: [128, n, 2, columns] float32. Partition i (128 / n) + p of row j has channel n p + j of a column that is
+            head i of its group, and zeros in the other columns.
+        k_columns: [128, n, groups] float32, k without those zeros: the group's head that the partition belongs to.
+        squares: [128, 3, columns] float32, the terms k k, q q and k q of each channel.
+    """
+    columns, n = kq.shape[2], mask.shape[1]
+    block = PARTITIONS // n
+    groups = columns // n
+    transposed = nl.ndarray((PARTITIONS, n, 2 * columns), dtype=nl.float32, buffer=nl.psum)
+    packed = nl.ndarray((PARTITIONS, n, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
+    k_columns = nl.ndarray((PARTITIONS, n, groups), dtype=nl.float32, buffer=nl.sbuf)
+    squares = nl.ndarray((PARTITIONS, 3, columns), dtype=nl.float32, buffer=nl.sbuf)
+    for j in nl.static_range(n):
+        # Columns j, n + j, 2 n + j, ... of the identity select these channels, once for every block of partitions.
+        nisa.nc_matmul(
+            dst=transposed[:, j, :],
+            stationary=identity.ap(pattern=[[PARTITIONS, PARTITIONS], [0, n], [n, block]], offset=j),
+            moving=kq,
+            is_stationary_onezero=True,
+            accumulate=False,
+        )
+    nisa.activation(dst=squares[:, 0:2, :], op=nl.square, data=kq)
+    nisa.tensor_tensor(dst=squares[:, 2, :], data1=kq[:, 0, :], data2=kq[:, 1, :], op=nl.multiply)
+    nisa.nc_matmul(
+        dst=scalars[:, SQUARES : SQUARES + 3 * columns],
+        stationary=ones,
+        moving=squares,
+        is_stationary_onezero=True,
+        accumulate=False,
+    )
+    nisa.tensor_tensor(
+        dst=packed.ap(pattern=[[2 * n * columns, PARTITIONS], [n, 2 * columns], [1, n]], offset=0),
+        data1=transposed.ap(pattern=[[2 * n * columns, PARTITIONS], [n, 2 * columns], [1, n]], offset=0),
+        data2=mask.ap(pattern=[[n, PARTITIONS], [0, 2 * columns], [1, n]], offset=0),
+        op=nl.multiply,
+    )
+    nisa.tensor_reduce(
+        dst=k_columns,
+        op=nl.add,
+        data=packed.ap(pattern=[[2 * n * columns, PARTITIONS], [2 * columns, n], [n, groups], [1, n]], offset=0),
+        axis=3,
+    )
+    return packed, k_columns, squares
+
+
+# --- Per head --------------------------------------------------------------------------------------------------------
+def gate_steps(raw_gates: Tensor, per_head: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(A_log) [1, heads] and softplus(a + dt_bias) [1, T x sequences, heads], float32; -g is their product."""
+    size, heads = raw_gates.shape[2] * raw_gates.shape[3], per_head.shape[2]
+    rate = nl.ndarray((1, heads), dtype=nl.float32, buffer=nl.sbuf)
+    steps = nl.ndarray((1, size // heads, heads), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(
+        dst=steps,
+        data1=raw_gates.ap(pattern=[[2 * size, 1], [heads, size // heads], [1, heads]], offset=0),
+        data2=per_head.ap(pattern=[[2 * heads, 1], [0, size // heads], [1, heads]], offset=heads),
+        op=nl.add,
+    )
+    nisa.activation(dst=rate, op=nl.exp, data=per_head[:, 0, :])
+    nisa.activation(dst=steps, op=nl.softplus, data=steps)
+    return rate, steps
+
+
+def make_gate_rows(raw_gates: Tensor, rate: Tensor, steps: Tensor) -> Tensor:
+    """[1, 3, columns of all T tokens] float32 on one partition: exp(g), then -exp(g) beta, then beta.
+
+    `broadcast_gates` writes the second when it needs it. `steps` becomes -g.
+    """
+    repeats, heads = steps.shape[1], steps.shape[2]
+    rows = nl.ndarray((1, 3, repeats * heads), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=rows[:, 2, :], op=nl.sigmoid, data=raw_gates[:, 1, :, :])
+    nisa.tensor_tensor(
+        dst=steps,
+        data1=steps,
+        data2=rate.ap(pattern=[[heads, 1], [0, repeats], [1, heads]], offset=0),
+        op=nl.multiply,
+    )
+    nisa.activation(dst=rows[:, 0, :], op=nl.exp, data=steps, scale=-1.0)
+    return rows
+
+
+def broadcast_gates(
+    gate_rows: Tensor, blocks: Tensor, ones: Tensor, scalars: Tensor, first: int, columns: int
+) -> Tensor:
+    """Gates of the columns from `first` on, to all partitions: scalars from GATES on.
+
+    Returns:
+        decay: [128, columns / n] float32 in PSUM, exp(g) of the head whose state a partition holds; in scalars.
+    """
+    n, width = blocks.shape[1], gate_rows.shape[2]
+    decay = scalars[:, DECAY : DECAY + columns // n]
+    own = nl.ds(first, columns)
+    for i in nl.static_range(n):
+        nisa.nc_matmul(
+            dst=decay,
+            stationary=blocks[:, i, :],
+            moving=gate_rows.ap(pattern=[[3 * width, 1], [n, columns // n]], offset=first + i),
+            is_stationary_onezero=True,
+            accumulate=i != 0,
+        )
+    nisa.scalar_tensor_tensor(
+        dst=gate_rows[:, 1, own],
+        data=gate_rows[:, 0, own],
+        op0=nl.multiply,
+        operand0=-1.0,
+        op1=nl.multiply,
+        operand1=gate_rows[:, 2, own],
+    )
+    nisa.nc_matmul(
+        dst=scalars[:, GATES : GATES + 3 * columns],
+        stationary=ones[0:1, :],
+        moving=gate_rows[:, :, own],
+        is_stationary_onezero=True,
+        accumulate=False,
+    )
+    return decay
+
+
+def head_scalars(rk_v: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of S^T k, 1 and S^T q in U and in o. A partition is a channel of v; the others repeat on all partitions.
+
+    Returns:
+        write: [128, 3, columns] float32: -eg beta rk^2, rk beta v, and room for the product of the first with S^T k.
+        read: [128, 3, columns] float32: k.q times each of the first two, and eg.
+    """
+    columns = rk_v.shape[2]
+    write = nl.ndarray((PARTITIONS, 3, columns), dtype=nl.float32, buffer=nl.sbuf)
+    read = nl.ndarray((PARTITIONS, 3, columns), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=rk_v[:, 0, :], op=nl.rsqrt, data=scalars[:, SQUARES : SQUARES + columns], bias=L2_EPS)
+    nisa.tensor_tensor(
+        dst=write[:, 0:2, :],
+        data1=scalars.ap(pattern=[[512, PARTITIONS], [columns, 2], [1, columns]], offset=GATES + columns),
+        data2=rk_v.ap(pattern=[[2 * columns, PARTITIONS], [0, 2], [1, columns]], offset=0),
+        op=nl.multiply,
+    )
+    nisa.tensor_copy(dst=read[:, 2, :], src=scalars[:, GATES : GATES + columns], engine=nisa.engine.scalar)
+    nisa.tensor_tensor(dst=write[:, 0:2, :], data1=write[:, 0:2, :], data2=rk_v, op=nl.multiply)
+    nisa.tensor_tensor(
+        dst=read[:, 0:2, :],
+        data1=write[:, 0:2, :],
+        data2=scalars.ap(pattern=[[512, PARTITIONS], [0, 2], [1, columns]], offset=SQUARES + 2 * columns),
+        op=nl.multiply,
+    )
+    return write, read
+
+
+def make_norm_bias(squares: Tensor, ones: Tensor, scalars: Tensor, norm_eps: float) -> Tensor:
+    """norm_eps K (q.q + eps), [columns, 1] float32: the epsilon of the output norm where q is not normalised."""
+    columns = squares.shape[2]
+    norm_bias = nl.ndarray((columns, 1), dtype=nl.float32, buffer=nl.sbuf)
+    factor = norm_eps * PARTITIONS
+    nisa.nc_matmul(
+        dst=scalars[0:columns, NORM : NORM + 1],
+        stationary=squares[:, 1, :],
+        moving=ones[:, 0:1],
+        is_moving_onezero=True,
+        accumulate=False,
+    )
+    nisa.activation(
+        dst=norm_bias, op=nl.copy, data=scalars[0:columns, NORM : NORM + 1], scale=factor, bias=factor * L2_EPS
+    )
+    return norm_bias
+
+
+def make_output_gate(z_rows: Tensor, norm_rows: Tensor, columns: int) -> Tensor:
+    """norm_weight silu(z), [columns, V] float32, from `load_output_gate`'s tiles."""
+    gate = nl.ndarray((columns, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=gate, op=nl.silu, data=z_rows)
+    nisa.tensor_tensor(dst=gate, data1=gate, data2=norm_rows[0:columns, :], op=nl.multiply, engine=nisa.engine.gpsimd)
+    return gate
