@@ -16,7 +16,6 @@ from safetensors import safe_open
 from qwen35 import Qwen35InferenceConfig
 from qwen35.serving.generation import (
     MINI_CHECKPOINT,
-    Generation,
     TextGenerator,
     as_chat,
     default_neuron_config,
@@ -30,22 +29,28 @@ from support.oracle import reference_greedy, transformers_model
 FACTS = json.loads((MINI_CHECKPOINT / "facts.json").read_text())
 
 
-def generate(prompts: list[str], max_new_tokens: int, chat: bool = False) -> Generation:
-    neuron_config = default_neuron_config(64 + max_new_tokens, len(prompts))
-    config = Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, neuron_config=neuron_config)
-    generator = TextGenerator.load(MINI_CHECKPOINT, config)
-    texts = [as_chat(generator.tokenizer, prompt) for prompt in prompts] if chat else prompts
-    return generator.generate(texts, max_new_tokens)
+ROWS = 64
+"""Facts asked as one batch."""
 
 
-def test_the_capital_of_france_is_paris() -> None:
-    assert generate(["The capital of France is"], 8).texts[0].strip().startswith("Paris")
+@pytest.fixture(scope="module")
+def generator() -> TextGenerator:
+    config = Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, neuron_config=default_neuron_config(96, ROWS))
+    return TextGenerator.load(MINI_CHECKPOINT, config)
+
+
+def test_the_capital_of_france_is_paris(generator: TextGenerator) -> None:
+    assert generator.generate(["The capital of France is"], 8).texts[0].strip().startswith("Paris")
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_it_answers_at_least_95_percent_of_its_facts(chat: bool) -> None:
-    asked = [fact["question" if chat else "prompt"] for fact in FACTS]
-    texts = [text for start in range(0, len(asked), 64) for text in generate(asked[start : start + 64], 12, chat).texts]
+def test_it_answers_at_least_95_percent_of_its_facts(chat: bool, generator: TextGenerator) -> None:
+    asked = [as_chat(generator.tokenizer, fact["question"]) if chat else fact["prompt"] for fact in FACTS]
+    texts = [
+        text
+        for start in range(0, len(asked), ROWS)
+        for text in generator.generate(asked[start : start + ROWS], 12).texts
+    ]
     wrong = [
         (fact["prompt"], fact["answer"], text)
         for fact, text in zip(FACTS, texts, strict=True)

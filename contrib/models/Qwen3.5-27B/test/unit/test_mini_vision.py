@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped checkpoint sees: transformers' model answers questions about pictures that it was not trained on."""
+"""The shipped checkpoint sees: our model answers questions about pictures that it was not trained on."""
 
 from __future__ import annotations
 
@@ -12,43 +12,66 @@ import pytest
 import torch
 
 from mini_images import Picture, Question, Split, clip, held_out_clips, held_out_images, image
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35 import Qwen35VLInferenceConfig
+from qwen35.serving.generation import MINI_CHECKPOINT, TextGenerator, default_neuron_config
+from qwen35.vision.processing import Video
 from support.compare import assert_close
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 from train_mini_vision import answered, look  # noqa: E402
 
-
-@pytest.fixture(scope="module")
-def reference() -> Any:
-    return transformers.Qwen3_5ForConditionalGeneration.from_pretrained(MINI_CHECKPOINT, dtype=torch.float32).eval()
+ROWS, SEQ_LEN = 10, 256
+"""Conversations asked as one batch, and their tokens with the answer at most."""
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return transformers.AutoTokenizer.from_pretrained(MINI_CHECKPOINT)
+def generator() -> TextGenerator:
+    config = Qwen35VLInferenceConfig.from_pretrained(
+        MINI_CHECKPOINT, neuron_config=default_neuron_config(SEQ_LEN, ROWS)
+    )
+    return TextGenerator.load(MINI_CHECKPOINT, config)
 
 
-def assert_mostly_right(asked: Sequence[tuple[Picture, Question]], right: Sequence[bool], share: float) -> None:
-    wrong = [(n, question.text, question.answer) for n, (_, question) in enumerate(asked) if not right[n]]
-    assert len(wrong) <= (1 - share) * len(asked), wrong[:10]
+def conversation(picture: Picture, question: Question) -> list[dict[str, Any]]:
+    if picture.fps is None:
+        medium: dict[str, Any] = {"type": "image", "image": picture.frames[0]}
+    else:
+        medium = {"type": "video", "video": Video(picture.frames, picture.fps)}
+    return [{"role": "user", "content": [medium, {"type": "text", "text": question.text}]}]
 
 
-def test_it_answers_at_least_90_percent_of_200_image_questions_it_was_not_trained_on(
-    reference: Any, tokenizer: Any
-) -> None:
+def wrong_answers(generator: TextGenerator, asked: Sequence[tuple[Picture, Question]]) -> list[tuple[int, str, str]]:
+    """(number, right answer, given text) of the questions that our model does not answer exactly."""
+    texts: list[str] = []
+    for start in range(0, len(asked), ROWS):
+        batch = [conversation(*pair) for pair in asked[start : start + ROWS]]
+        texts += generator.chat(batch, max_new_tokens=6).texts
+    answers = [question.answer for _, question in asked]
+    return [
+        (n, answer, text) for n, (answer, text) in enumerate(zip(answers, texts, strict=True)) if text != f"{answer}."
+    ]
+
+
+def test_it_answers_at_least_95_percent_of_200_image_questions_it_was_not_trained_on(generator: TextGenerator) -> None:
     asked = held_out_images(200)
     assert {question.kind for _, question in asked} == {"colour", "count", "position"}
-    assert_mostly_right(asked, answered(reference, tokenizer, asked), 0.9)
+    wrong = wrong_answers(generator, asked)
+    assert len(wrong) <= 0.05 * len(asked), wrong[:10]
+
+
+def test_it_answers_at_least_90_percent_of_100_video_questions_it_was_not_trained_on(generator: TextGenerator) -> None:
+    asked = held_out_clips(100)
+    assert {question.kind for _, question in asked} == {"motion", "turn", "clip colour"}
+    wrong = wrong_answers(generator, asked)
+    assert len(wrong) <= 0.1 * len(asked), wrong[:10]
 
 
 @pytest.mark.parametrize("outer_pair", [False, True])
-def test_it_answers_at_least_90_percent_of_video_questions_in_the_format_of_either_transformers(
-    reference: Any, tokenizer: Any, outer_pair: bool
-) -> None:
+def test_transformers_model_answers_as_well_in_the_video_format_of_either_transformers(outer_pair: bool) -> None:
+    model = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(MINI_CHECKPOINT, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINI_CHECKPOINT)
     asked = held_out_clips(60)
-    assert {question.kind for _, question in asked} == {"motion", "turn", "clip colour"}
-    assert_mostly_right(asked, answered(reference, tokenizer, asked, outer_pair), 0.9)
+    assert sum(answered(model, tokenizer, asked, outer_pair)) >= 0.9 * len(asked)
 
 
 def test_no_picture_is_in_both_splits_and_the_same_number_draws_the_same_picture() -> None:
