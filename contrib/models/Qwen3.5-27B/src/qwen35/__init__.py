@@ -16,9 +16,10 @@ from .modeling_qwen35 import (
 )
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel
 from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
-from .serving.engine import FinishReason, Qwen35Engine, Request, StepOutput
-from .serving.generation import SamplingOptions
+from .serving.engine import Qwen35Engine
 from .serving.prefix_cache import PrefixCache
+from .serving.request import FinishReason, Request, StepOutput
+from .serving.sampling import SamplingOptions
 from .vision.encoder import (
     NeuronQwen35VisionForImageEncoding,
     NeuronQwen35VisionModel,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mini_images import Picture, Question, Split, clip, held_out_clips, held_out_images, image
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 from support.compare import assert_close
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
