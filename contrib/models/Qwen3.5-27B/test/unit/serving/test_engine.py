@@ -321,24 +321,14 @@ def test_a_cancelled_request_makes_room_at_once(model_of: Callable[[str], Any], 
             call(9)
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (Request([], 1), r"prompt is empty: give at least one token"),
-        (Request([1], 0), r"max_new_tokens=0: must be at least 1"),
-        (Request([1] * 60, 5), r"prompt of 60 tokens and max_new_tokens=5 exceed seq_len=64: shorten .* raise seq_len"),
-        (Request([1, 160], 1), r"token 160 of prompt or eos_token_ids is not in 0\.\.159"),
-        (Request([1], 1, eos_token_ids=[-1]), r"token -1 of prompt or eos_token_ids is not in 0\.\.159"),
-        (Request([1], 1, media={"pixel_values": torch.zeros(1, 1)}), r"media has pixel_values, .*load NeuronQwen35VL"),
-        (Request([], 0), r"prompt is empty.*; max_new_tokens=0"),
-    ],
-)
-def test_a_request_that_cannot_run_is_refused_when_it_is_added(
-    request_: Request, message: str, model_of: Callable[[str], Any]
-) -> None:
+def test_a_request_that_cannot_run_is_refused_when_it_is_added(model_of: Callable[[str], Any]) -> None:
     engine = Qwen35Engine(model_of("buckets"))
-    with pytest.raises(ValueError, match=message):
-        engine.add(request_)
+    with pytest.raises(ValueError, match=r"exceed seq_len=64: shorten"):
+        engine.add(Request([1] * 60, 5))
+    with pytest.raises(ValueError, match=r"token 160 of prompt or eos_token_ids is not in 0\.\.159"):
+        engine.add(Request([1, 160], 1))
+    with pytest.raises(ValueError, match=r"media has pixel_values, .*load NeuronQwen35VL"):
+        engine.add(Request([1], 1, media={"pixel_values": torch.zeros(1, 1)}))
     assert not engine.has_work
 
 
