@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and conversations in, text out, one batch at a time: what the command line and the integration tests share.
+"""Prompts and conversations in, text out, one batch at a time.
 
 Letters: B prompts, S tokens of the longest.
 """

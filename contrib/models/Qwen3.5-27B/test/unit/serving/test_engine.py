@@ -189,7 +189,7 @@ def schedules_agree(
         tokens, reason = arrival.expected(alone)
         got = [output.token for output in outputs[i] if output.token is not None]
         ends = [output.finish_reason for output in outputs[i]]
-        assert not any(ends[:-1]), f"request {i} goes on after its end: {ends}"
+        assert not any(ends[:-1]), f"request {i} continues after its end: {ends}"
         if ends[-1] is FinishReason.CANCELLED and arrival.cancel_after is not None:
             assert got == tokens[: len(got)] and len(got) < len(tokens), f"request {i}"
         else:
