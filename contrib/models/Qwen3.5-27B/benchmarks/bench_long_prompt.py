@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 
 
 def measure(tokens: int, longest: int, chunk: int, threads: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 
 # About 100 M parameters with the head ratios of 27B: 3 value heads a key head, 6 query heads a KV head.
 CONFIG_100M = dict(

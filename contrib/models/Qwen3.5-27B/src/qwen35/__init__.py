@@ -10,9 +10,10 @@ from .layers.mlp import Qwen35MLP
 from .modeling_qwen35 import NeuronQwen35DecoderLayer, NeuronQwen35ForCausalLM, NeuronQwen35Model
 from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel
 from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
-from .serving.engine import FinishReason, Qwen35Engine, Request, StepOutput
-from .serving.generation import SamplingOptions
+from .serving.engine import Qwen35Engine
 from .serving.prefix_cache import PrefixCache
+from .serving.request import FinishReason, Request, StepOutput
+from .serving.sampling import SamplingOptions
 from .submodels import Qwen35DecoderModelInstance, Qwen35ModelWrapper
 from .vision.encoder import (
     NeuronQwen35VisionForImageEncoding,

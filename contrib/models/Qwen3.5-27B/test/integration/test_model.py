@@ -17,14 +17,9 @@ import torch
 
 from qwen35 import Qwen35InferenceConfig
 from qwen35.nxdi import NXDI_AVAILABLE
-from qwen35.serving.generation import (
-    MINI_CHECKPOINT,
-    TextGenerator,
-    as_chat,
-    default_neuron_config,
-    encode,
-    load_compiled_config,
-)
+from qwen35.serving.generation import TextGenerator
+from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config, load_compiled_config
+from qwen35.serving.prompts import as_chat, encode
 
 MODEL_PATH = Path(os.environ.get("QWEN35_MODEL_PATH", MINI_CHECKPOINT))
 COMPILED_PATH = Path(os.environ["QWEN35_COMPILED_PATH"]) if "QWEN35_COMPILED_PATH" in os.environ else None

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qwen35.serving.generation import MINI_CHECKPOINT, load_tokenizer
+from qwen35.serving.loading import MINI_CHECKPOINT
+from qwen35.serving.prompts import load_tokenizer
 
 from .models import TINY, random_prompts, save_checkpoint
 

@@ -16,7 +16,7 @@ import torch
 
 import qwen35
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 from support.models import load_neuron, neuron_greedy, random_prompts
 from support.oracle import save_reference
 

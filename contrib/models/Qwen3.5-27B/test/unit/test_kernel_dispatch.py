@@ -16,7 +16,8 @@ from qwen35.layers import gated_deltanet
 from qwen35.layers.cache import DeltaNetState
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
 from qwen35.phase import Phase
-from qwen35.serving.generation import MINI_CHECKPOINT, encode, load_tokenizer
+from qwen35.serving.loading import MINI_CHECKPOINT
+from qwen35.serving.prompts import encode, load_tokenizer
 from support.models import load_neuron, neuron_greedy
 from support.oracle import save_reference
 

@@ -14,14 +14,9 @@ import torch
 from safetensors import safe_open
 
 from qwen35 import Qwen35InferenceConfig
-from qwen35.serving.generation import (
-    MINI_CHECKPOINT,
-    TextGenerator,
-    as_chat,
-    default_neuron_config,
-    encode,
-    load_tokenizer,
-)
+from qwen35.serving.generation import TextGenerator
+from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
+from qwen35.serving.prompts import as_chat, encode, load_tokenizer
 from support.compare import assert_close
 from support.models import load_neuron, neuron_greedy
 from support.oracle import reference_greedy, transformers_model

@@ -13,7 +13,8 @@ import torch
 
 from mini_images import Picture, Question, Split, clip, held_out_clips, held_out_images, image
 from qwen35 import Qwen35VLInferenceConfig
-from qwen35.serving.generation import MINI_CHECKPOINT, TextGenerator, default_neuron_config
+from qwen35.serving.generation import TextGenerator
+from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
 from qwen35.vision.processing import Video
 from support.compare import assert_close
 

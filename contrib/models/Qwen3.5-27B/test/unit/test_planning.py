@@ -39,7 +39,7 @@ from qwen35.planning.plan import (
     work_of,
 )
 from qwen35.planning.recommended import FIRST_CACHE_BUCKET, FIRST_PROMPT_BUCKET, RECOMMENDED, device_neuron_config
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 from support.models import TINY, save_checkpoint
 
 MODEL_ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.nxdi import NXDI_AVAILABLE, as_rank
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.vision.encoder import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
 from qwen35.weights import conversion
 from qwen35.weights import sharding as presharding

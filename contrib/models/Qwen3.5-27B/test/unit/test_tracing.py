@@ -20,7 +20,7 @@ from nxdi_cpu.model_builder import TraceError, alias_problems, input_problems, s
 from nxdi_cpu.parallel_state import as_rank
 from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.nxdi import NXDI_AVAILABLE
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.submodels import Qwen35ModelWrapper, require_float32
 from qwen35.weights.conversion import ConversionError
 from support.models import TINY, load_neuron, save_checkpoint

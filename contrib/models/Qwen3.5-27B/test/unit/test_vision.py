@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from qwen35.configuration_qwen35 import Qwen35ConfigError
 from qwen35.configuration_qwen35_vl import Qwen35VisionConfig
 from qwen35.nxdi import NeuronConfig
-from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.vision.encoder import (
     NeuronQwen35VisionForImageEncoding,
     NeuronQwen35VisionModel,

@@ -24,19 +24,10 @@ from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import NXDI_AVAILABLE, NeuronConfig
 from ..planning.recommended import RECOMMENDED, device_neuron_config
 from ..serving.chat import CHUNK_SIZE, Conversation
-from ..serving.generation import (
-    MINI_CHECKPOINT,
-    Generation,
-    SamplingOptions,
-    TextGenerator,
-    as_chat,
-    checkpoint_of,
-    default_neuron_config,
-    encode,
-    encode_chat,
-    load_compiled_config,
-    load_tokenizer,
-)
+from ..serving.generation import Generation, TextGenerator
+from ..serving.loading import MINI_CHECKPOINT, checkpoint_of, default_neuron_config, load_compiled_config
+from ..serving.prompts import TextStream, as_chat, encode, encode_chat, load_tokenizer
+from ..serving.sampling import SamplingOptions
 from ..vision.processing import VisionProcessor
 from .kernels import add_kernels_command
 from .plan import add_plan_command
@@ -272,21 +263,14 @@ def _generate_rank(
 
 
 class _Streamer:
-    """Prints text as soon as its bytes are whole; a character may span tokens."""
+    """Prints the prompt, and text as soon as its characters are whole."""
 
     def __init__(self, generator: TextGenerator, prompt: str) -> None:
-        self.generator = generator
-        self.tokens: list[int] = []
-        self.printed = 0
+        self.stream = TextStream(generator.tokenizer)
         print(prompt, end="", flush=True)
 
     def __call__(self, tokens: torch.Tensor) -> None:
-        token = int(tokens[0])
-        self.tokens.append(token)
-        text = self.generator.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            print(text[self.printed :], end="", flush=True)
-            self.printed = len(text)
+        print(self.stream.push(int(tokens[0])), end="", flush=True)
 
 
 def _timing(result: Generation) -> str:

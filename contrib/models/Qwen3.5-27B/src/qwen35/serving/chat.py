@@ -1,23 +1,26 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation over one loaded model: each turn goes on from the longest beginning that is already encoded."""
+"""A conversation over one loaded model: each turn continues from the longest beginning that is already encoded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .engine import Qwen35Engine, Request
-from .generation import SamplingOptions, TextGenerator
+from .engine import Qwen35Engine
+from .generation import TextGenerator
 from .prefix_cache import PrefixCache
+from .prompts import TextStream, chat_text, token_ids
+from .request import Request
+from .sampling import SamplingOptions
 
 CHUNK_SIZE = 128
-"""Tokens of a prompt encoded at a time, and the grain at which a turn takes up what was encoded before."""
+"""Tokens of a prompt encoded at a time, and of a block that a later turn restores."""
 
 
 class Conversation:
     """The turns so far, and the engine that answers the next.
 
-    Without `prefill_chunk_size` each turn is encoded anew; otherwise it takes up blocks kept in `cache_bytes` of host
+    Without `prefill_chunk_size` each turn is encoded anew; otherwise it restores blocks kept in `cache_bytes` of host
     memory.
     """
 
@@ -38,20 +41,13 @@ class Conversation:
         """
         tokenizer = self.generator.tokenizer
         messages = [*self.messages, {"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = token_ids(tokenizer, chat_text(tokenizer, messages))
         request = Request(prompt, self.max_new_tokens, self.sampling, self.generator.eos_token_ids)
         return self._answer(messages, self.engine.add(request))
 
     def _answer(self, messages: list[dict[str, str]], request_id: int) -> Iterator[str]:
-        tokens: list[int] = []
-        said = ""
+        stream = TextStream(self.generator.tokenizer)
         for output in self.engine.stream(request_id):
-            if output.token is None:
-                continue
-            tokens.append(output.token)
-            text = self.generator.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # a character may span tokens
-                yield text[len(said) :]
-                said = text
-        self.messages = [*messages, {"role": "assistant", "content": said}]
+            if output.token is not None and (piece := stream.push(output.token)):
+                yield piece
+        self.messages = [*messages, {"role": "assistant", "content": stream.text}]

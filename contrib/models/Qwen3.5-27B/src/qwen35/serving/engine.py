@@ -5,116 +5,54 @@
 `Qwen35Engine` is what a serving worker drives: it has no thread, no clock and no network. Each round (`step`)
 
 1. decodes one token of every row whose prompt is encoded, in one call;
-2. gives free lines of the cache to waiting requests, first come, first served;
+2. gives free slots of the cache to waiting requests, first come, first served;
 3. encodes, in one call, the next piece of the oldest prompt that is not encoded yet, and of the next oldest that can
-   share the call: at most `ctx_batch_size` rows, whose pieces all begin a prompt or all go on, with images or without,
-   because these are different submodels.
+   share the call: at most `ctx_batch_size` rows, whose pieces all begin a prompt or all continue one, with images or
+   without, because these are different submodels.
 
 So a long prompt delays the next token of the others by one piece of `prefill_chunk_size` tokens, never by the whole
 prompt, and every prompt moves up until it is the oldest. Without `prefill_chunk_size` a piece is a whole prompt.
 
 What a request gets does not depend on its neighbours: its prompt is cut at multiples of `prefill_chunk_size` from its
 own first token, every call has the compiled number of rows, whoever is in it, and its random numbers come from a
-generator of its own. With one bucket a submodel, its logits on the same line of the cache are the same to the last bit;
-other lines and other buckets may sum in another order.
+generator of its own. With one bucket a submodel, its logits in the same slot of the cache are the same to the last bit;
+other slots and other buckets may sum in another order.
 
-Letters: B rows of a call, S tokens of a row in it, V vocabulary.
+Letters: V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
-from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
-from .generation import SamplingOptions
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from .prefix_cache import Chain, PrefixCache, media_digests
+from .request import FinishReason, ModelLimits, Request, StepOutput, check_request
+from .runner import ModelRunner, Row
+from .sampling import Sampler
 
 
-class FinishReason(str, Enum):
-    """Why a request gets no more tokens."""
+@dataclass
+class _RequestState:
+    """A request that is not finished: waiting while it has no row, then being encoded, then decoding."""
 
-    EOS = "eos"  # its last token is one of its eos_token_ids
-    LENGTH = "length"  # it has max_new_tokens
-    CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it.
-
-    Args:
-        prompt: token ids.
-        max_new_tokens: tokens to give at most.
-        sampling: its seed makes the tokens repeatable; without one it is drawn from PyTorch's default generator.
-        eos_token_ids: tokens that end the answer; the one that did is its last.
-        media: pixels and grids of the images and videos, in the order of their placeholders, under the names that the
-            checkpoint's processor gives them.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    eos_token_ids: Collection[int] = ()
-    media: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """The next token of a request, and why it was the last; a cancelled request ends without one."""
-
-    request_id: int
-    token: int | None
-    finish_reason: FinishReason | None = None
-
-
-class _Row:
-    """A request on its way: waiting (no line), being encoded, or decoding."""
-
-    def __init__(self, request_id: int, request: Request) -> None:
-        self.id, self.request, self.prompt = request_id, request, [*request.prompt]
-        self.line: int | None = None
-        self.cached = 0  # tokens that the line's state and keys have taken in
-        self.tokens: list[int] = []
-        self.placed: PlacedMedia | None = None
-        self.chain: Chain | None = None
-        sampling = request.sampling
-        seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
-        self.generator = torch.Generator().manual_seed(seed)
-        # In transformers' order: what is cut off by top_p depends on temperature and top_k.
-        self.warpers = LogitsProcessorList()
-        if sampling.temperature > 0:
-            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_k:
-                self.warpers.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(sampling.top_p))
-
-    @property
-    def encoded(self) -> bool:
-        return self.cached >= len(self.prompt)
-
-    @property
-    def kind(self) -> tuple[bool, bool]:
-        """Rows whose next pieces are of one kind can share a call."""
-        return self.cached > 0, self.placed is not None
-
-    def sample(self, logits: torch.Tensor) -> int:
-        """A token from logits [1, V]."""
-        scores = self.warpers(torch.empty(1, 0, dtype=torch.long), logits)
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator))
+    id: int
+    request: Request
+    sampler: Sampler
+    row: Row | None = None
+    chain: Chain | None = None
+    """Its prompt as the prefix cache knows it."""
 
 
 class Qwen35Engine:
     """Continuous batching over a loaded model, which it has for itself; see the module's docstring for the policy.
 
-    With a `prefix_cache` of the same model, a prompt goes on from the last boundary it shares with an earlier one; a
-    request gets the same tokens.
+    With a `prefix_cache` of the same model, a prompt is continued from the last boundary it shares with an earlier one;
+    a request gets the same tokens.
 
     Outputs are handed out once: by `step` to whoever drives the engine, or by `stream`. Under tensor parallelism on a
     CPU every rank runs the same calls, with a seed in each request that samples.
@@ -135,15 +73,16 @@ class Qwen35Engine:
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ValueError("prefix_cache is another model's: make it of the model that the engine gets")
         self.model, self.prefix_cache = model, prefix_cache
-        self._rows: dict[int, _Row] = {}  # by id, in order of arrival
-        self._free = [*range(neuron_config.kv_cache_batch_size)]
+        self._runner, self._limits = ModelRunner(model), limits_of(model)
+        self._requests: dict[int, _RequestState] = {}  # by id, in order of arrival
+        self._free_slots = [*range(neuron_config.kv_cache_batch_size)]
         self._outputs: dict[int, list[StepOutput]] = {}  # not handed out yet
         self._next_id = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a request is not finished, or an output was not handed out."""
-        return bool(self._rows or self._outputs)
+        return bool(self._requests or self._outputs)
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id.
@@ -151,22 +90,21 @@ class Qwen35Engine:
         Raises:
             ValueError: it cannot run; naming every field, value and remedy, before anything has run.
         """
-        problems = [*self._problems(request)]
-        if problems:
-            raise ValueError("this request cannot run: " + "; ".join(problems))
+        check_request(request, self._limits)
         request_id, self._next_id = self._next_id, self._next_id + 1
-        self._rows[request_id] = _Row(request_id, request)
+        kept = replace(request, prompt=(*request.prompt,))
+        self._requests[request_id] = _RequestState(request_id, kept, Sampler(request.sampling))
         return request_id
 
     def cancel(self, request_id: int) -> None:
-        """End a request now; the next round may use its line. Nothing is done to one that is finished.
+        """End a request now; the next round may use its slot. Nothing is done to one that is finished.
 
         Raises:
             KeyError: no request had this id.
         """
         self._check_id(request_id)
-        if request_id in self._rows:
-            self._emit(self._rows[request_id], None, FinishReason.CANCELLED)
+        if request_id in self._requests:
+            self._emit(self._requests[request_id], None, FinishReason.CANCELLED)
 
     def step(self) -> list[StepOutput]:
         """One round; returns what was not handed out yet, at most one token a request of this round, oldest first."""
@@ -187,7 +125,7 @@ class Qwen35Engine:
         return self._follow(request_id)
 
     def _follow(self, request_id: int) -> Iterator[StepOutput]:
-        while request_id in self._rows or request_id in self._outputs:
+        while request_id in self._requests or request_id in self._outputs:
             if request_id not in self._outputs:
                 self._round()
             yield from self._outputs.pop(request_id, ())
@@ -196,119 +134,71 @@ class Qwen35Engine:
         if not 0 <= request_id < self._next_id:
             raise KeyError(f"request_id={request_id} was given to no request: pass what add() returned")
 
-    def _problems(self, request: Request) -> Iterator[str]:
-        """What keeps a request from running, one line each."""
-        neuron_config, vocab = self.model.neuron_config, self.model.config.vocab_size
-        length, new = len(request.prompt), request.max_new_tokens
-        if length == 0:
-            yield "prompt is empty: give at least one token to continue"
-        if bad := [token for token in (*request.prompt, *request.eos_token_ids) if not 0 <= token < vocab]:
-            yield f"token {bad[0]} of prompt or eos_token_ids is not in 0..{vocab - 1}: use the checkpoint's tokenizer"
-        if new < 1:
-            yield f"max_new_tokens={new}: must be at least 1"
-        if length + new > neuron_config.seq_len:
-            yield (
-                f"a prompt of {length} tokens and max_new_tokens={new} exceed seq_len={neuron_config.seq_len}: shorten "
-                "the prompt, lower max_new_tokens or raise seq_len"
-            )
-        longest = neuron_config.max_context_length
-        if self.model.config.prefill_chunk_size is None and length > longest:
-            yield (
-                f"a prompt of {length} tokens exceeds max_context_length={longest}: raise it, or set prefill_chunk_size"
-            )
-        if unknown := sorted(request.media.keys() - {*self.model.get_required_kwargs()}):
-            yield (
-                f"media has {', '.join(unknown)}, which {type(self.model).__name__} does not take: pass "
-                f"{', '.join(self.model.get_required_kwargs()) or 'none, or load NeuronQwen35VLForCausalLM'}"
-            )
-        elif request.media and length:
-            try:
-                self._vision_model.check_media(torch.tensor([[*request.prompt]]), **request.media)
-            except ValueError as error:
-                yield f"media: {error}"
-
-    @property
-    def _vision_model(self) -> NeuronQwen35VLForCausalLM:
-        assert isinstance(self.model, NeuronQwen35VLForCausalLM), "the model takes images"
-        return self.model
-
     def _round(self) -> None:
-        if decoding := [row for row in self._rows.values() if row.encoded]:
-            self._decode(decoding)
-        waiting = [row for row in self._rows.values() if row.line is None]
-        for row, line in zip(waiting, [*self._free], strict=False):
-            if row.request.media:
-                row.placed = self._vision_model.place(torch.tensor([row.prompt]), **row.request.media)
-            row.line = line
-            self._free.remove(line)
-            if self.prefix_cache is not None:
-                media = media_digests(self.model.config, row.prompt, row.request.media)
-                row.chain = self.prefix_cache.chain(row.prompt, media)
-                row.cached = self.prefix_cache.take_up(line, row.chain)
-        if encoding := [row for row in self._rows.values() if row.line is not None and not row.encoded]:
-            together = [row for row in encoding if row.kind == encoding[0].kind]
-            self._encode(together[: self.model.neuron_config.ctx_batch_size])
+        if decoding := self._rows(encoded=True):
+            for (row, state), logits in zip(decoding.items(), self._runner.decode([*decoding]), strict=True):
+                self._choose(state, row, logits)
+        waiting = [state for state in self._requests.values() if state.row is None]
+        for state, slot in zip(waiting, [*self._free_slots], strict=False):
+            self._start(state, slot)
+        if encoding := self._rows(encoded=False):
+            rows = self._runner.batch([*encoding])
+            for row, logits in zip(rows, self._runner.encode(rows), strict=True):
+                self._after_piece(encoding[row], row, logits)
 
-    def _decode(self, rows: list[_Row]) -> None:
-        """The next token of each row."""
-        cached = torch.tensor([[row.cached] for row in rows])
-        ids = torch.tensor([[row.tokens[-1]] for row in rows])
-        logits = self.model(ids, _lines(rows), _mask(cached, int(cached.max())), cached).logits[:, -1]
-        for row in rows:
-            row.cached += 1
-        self._choose(rows, logits)
+    def _rows(self, encoded: bool) -> dict[Row, _RequestState]:
+        """The requests in slots whose prompts are encoded, or are not, in order of arrival."""
+        return {
+            state.row: state
+            for state in self._requests.values()
+            if state.row is not None and (state.row.cached >= len(state.request.prompt)) == encoded
+        }
 
-    def _encode(self, rows: list[_Row]) -> None:
-        """The next piece of each row's prompt; the first new token of a prompt that ends with it."""
-        chunk = self.model.config.prefill_chunk_size or self.model.neuron_config.max_context_length
-        pieces = [row.prompt[row.cached : row.cached + chunk] for row in rows]
-        cached = torch.tensor([[row.cached] for row in rows])
-        lengths = torch.tensor([[len(piece)] for piece in pieces])
-        # A later piece of a single token would be a decoding step for the model, and beside a longer one not.
-        width = max(int(lengths.max()), 2)
-        ids = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces])
-        index = torch.arange(width)
-        positions = torch.where(index < lengths, cached + index, 0)
-        placed = [row.placed.columns(row.cached, width) for row in rows if row.placed is not None]
-        mask = _mask(cached, int(cached.max())) if rows[0].cached else _mask(lengths, width)
-        media = {"placed": PlacedMedia.stack(placed)} if placed else {}
-        logits = self.model(ids, _lines(rows), mask, positions, **media).logits[:, -1]
-        for row, piece in zip(rows, pieces, strict=True):
-            row.cached += len(piece)
-            if self.prefix_cache is not None and row.cached % self.prefix_cache.block == 0:
-                assert row.line is not None and row.chain is not None, "it was encoded there"
-                self.prefix_cache.put_down(row.line, row.chain, row.cached)
-        ended = [i for i, row in enumerate(rows) if row.encoded]
-        for i in ended:
-            rows[i].placed = None
-        self._choose([rows[i] for i in ended], logits[ended])
+    def _start(self, state: _RequestState, slot: int) -> None:
+        """Give a waiting request a slot, and restore there what is known of its prompt."""
+        request = state.request
+        row = Row(slot, [*request.prompt], placed=self._runner.place(request.prompt, request.media))
+        if self.prefix_cache is not None:
+            media = media_digests(self.model.config, request.prompt, request.media)
+            state.chain = self.prefix_cache.chain(request.prompt, media)
+            row.cached = self.prefix_cache.restore(slot, state.chain)
+        self._free_slots.remove(slot)
+        state.row = row
 
-    def _choose(self, rows: list[_Row], logits: torch.Tensor) -> None:
-        """Give each row a token from its logits [B, V], and end those that are complete."""
-        greedy = logits.argmax(dim=-1).tolist()
-        for i, row in enumerate(rows):
-            token = row.sample(logits[i : i + 1].float()) if row.warpers else greedy[i]
-            row.tokens.append(token)
-            reason = None
-            if token in row.request.eos_token_ids:
-                reason = FinishReason.EOS
-            elif len(row.tokens) == row.request.max_new_tokens:
-                reason = FinishReason.LENGTH
-            self._emit(row, token, reason)
+    def _after_piece(self, state: _RequestState, row: Row, logits: torch.Tensor) -> None:
+        """Store a block that a piece completed, and choose the first token of a prompt that ended with it."""
+        if self.prefix_cache is not None and state.chain is not None and row.cached % self.prefix_cache.block == 0:
+            self.prefix_cache.store(row.slot, state.chain, row.cached)
+        if row.cached == len(state.request.prompt):
+            row.placed = None
+            self._choose(state, row, logits)
 
-    def _emit(self, row: _Row, token: int | None, reason: FinishReason | None) -> None:
-        self._outputs.setdefault(row.id, []).append(StepOutput(row.id, token, reason))
+    def _choose(self, state: _RequestState, row: Row, logits: torch.Tensor) -> None:
+        """Give a request a token from its logits [V], and end it when it is complete."""
+        token = state.sampler.sample(logits)
+        row.tokens.append(token)
+        reason = None
+        if token in state.request.eos_token_ids:
+            reason = FinishReason.EOS
+        elif len(row.tokens) - len(state.request.prompt) == state.request.max_new_tokens:
+            reason = FinishReason.LENGTH
+        self._emit(state, token, reason)
+
+    def _emit(self, state: _RequestState, token: int | None, reason: FinishReason | None) -> None:
+        self._outputs.setdefault(state.id, []).append(StepOutput(state.id, token, reason))
         if reason is not None:
-            del self._rows[row.id]
-            if row.line is not None:
-                self._free.append(row.line)
+            del self._requests[state.id]
+            if state.row is not None:
+                self._free_slots.append(state.row.slot)
 
 
-def _lines(rows: list[_Row]) -> torch.Tensor:
-    """seq_ids [B]."""
-    return torch.tensor([row.line for row in rows])
-
-
-def _mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
-    """[B, width] int64, 1 before lengths [B, 1]."""
-    return (torch.arange(width) < lengths).long()
+def limits_of(model: NeuronQwen35ForCausalLM) -> ModelLimits:
+    """What a request to this model may hold."""
+    config, neuron_config = model.config, model.neuron_config
+    return ModelLimits(
+        vocab_size=config.vocab_size,
+        seq_len=neuron_config.seq_len,
+        max_prompt_tokens=neuron_config.max_context_length if config.prefill_chunk_size is None else None,
+        media_names=model.get_required_kwargs(),
+        check_media=model.check_media if isinstance(model, NeuronQwen35VLForCausalLM) else None,
+    )

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beginnings of prompts that were encoded before: states at block boundaries with the keys and values up to them.
 
-A prompt that begins like an earlier one goes on from the last boundary that both share. A DeltaNet state is the sum of
-everything before it, so that it can be taken up only where it was put down: at the end of a block. Keys and values are
-kept block by block. A block is known by a hash over its tokens and images and all blocks before it.
+A prompt that begins like an earlier one is continued from the last boundary that both share. A DeltaNet state is the
+sum of everything before it, so that it can be restored only where it was stored: at the end of a block. Keys and values
+are kept block by block. A block is known by a hash over its tokens and images and all blocks before it.
 
 Blocks are in host memory. On a device they are read from and written to the buffers that the programs update in place,
 those of all ranks of this process; on a CPU a process has the module of its own rank.
@@ -73,7 +73,7 @@ class Chain(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """What a line of the cache held, on all ranks of this process, when a block of its prompt had been encoded."""
+    """What a slot of the caches held, on all ranks of this process, when a block of its prompt had been encoded."""
 
     states: list[torch.Tensor]  # recurrent and conv of each DeltaNet layer at the end of the block
     key_values: list[torch.Tensor]  # K and V of each head of each attention layer, [block, E]
@@ -100,7 +100,7 @@ class PrefixCache:
     def __init__(self, model: NeuronQwen35ForCausalLM, budget_bytes: int, block_tokens: int | None = None) -> None:
         chunk = model.config.prefill_chunk_size
         if chunk is None:
-            raise ValueError("prefill_chunk_size is not set: prompts are taken up where a chunk ended, set it")
+            raise ValueError("prefill_chunk_size is not set: prompts are restored where a chunk ended; set it")
         if block_tokens is not None and (block_tokens < 1 or block_tokens % chunk):
             raise ValueError(f"block_tokens={block_tokens}: must be a multiple of prefill_chunk_size={chunk}")
         if budget_bytes < 0:
@@ -129,16 +129,16 @@ class PrefixCache:
             keys.append(content.digest())
         return Chain(len(tokens), tuple(keys))
 
-    def take_up(self, line: int, chain: Chain) -> int:
-        """Put the longest known beginning of a prompt on a line; returns its length, 0 when nothing is known.
+    def restore(self, slot: int, chain: Chain) -> int:
+        """Write the longest known beginning of a prompt to a slot; returns its tokens, 0 when nothing is known.
 
-        At least one token is left to encode, because the logits of the last token are kept nowhere. The line then holds
+        At least one token is left to encode, because the logits of the last token are kept nowhere. The slot then holds
         exactly what encoding these tokens would have left there.
         """
         usable = chain.keys[: (chain.tokens - 1) // self.block]
         known = [*itertools.takewhile(self._blocks.__contains__, usable)]
         if known:
-            states, heads = self._line(line)
+            states, heads = self._slot_views(slot)
             for entry, kept in zip(states, self._blocks[known[-1]].states, strict=True):
                 entry.copy_(kept)
             for i, key in enumerate(known):
@@ -147,20 +147,20 @@ class PrefixCache:
         self._touch(known)
         return len(known) * self.block
 
-    def put_down(self, line: int, chain: Chain, encoded: int) -> None:
-        """Keep what a line holds right after the first `encoded` tokens, a whole number of blocks, were encoded.
+    def store(self, slot: int, chain: Chain, encoded: int) -> None:
+        """Keep what a slot holds right after the first `encoded` tokens, a whole number of blocks, were encoded.
 
-        Does nothing when the block is kept already, when a block before it is not, so that it could never be taken up,
+        Does nothing when the block is kept already, when a block before it is not, so that it could never be restored,
         or when the budget does not hold it together with those before it.
 
         Raises:
             ValueError: these tokens are no whole blocks.
         """
         if not encoded or encoded % self.block:
-            raise ValueError(f"{encoded} tokens are not whole blocks of {self.block}: put down at the end of a block")
+            raise ValueError(f"{encoded} tokens are not whole blocks of {self.block}: store at the end of a block")
         *before, key = chain.keys[: encoded // self.block]
         if key not in self._blocks and all(earlier in self._blocks for earlier in before):
-            states, heads = self._line(line)
+            states, heads = self._slot_views(slot)
             views = [head[encoded - self.block : encoded] for head in heads]
             size = sum(view.nbytes for view in (*states, *views))
             if size + sum(self._blocks[earlier].nbytes for earlier in before) <= self.budget_bytes:
@@ -177,13 +177,13 @@ class PrefixCache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
-    def _line(self, line: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(states, K and V of each head [P, E]) of a line on every rank of this process, as views.
+    def _slot_views(self, slot: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(states, K and V of each head [P, E]) of a slot on every rank of this process, as views.
 
         Each is one run of memory, so that a copy to or from a device is one transfer.
         """
         layout = self.model.cache_layout
-        views = [layout.slot(entries, line) for entries in self.model.cache_entries()]
+        views = [layout.slot(entries, slot) for entries in self.model.cache_entries()]
         return [s for view in views for s in view.states], [kv for view in views for kv in view.key_values]
 
 

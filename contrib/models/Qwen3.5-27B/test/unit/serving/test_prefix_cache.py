@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Beginnings of prompts that are taken up again: bit for bit what a cold run gives, never those of another prompt.
+"""Beginnings of prompts that are restored: bit for bit what a cold run gives, never those of another prompt.
 
 On a CPU, and as on a device of two ranks, where the caches are behind the loaded model.
 """
@@ -28,12 +28,12 @@ from support.simulated_device import kept, put_on_simulated_device
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-BLOCK, LINES, SEQ_LEN = 8, 2, 96
+BLOCK, SLOTS, SEQ_LEN = 8, 2, 96
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 
 
 OPTIONS: dict[str, Any] = dict(
-    batch_size=LINES, ctx_batch_size=1, seq_len=SEQ_LEN, prefill_chunk_size=BLOCK, is_continuous_batching=True
+    batch_size=SLOTS, ctx_batch_size=1, seq_len=SEQ_LEN, prefill_chunk_size=BLOCK, is_continuous_batching=True
 )
 
 
@@ -47,31 +47,31 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return put_on_simulated_device(*(load_neuron(path, **OPTIONS) for path in paths))
 
 
-def encode(model: Any, line: int, prompt: list[int], cache: PrefixCache | None, media: Any = ()) -> tuple[int, Any]:
-    """(tokens taken up, logits of the last token and what the line then holds)."""
+def encode(model: Any, slot: int, prompt: list[int], cache: PrefixCache | None, media: Any = ()) -> tuple[int, Any]:
+    """(tokens restored, logits of the last token and what the slot then holds)."""
     chain = None if cache is None else cache.chain(prompt, media)
-    taken = 0 if cache is None or chain is None else cache.take_up(line, chain)
-    for start in range(taken, len(prompt), BLOCK):
+    restored = 0 if cache is None or chain is None else cache.restore(slot, chain)
+    for start in range(restored, len(prompt), BLOCK):
         piece = torch.tensor([prompt[start : start + BLOCK]])
         positions = start + torch.arange(piece.shape[1]).unsqueeze(0)
         mask = torch.ones(1, start or piece.shape[1], dtype=torch.long)
-        logits = model(piece, torch.tensor([line]), mask, positions).logits[0, -1]
+        logits = model(piece, torch.tensor([slot]), mask, positions).logits[0, -1]
         if cache is not None and chain is not None and (start + piece.shape[1]) % cache.block == 0:
-            cache.put_down(line, chain, start + BLOCK)
+            cache.store(slot, chain, start + BLOCK)
     linear = {2 * i + pair for i in model.config.linear_attention_layers for pair in (0, 1)}
     held = [
-        (entry[line] if i in linear else entry[line, :, : len(prompt)]).clone()
+        (entry[slot] if i in linear else entry[slot, :, : len(prompt)]).clone()
         for rank in kept(model)
         for i, entry in enumerate(rank)
     ]
-    return taken, [logits.clone(), *held]
+    return restored, [logits.clone(), *held]
 
 
 def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_warm_run_is_bit_identical_to_a_cold_one_on_any_line(model: Any) -> None:
+def test_a_warm_run_is_bit_identical_to_a_cold_one_in_any_slot(model: Any) -> None:
     @settings(max_examples=30, phases=WITHOUT_SHRINKING)
     @given(st.data())
     def run(data: st.DataObject) -> None:
@@ -83,15 +83,15 @@ def test_a_warm_run_is_bit_identical_to_a_cold_one_on_any_line(model: Any) -> No
             shared = data.draw(st.sampled_from(prompts))[: data.draw(st.integers(0, 40))]
             prompt = [*shared, *prompt]
             cold = encode(model, 0, prompt, None)[1]
-            taken, warm = encode(model, data.draw(st.integers(0, LINES - 1)), prompt, cache)
-            assert taken % cache.block == 0 and taken < len(prompt)
+            restored, warm = encode(model, data.draw(st.integers(0, SLOTS - 1)), prompt, cache)
+            assert restored % cache.block == 0 and restored < len(prompt)
             assert equal(warm, cold)
             assert cache.nbytes <= cache.budget_bytes
 
     run()
 
 
-def test_the_longest_shared_boundary_is_taken_up(model: Any) -> None:
+def test_the_longest_shared_boundary_is_restored(model: Any) -> None:
     cache = PrefixCache(model, budget_bytes=1 << 30)
     (prompt,) = random_prompts([40])
     assert encode(model, 0, prompt, cache)[0] == 0
@@ -107,7 +107,7 @@ def test_larger_blocks_keep_more_tokens_in_the_same_memory(model: Any) -> None:
     assert encode(model, 0, prompt, small)[0] == encode(model, 0, prompt, large)[0] == 0
     assert small.blocks == 5 and large.blocks == 2
     assert encode(model, 0, prompt, large)[0] == 32
-    states = sum(entry[0].nbytes for rank in kept(model) for entry in rank[:6])  # of a line, in three DeltaNet layers
+    states = sum(entry[0].nbytes for rank in kept(model) for entry in rank[:6])  # of a slot, in three DeltaNet layers
     token = (small.nbytes - 5 * states) / 40
     assert large.nbytes == 2 * states + 32 * token
 
@@ -142,7 +142,7 @@ def test_what_a_cache_cannot_work_with_is_refused(model: Any, tmp_path: Path) ->
     with pytest.raises(ValueError, match="prefill_chunk_size is not set"):
         PrefixCache(load_neuron(tmp_path), 1)
     with pytest.raises(ValueError, match="9 tokens are not whole blocks of 8"):
-        PrefixCache(model, 1).put_down(0, PrefixCache(model, 1).chain([1] * 9), 9)
+        PrefixCache(model, 1).store(0, PrefixCache(model, 1).chain([1] * 9), 9)
     for block in (0, BLOCK + 1):
         with pytest.raises(ValueError, match=rf"block_tokens={block}: must be a multiple of prefill_chunk_size=8"):
             PrefixCache(model, 1, block)

@@ -1,0 +1,167 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of the model over rows of a batch: pieces of prompts, and single tokens that follow them.
+
+A runner knows nothing of requests, queues or sampling: whoever schedules gives it rows and gets logits. Prompts are cut
+at multiples of `prefill_chunk_size` from their own first token, so that the pieces of one do not depend on the rows
+beside it, nor on how many of its tokens a scheduler gives at a time, as long as it gives whole chunks.
+
+Letters: B rows of a call, S tokens of a row in it, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
+
+
+class CallKind(NamedTuple):
+    """Which of the model's submodels encodes a piece; a call has pieces of one kind."""
+
+    continues: bool
+    """Whether the beginning of the prompt is cached."""
+    with_media: bool
+
+
+@dataclass(eq=False)  # a row is itself, whatever it holds
+class Row:
+    """A sequence in a slot of the caches.
+
+    Args:
+        slot: its row of the caches.
+        tokens: the ids to be cached: the prompt, or as much of it as is to be encoded now, and what was sampled.
+        cached: how many of them the slot has taken in; the runner counts on.
+        placed: what images and videos add to the whole prompt, until it is encoded.
+    """
+
+    slot: int
+    tokens: list[int]
+    cached: int = 0
+    placed: PlacedMedia | None = None
+
+    @property
+    def kind(self) -> CallKind:
+        """Of the call that encodes its next piece."""
+        return CallKind(self.cached > 0, self.placed is not None)
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Arguments of the application's `forward`.
+
+    input_ids, position_ids [B, S] int64, 0 at padding; seq_ids [B] int64, the slots; attention_mask [B, cached tokens]
+    int64 of rows that are cached, else [B, S]; placed, the columns of S tokens of rows with media.
+    """
+
+    input_ids: torch.Tensor
+    seq_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    placed: PlacedMedia | None = None
+
+
+def next_piece(row: Row, chunk: int) -> list[int]:
+    """The tokens from those cached to the next multiple of `chunk`, or to the last one there is."""
+    return row.tokens[row.cached : (row.cached // chunk + 1) * chunk]
+
+
+def encoding_inputs(rows: Sequence[Row], chunk: int) -> ModelInputs:
+    """A call that encodes the next piece of each row, right-padded to the longest.
+
+    Raises:
+        ValueError: the rows are not of one kind, or a row has no token left to encode.
+    """
+    pieces = [next_piece(row, chunk) for row in rows]
+    if len({row.kind for row in rows}) > 1 or not all(pieces):
+        state = ", ".join(f"slot {row.slot}: {row.cached} of {len(row.tokens)} cached, {row.kind}" for row in rows)
+        raise ValueError(f"rows cannot share a call ({state}): pass rows of one kind, each with tokens to encode")
+    cached, lengths = _column([row.cached for row in rows]), _column([len(piece) for piece in pieces])
+    # A call of one token a row is a decoding step for the model, which takes no media and rounds in another way: the
+    # last token of a prompt would get other logits alone than beside a longer piece.
+    width = max(int(lengths.max()), 2)
+    index = torch.arange(width)
+    placed = [row.placed.columns(row.cached, width) for row in rows if row.placed is not None]
+    return ModelInputs(
+        input_ids=torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces]),
+        seq_ids=_slots(rows),
+        attention_mask=_ones_before(cached) if rows[0].kind.continues else _ones_before(lengths, width),
+        position_ids=torch.where(index < lengths, cached + index, 0),
+        placed=PlacedMedia.stack(placed) if placed else None,
+    )
+
+
+def decoding_inputs(rows: Sequence[Row]) -> ModelInputs:
+    """A call that takes in the one token of each row that follows those cached."""
+    cached = _column([row.cached for row in rows])
+    return ModelInputs(
+        input_ids=_column([row.tokens[row.cached] for row in rows]),
+        seq_ids=_slots(rows),
+        attention_mask=_ones_before(cached),
+        position_ids=cached,
+    )
+
+
+class ModelRunner:
+    """Calls a loaded model; after a call its rows are cached so far, after an error they are as they were."""
+
+    def __init__(self, model: NeuronQwen35ForCausalLM) -> None:
+        self.model = model
+        self.chunk: int = model.config.prefill_chunk_size or model.neuron_config.max_context_length
+        """Tokens of a prompt in one piece, at most."""
+
+    def place(self, prompt: Sequence[int], media: Mapping[str, torch.Tensor]) -> PlacedMedia | None:
+        """Encode the images and videos of a whole prompt on the host; None when there are none.
+
+        Raises:
+            ValueError: media and placeholders do not match.
+        """
+        if not media:
+            return None
+        assert isinstance(self.model, NeuronQwen35VLForCausalLM), "the model takes media"
+        return self.model.place(torch.tensor([[*prompt]]), **media)
+
+    def batch(self, rows: Sequence[Row]) -> list[Row]:
+        """The first row and the next ones that can share its call of `encode`, as many as were compiled for."""
+        return [row for row in rows if row.kind == rows[0].kind][: self.model.neuron_config.ctx_batch_size]
+
+    def encode(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Encode the next piece of each row; logits [B, V] of the last token of each piece.
+
+        Raises:
+            ValueError: the rows are not of one kind, or a row has no token left to encode.
+        """
+        sizes = [len(next_piece(row, self.chunk)) for row in rows]
+        return self._run(rows, encoding_inputs(rows, self.chunk), sizes)
+
+    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Take in the next token of each row; logits [B, V] of the token after it."""
+        return self._run(rows, decoding_inputs(rows), [1] * len(rows))
+
+    def _run(self, rows: Sequence[Row], inputs: ModelInputs, sizes: Sequence[int]) -> torch.Tensor:
+        media = {} if inputs.placed is None else {"placed": inputs.placed}
+        outputs = self.model(inputs.input_ids, inputs.seq_ids, inputs.attention_mask, inputs.position_ids, **media)
+        for row, size in zip(rows, sizes, strict=True):
+            row.cached += size
+        logits: torch.Tensor = outputs.logits[:, -1]
+        return logits
+
+
+def _slots(rows: Sequence[Row]) -> torch.Tensor:
+    """seq_ids [B]."""
+    return torch.tensor([row.slot for row in rows])
+
+
+def _column(numbers: Sequence[int]) -> torch.Tensor:
+    """[B, 1] int64."""
+    return torch.tensor(numbers).unsqueeze(1)
+
+
+def _ones_before(lengths: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """[B, width] int64, 1 before lengths [B, 1]; as wide as the longest when no width is given."""
+    return (torch.arange(int(lengths.max()) if width is None else width) < lengths).long()
