@@ -23,8 +23,10 @@ from ..nxdi import (
     set_tensor_model_parallel_attributes,
 )
 from ..ops import causal_conv, chunk_gated_delta_rule, decay_and_beta, recurrent_gated_delta_rule
-from . import kernel_launch as deltanet_kernels
 from .norms import Qwen35GatedRMSNorm
+
+MAX_DECODE_TOKENS = 8
+"""Most tokens of one decoding launch; enough to verify what a draft model speculates."""
 
 
 class HeadShardedParameter(BaseParallelLinear):
@@ -45,6 +47,10 @@ class NeuronGatedDeltaNet(nn.Module):
         ranks = get_tensor_model_parallel_size()
         dtype = config.neuron_config.torch_dtype
         self.kernel, self.cores = config.resolve_deltanet_kernel(), config.neuron_config.logical_nc_config
+        if self.kernel is not DeltaNetKernel.TORCH:
+            from .kernel_launch import decode, prefill  # loads NKI or the emulator
+
+            self.launch_decode, self.launch_prefill = decode, prefill
         self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.key_dim, self.value_dim = config.key_dim // ranks, config.value_dim // ranks
         self.num_value_heads = config.linear_num_value_heads // ranks
@@ -81,10 +87,10 @@ class NeuronGatedDeltaNet(nn.Module):
         recurrent_state, conv_state = past_key_value if past_key_value is not None else (None, None)
         qkv, z = self.in_proj_qkvz(hidden_states).split((2 * self.key_dim + self.value_dim, self.value_dim), dim=-1)
         b, a = self.in_proj_ba(hidden_states).split(self.num_value_heads, dim=-1)
-        few = hidden_states.shape[1] <= deltanet_kernels.MAX_DECODE_TOKENS  # more with a state is a prompt going on
+        few = hidden_states.shape[1] <= MAX_DECODE_TOKENS  # more with a state is a prompt going on
         if few and recurrent_state is not None and conv_state is not None and self.kernel is not DeltaNetKernel.TORCH:
             weights = (self.conv1d.weight, conv_state, self.A_log.weight, self.dt_bias.weight, self.norm.weight)
-            output, recurrent_state, conv_state = deltanet_kernels.decode(
+            output, recurrent_state, conv_state = self.launch_decode(
                 self.cores, self.norm.eps, qkv, z, a, b, *weights, recurrent_state
             )
             return NeuronAttentionBaseOutput(self.out_proj(output), (recurrent_state, conv_state), cos_cache, sin_cache)
@@ -104,8 +110,6 @@ class NeuronGatedDeltaNet(nn.Module):
             delta_rule = recurrent_gated_delta_rule if hidden_states.shape[1] == 1 else chunk_gated_delta_rule
             output, recurrent_state = delta_rule(q, k, v, g, beta, recurrent_state)
         else:
-            output, recurrent_state = deltanet_kernels.prefill(
-                self.kernel, self.cores, q, k, v, g, beta, recurrent_state
-            )
+            output, recurrent_state = self.launch_prefill(self.kernel, self.cores, q, k, v, g, beta, recurrent_state)
         output = self.norm(output, z.unflatten(-1, (-1, self.value_head_dim))).flatten(2)
         return NeuronAttentionBaseOutput(self.out_proj(output), (recurrent_state, conv_state), cos_cache, sin_cache)

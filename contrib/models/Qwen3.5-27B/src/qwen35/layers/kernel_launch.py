@@ -18,9 +18,6 @@ from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer
 from ..nki_kernels.recurrent import deltanet_decode_layer, deltanet_recurrent_fwd_state
 from ..ops import l2norm
 
-MAX_DECODE_TOKENS = 8
-"""Most tokens of one decoding launch; enough to verify what a draft model speculates."""
-
 
 def prefill(
     kernel: DeltaNetKernel,
