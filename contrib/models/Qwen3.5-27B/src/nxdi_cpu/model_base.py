@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import autobucketing
 from .application_base import NeuronApplicationBase
@@ -25,6 +24,9 @@ from .sampling import (
     prepare_sampling_params,
     validate_sampling_params,
 )
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class NeuronBaseModel(nn.Module):
@@ -400,6 +402,8 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
     def _get_constructed_outputs(
         self, outputs: list[torch.Tensor] | torch.Tensor, is_run_on_neuron: bool
     ) -> CausalLMOutputWithPast:
+        from transformers.modeling_outputs import CausalLMOutputWithPast  # takes seconds: only a call needs it
+
         first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]  # a device keeps the caches
         logits: torch.Tensor | None = first
         if self.on_device_sampling:

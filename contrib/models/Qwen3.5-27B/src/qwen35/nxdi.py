@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,35 @@ def _nxdi_is_installed() -> bool:
 NXDI_AVAILABLE = _nxdi_is_installed()
 """True when the real NxDI is importable, on a Neuron machine or with its sources on the path."""
 
-if TYPE_CHECKING or not NXDI_AVAILABLE:
+_NXD, _NXDI = "neuronx_distributed", "neuronx_distributed_inference"
+_MODULES = {
+    # name: (its module in NxDI or NxD, its stand-in's module)
+    "VISION_ENCODER_MODEL_TAG": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
+    "BaseParallelLinear": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
+    "ColumnParallelLinear": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
+    "DecoderModelInstance": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
+    "EncoderModelInstance": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
+    "HuggingFaceGenerationAdapter": (f"{_NXDI}.utils.hf_adapter", "nxdi_cpu.hf_adapter"),
+    "InferenceConfig": (f"{_NXDI}.models.config", "nxdi_cpu.config"),
+    "KVCacheManager": (f"{_NXDI}.modules.kvcache.kv_cache_manager", "nxdi_cpu.kv_cache"),
+    "ModelWrapper": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
+    "NeuronApplicationBase": (f"{_NXDI}.models.application_base", "nxdi_cpu.application_base"),
+    "NeuronAttentionBase": (f"{_NXDI}.modules.attention.attention_base", "nxdi_cpu.attention"),
+    "NeuronAttentionBaseOutput": (f"{_NXDI}.modules.attention.attention_base", "nxdi_cpu.attention"),
+    "NeuronBaseForCausalLM": (f"{_NXDI}.models.model_base", "nxdi_cpu.model_base"),
+    "NeuronBaseModel": (f"{_NXDI}.models.model_base", "nxdi_cpu.model_base"),
+    "NeuronConfig": (f"{_NXDI}.models.config", "nxdi_cpu.config"),
+    "OnDeviceSamplingConfig": (f"{_NXDI}.models.config", "nxdi_cpu.config"),
+    "ParallelEmbedding": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
+    "RowParallelLinear": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
+    "get_tensor_model_parallel_size": (f"{_NXD}.parallel_layers.parallel_state", "nxdi_cpu.parallel_state"),
+    "invoke_preshard_hook": (f"{_NXD}.trace.trace", "nxdi_cpu.sharding"),
+    "load_pretrained_config": (f"{_NXDI}.utils.hf_adapter", "nxdi_cpu.hf_adapter"),
+    "set_tensor_model_parallel_attributes": (f"{_NXD}.parallel_layers.utils", "nxdi_cpu.layers"),
+    "shard_children": (f"{_NXD}.trace.trace", "nxdi_cpu.sharding"),
+}
+
+if TYPE_CHECKING:
     from nxdi_cpu.application_base import NeuronApplicationBase
     from nxdi_cpu.attention import NeuronAttentionBase, NeuronAttentionBaseOutput
     from nxdi_cpu.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
@@ -51,36 +80,18 @@ if TYPE_CHECKING or not NXDI_AVAILABLE:
     from nxdi_cpu.parallel_state import get_tensor_model_parallel_size
     from nxdi_cpu.sharding import invoke_preshard_hook, shard_children
 else:
-    from neuronx_distributed.parallel_layers.layers import (
-        BaseParallelLinear,
-        ColumnParallelLinear,
-        ParallelEmbedding,
-        RowParallelLinear,
-    )
-    from neuronx_distributed.parallel_layers.parallel_state import get_tensor_model_parallel_size
-    from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
-    from neuronx_distributed.trace.trace import invoke_preshard_hook, shard_children
-    from neuronx_distributed_inference.models.application_base import NeuronApplicationBase
-    from neuronx_distributed_inference.models.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
-    from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
-    from neuronx_distributed_inference.models.model_wrapper import (
-        VISION_ENCODER_MODEL_TAG,
-        DecoderModelInstance,
-        EncoderModelInstance,
-        ModelWrapper,
-    )
-    from neuronx_distributed_inference.modules.attention.attention_base import (
-        NeuronAttentionBase,
-        NeuronAttentionBaseOutput,
-    )
-    from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
-    from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter, load_pretrained_config
+    # A module is imported when a name of it is first asked for, since some of them load all of transformers.
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        original, stand_in = _MODULES[name]
+        value = globals()[name] = getattr(import_module(original if NXDI_AVAILABLE else stand_in), name)
+        return value
+
 
 if TYPE_CHECKING or not NXDI_AVAILABLE:
     from nxdi_cpu.parallel_state import as_rank
 else:
-    from neuronx_distributed.parallel_layers import parallel_state
-    from neuronx_distributed.trace.trace import _mock_parallel_state
 
     @contextmanager
     def as_rank(rank: int, tp_degree: int) -> Iterator[None]:
@@ -89,6 +100,9 @@ else:
         Raises:
             RuntimeError: this process is a rank already, as on a CPU after `to_cpu`.
         """
+        from neuronx_distributed.parallel_layers import parallel_state
+        from neuronx_distributed.trace.trace import _mock_parallel_state
+
         if parallel_state.model_parallel_is_initialized():
             raise RuntimeError("this process is a rank already: take the shapes of one in a process of its own")
         _mock_parallel_state(tp_degree, rank)

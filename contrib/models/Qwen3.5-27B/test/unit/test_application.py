@@ -99,15 +99,6 @@ def test_the_examples_of_the_readme_run(section: str, expected: str, tmp_path: P
     assert expected in output
 
 
-def test_only_the_seam_imports_neuron_packages() -> None:
-    importing = {
-        path.name
-        for path in PACKAGE.rglob("*.py")
-        if re.search(r"^\s*(from|import) (neuronx_distributed|torch_neuronx|torch_xla|nki)\b", path.read_text(), re.M)
-    }
-    assert importing <= {"nxdi.py", "nki_seam.py"}
-
-
 def test_the_runtime_does_not_need_transformers_own_model() -> None:
     for package in (PACKAGE, PACKAGE.parent / "nxdi_cpu"):
         for path in package.rglob("*.py"):

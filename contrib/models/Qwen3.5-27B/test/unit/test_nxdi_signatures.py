@@ -7,8 +7,6 @@ The originals are described by `nxdi_signatures.json`, and where they are import
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -162,18 +160,8 @@ def test_neuron_config_fields_have_the_values_of_the_original(index: int) -> Non
 
 
 def test_the_seam_imports_each_original_of_its_stand_in() -> None:
-    tree = ast.parse(inspect.getsource(qwen35.nxdi))
-    choice = next(node for node in tree.body if isinstance(node, ast.If))
-
-    def imports(body: list[ast.stmt]) -> dict[str, str]:
-        return {
-            alias.name: f"{node.module}.{alias.name}"
-            for node in body
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-        }
-
-    stand_ins, originals = imports(choice.body), imports(choice.orelse)
+    originals = {name: f"{module}.{name}" for name, (module, _) in qwen35.nxdi._MODULES.items()}
+    stand_ins = {name: f"{module}.{name}" for name, (_, module) in qwen35.nxdi._MODULES.items()}
     assert originals == {name: NAMES[path.removeprefix("nxdi_cpu.")]["real"] for name, path in stand_ins.items()}
 
 

@@ -28,6 +28,10 @@ class NeuronGatedDeltaNet(nn.Module):
         super().__init__()
         ranks = get_tensor_model_parallel_size()
         self.kernel, self.cores = select_deltanet_kernel(config), config.neuron_config.logical_nc_config
+        if self.kernel is not DeltaNetKernel.TORCH:
+            from .kernel_launch import decode, prefill  # loads NKI or its emulator
+
+            self.launch_decode, self.launch_prefill = decode, prefill
         self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.key_dim, self.value_dim = config.key_dim // ranks, config.value_dim // ranks
         self.num_value_heads = config.linear_num_value_heads // ranks
@@ -82,9 +86,7 @@ class NeuronGatedDeltaNet(nn.Module):
         self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
     ) -> tuple[torch.Tensor, DeltaNetState]:
         """All between the projections in one kernel: the normed output [B, S, H V] and the new state."""
-        from . import kernel_launch  # here, since it loads NKI or its emulator
-
-        output, recurrent, conv = kernel_launch.decode(
+        output, recurrent, conv = self.launch_decode(
             self.cores,
             qkv=qkv,
             z=z,
@@ -114,6 +116,4 @@ class NeuronGatedDeltaNet(nn.Module):
         if self.kernel is DeltaNetKernel.TORCH:
             rule = chunk_gated_delta_rule if phase.encodes_prompts else recurrent_gated_delta_rule
             return rule(q, k, v, g, beta, recurrent)
-        from . import kernel_launch  # here, since it loads NKI or its emulator
-
-        return kernel_launch.prefill(self.kernel, self.cores, q, k, v, g, beta, recurrent)
+        return self.launch_prefill(self.kernel, self.cores, q, k, v, g, beta, recurrent)

@@ -1,0 +1,220 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom: every import statement counts, wherever it stands and however it is written.
+
+A tree of sources is `{path below src: text}`, so that a planted violation is a line in this file.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import qwen35
+
+SRC = Path(qwen35.__file__).parents[1]
+
+FLOORS: tuple[tuple[set[str], ...], ...] = (
+    ({"hardware", "phase"}, {"ops"}),
+    ({"nxdi"}, {"nki_kernels"}),
+    ({"kernel_selection", "configuration_qwen35", "configuration_qwen35_vl"},),
+    ({"weights"},),
+    ({"layers"}, {"vision"}),
+    ({"memory"}, {"submodels"}),
+    ({"modeling_qwen35"},),
+    ({"modeling_qwen35_vl"},),
+    ({"planning"},),
+    ({"serving"},),
+    ({"cli"},),
+    ({"__init__"},),
+)
+"""From below, the rooms of each floor of qwen35: a folder, or modules that are in none and may import one another."""
+
+PLACES = {name: (floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms for name in room}
+"""Of what is at the top of qwen35: its floor, and its room."""
+
+ONLY_IMPORTERS = {
+    "neuronx_distributed": {"qwen35.nxdi"},
+    "neuronx_distributed_inference": {"qwen35.nxdi"},
+    "nxdi_cpu": {"qwen35.nxdi"},
+    "torch_neuronx": {"qwen35.nxdi"},
+    "torch_xla": {"qwen35.nxdi"},
+    "nki": {"qwen35.nki_kernels.nki_seam"},
+    "nki_emulator": {"qwen35.nki_kernels.nki_seam", "qwen35.cli.kernels"},  # the report is about the emulator
+}
+"""The modules of qwen35 that may import a package; of any other, all may."""
+
+Tree = Mapping[str, str]
+
+
+class Import(NamedTuple):
+    importer: str
+    line: int
+    imported: str
+    """The module, when it is one of the tree; else all that the statement says."""
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.imported}"
+
+
+def read(package: str) -> Tree:
+    return {path.relative_to(SRC).as_posix(): path.read_text() for path in sorted((SRC / package).rglob("*.py"))}
+
+
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(tree: Tree) -> Iterator[Import]:
+    """Every import of every module. What `from x import y` names is the module x.y if there is one, else x."""
+    modules = {module_of(path) for path in tree}
+    for path, text in tree.items():
+        importer = module_of(path)
+        package = importer if path.endswith("__init__.py") else importer.rpartition(".")[0]
+        for node in ast.walk(ast.parse(text)):
+            match node:
+                case ast.Import():
+                    names = [alias.name for alias in node.names]
+                case ast.ImportFrom():
+                    origin = resolve_name("." * node.level + (node.module or ""), package)
+                    names = [f"{origin}.{alias.name}" for alias in node.names]
+                case _:
+                    continue
+            for name in names:
+                parent = name.rpartition(".")[0]
+                yield Import(importer, node.lineno, parent if name not in modules and parent in modules else name)
+
+
+def top_of(module: str) -> str:
+    """What is at the top of qwen35: "layers" for qwen35.layers.cache, "__init__" for qwen35."""
+    return (*module.split("."), "__init__")[1]
+
+
+def modules_without_a_floor(tree: Tree) -> list[str]:
+    return [module for module in map(module_of, tree) if top_of(module) not in PLACES]
+
+
+def upward_imports(tree: Tree) -> list[str]:
+    """Imports that go neither to a lower floor nor into the importer's own room."""
+    found = []
+    for item in imports(tree):
+        if item.imported.split(".")[0] == "qwen35":
+            # What has no floor is above all others: it may import them, and is imported by none.
+            here, there = (PLACES.get(top_of(m), (len(FLOORS), {m})) for m in (item.importer, item.imported))
+            if there[0] >= here[0] and there != here:
+                found.append(f"{item}: floor {here[0]} to {there[0]}")
+    return found
+
+
+def circles(tree: Tree) -> list[str]:
+    """The first circle of imports, if there is one."""
+    graph: dict[str, set[str]] = {module_of(path): set() for path in tree}
+    for item in imports(tree):
+        if item.imported in graph:
+            graph[item.importer].add(item.imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [" <- ".join(error.args[1])]
+    return []
+
+
+def imports_past_a_seam(tree: Tree) -> list[str]:
+    return [
+        str(item)
+        for item in imports(tree)
+        if item.importer not in ONLY_IMPORTERS.get(item.imported.split(".")[0], {item.importer})
+    ]
+
+
+@pytest.mark.parametrize("rule", [modules_without_a_floor, upward_imports, circles, imports_past_a_seam])
+def test_qwen35_keeps_the_rule(rule: Callable[[Tree], list[str]]) -> None:
+    assert rule(read("qwen35")) == []
+
+
+@pytest.mark.parametrize("package", ["nki_emulator", "nxdi_cpu"])
+def test_the_packages_beside_it_have_no_circles(package: str) -> None:
+    assert circles(read(package)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "imported"),
+    [
+        ("import qwen35.serving.engine", "serving.engine"),
+        ("import qwen35.serving.engine as e", "serving.engine"),
+        ("from qwen35.serving.engine import Request", "serving.engine"),
+        ("from qwen35.serving import engine", "serving.engine"),
+        ("from ..serving.engine import Request", "serving.engine"),
+        ("from ..serving import engine as e", "serving.engine"),
+        ("from ..serving import *", "serving"),
+        ("from ..serving import Request", "serving"),
+        ("from .. import serving", "serving"),
+        ("from . import cache, engine", "layers.cache"),
+        ("def f():\n    from ..serving import engine", "serving.engine"),
+        ("if TYPE_CHECKING:\n    from ..serving import engine", "serving.engine"),
+        ("try:\n    pass\nexcept ImportError:\n    from ..serving import engine", "serving.engine"),
+    ],
+)
+def test_an_import_is_found_however_it_is_written(text: str, imported: str) -> None:
+    others = ("serving/__init__", "serving/engine", "layers/__init__", "layers/cache", "__init__")
+    tree = {"qwen35/layers/norms.py": text, **{f"qwen35/{path}.py": "" for path in others}}
+    assert next(imports(tree)).imported == f"qwen35.{imported}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "planted"),
+    [
+        (modules_without_a_floor, {"qwen35/helpers.py": ""}),
+        (modules_without_a_floor, {"qwen35/helpers/__init__.py": ""}),
+        (modules_without_a_floor, {"qwen35/helpers/text.py": ""}),
+        (upward_imports, {"qwen35/layers/cache.py": "from ..serving import engine"}),
+        (upward_imports, {"qwen35/layers/cache.py": "from ..vision.positions import frame_positions"}),
+        (upward_imports, {"qwen35/layers/cache.py": "def f():\n    from ..memory.fit import require_fits"}),
+        (upward_imports, {"qwen35/memory/fit.py": "if TYPE_CHECKING:\n    from ..modeling_qwen35 import Qwen35MLP"}),
+        (upward_imports, {"qwen35/memory/fit.py": "from .. import submodels", "qwen35/submodels.py": ""}),
+        (upward_imports, {"qwen35/phase.py": "from .ops import l2norm"}),
+        (upward_imports, {"qwen35/serving/engine.py": "from qwen35 import PrefixCache", "qwen35/__init__.py": ""}),
+        (upward_imports, {"qwen35/serving/engine.py": "from ..helpers import text"}),
+        (upward_imports, {"qwen35/ops/causal_conv.py": "import qwen35.nxdi"}),
+        (circles, {"qwen35/ops/a.py": "from . import b", "qwen35/ops/b.py": "def f():\n    from .a import g"}),
+        (
+            circles,
+            {
+                "nxdi_cpu/a.py": "from .b import f",
+                "nxdi_cpu/b.py": "import nxdi_cpu.c",
+                "nxdi_cpu/c.py": "if TYPE_CHECKING:\n    from . import a",
+            },
+        ),
+        (circles, {"nki_emulator/__init__.py": "from .jit import jit", "nki_emulator/jit.py": "from . import nl"}),
+        (imports_past_a_seam, {"qwen35/submodels.py": "from neuronx_distributed.trace.trace import shard_children"}),
+        (imports_past_a_seam, {"qwen35/submodels.py": "import neuronx_distributed_inference"}),
+        (imports_past_a_seam, {"qwen35/layers/cache.py": "def f():\n    from nxdi_cpu import kv_cache"}),
+        (imports_past_a_seam, {"qwen35/nki_kernels/decode_layer.py": "import nki.language as nl"}),
+        (imports_past_a_seam, {"qwen35/cli/plan.py": "if TYPE_CHECKING:\n    from nki_emulator.report import Report"}),
+        (imports_past_a_seam, {"qwen35/cli/kernels.py": "import nki"}),
+    ],
+)
+def test_a_planted_violation_is_found(rule: Callable[[Tree], list[str]], planted: Tree) -> None:
+    assert rule(planted) != []
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("qwen35/layers/gated_deltanet.py", "from .norms import Qwen35GatedRMSNorm\nfrom ..ops import l2norm"),
+        ("qwen35/configuration_qwen35_vl.py", "from .configuration_qwen35 import Qwen35InferenceConfig"),
+        ("qwen35/modeling_qwen35.py", "from .submodels import Qwen35ModelWrapper"),
+        ("qwen35/nxdi.py", "import neuronx_distributed\nfrom nxdi_cpu.config import NeuronConfig"),
+        ("qwen35/cli/kernels.py", "from nki_emulator.report import Report\nfrom .. import hardware"),
+        ("qwen35/__init__.py", "from .cli import main"),
+    ],
+)
+def test_what_the_rules_allow_is_not_reported(path: str, text: str) -> None:
+    tree = {path: text, "qwen35/hardware.py": ""}
+    assert upward_imports(tree) == circles(tree) == imports_past_a_seam(tree) == modules_without_a_floor(tree) == []
