@@ -35,7 +35,7 @@ from safetensors import safe_open
 from qwen35.cli import main as cli
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.weights.checkpoint import INDEX_FILE, CheckpointReader, TensorSpec, lay_out
-from qwen35.weights.conversion import conversion_plan
+from qwen35.weights.text_rules import conversion_plan
 
 # A quarter of the vocabulary goes with the fewer layers.
 VOCAB_SIZE = 248320 // 4

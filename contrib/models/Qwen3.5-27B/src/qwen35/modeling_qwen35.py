@@ -43,8 +43,8 @@ from .nxdi import (
 )
 from .planning.plan import require_fits
 from .weights.checkpoint import CheckpointReader
-from .weights.conversion import convert_checkpoint
 from .weights.sharding import StreamedSharding
+from .weights.text_rules import convert_checkpoint
 
 FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
 """Endings of the names of parameters that are float32 whatever `torch_dtype` is."""
