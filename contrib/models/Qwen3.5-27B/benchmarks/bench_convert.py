@@ -155,7 +155,7 @@ def main() -> None:
     rows = {
         "source": figures.source,
         "largest source shard": figures.largest_shard,
-        "file of a rank": figures.rank,
+        "file of one rank": figures.rank,
         "anonymous memory, peak": figures.anonymous,
         "resident memory, peak": figures.resident,
         "bound of both": figures.bound,

@@ -19,11 +19,8 @@ from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingCo
 from .serving.engine import FinishReason, Qwen35Engine, Request, StepOutput
 from .serving.generation import SamplingOptions
 from .serving.prefix_cache import PrefixCache
-from .vision.encoder import (
-    NeuronQwen35VisionForImageEncoding,
-    NeuronQwen35VisionModel,
-    Qwen35VisionInferenceConfig,
-)
+from .vision.application import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
+from .vision.encoder import NeuronQwen35VisionModel
 
 __version__ = "0.1.0"
 

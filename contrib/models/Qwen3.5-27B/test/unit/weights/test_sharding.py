@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from qwen35.vision.encoder import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
 from safetensors.torch import load_file, save_file
 
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.nxdi import NXDI_AVAILABLE, as_rank
 from qwen35.serving.generation import MINI_CHECKPOINT
+from qwen35.vision.application import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
 from qwen35.weights import conversion, sharding
 from qwen35.weights.checkpoint import CheckpointReader
 from qwen35.weights.sharding import StreamedSharding
