@@ -35,7 +35,7 @@ from safetensors import safe_open
 from qwen35.cli import main as cli
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.weights.checkpoint import INDEX_FILE, CheckpointReader, TensorSpec, lay_out
-from qwen35.weights.conversion import conversion_plan
+from qwen35.weights.text_rules import conversion_plan
 
 # A quarter of the vocabulary goes with the fewer layers.
 VOCAB_SIZE = 248320 // 4
@@ -155,7 +155,7 @@ def main() -> None:
     rows = {
         "source": figures.source,
         "largest source shard": figures.largest_shard,
-        "file of a rank": figures.rank,
+        "file of one rank": figures.rank,
         "anonymous memory, peak": figures.anonymous,
         "resident memory, peak": figures.resident,
         "bound of both": figures.bound,

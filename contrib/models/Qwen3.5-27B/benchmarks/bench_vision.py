@@ -19,20 +19,10 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen3_5VisionConfig, Qwen3_5VisionModel
 
-from qwen35.configuration_qwen35_vl import Qwen35VisionConfig
+from qwen35.configuration_qwen35_vl import QWEN35_VISION_PRESETS, Qwen35VisionConfig
 from qwen35.vision.encoder import NeuronQwen35VisionModel
 
-SIZES_27B = dict(
-    depth=27,
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_heads=16,
-    out_hidden_size=5120,
-    num_position_embeddings=2304,
-    patch_size=16,
-    temporal_patch_size=2,
-    spatial_merge_size=2,
-)
+SIZES_27B = QWEN35_VISION_PRESETS["27B"]
 # (frames, rows, columns) of patches of each image or video
 CASES = {
     "1,024 patches, 1 image": [[1, 32, 32]],

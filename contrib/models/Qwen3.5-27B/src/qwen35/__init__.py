@@ -22,7 +22,7 @@ _MODULES = {
     "NeuronQwen35Model": "modeling_qwen35",
     "NeuronQwen35VLForCausalLM": "modeling_qwen35_vl",
     "NeuronQwen35VLModel": "modeling_qwen35_vl",
-    "NeuronQwen35VisionForImageEncoding": "vision.encoder",
+    "NeuronQwen35VisionForImageEncoding": "vision.application",
     "NeuronQwen35VisionModel": "vision.encoder",
     "OnDeviceSamplingConfig": "nxdi",
     "PrefixCache": "serving.prefix_cache",
@@ -35,7 +35,7 @@ _MODULES = {
     "Qwen35NeuronConfig": "configuration_qwen35",
     "Qwen35VLInferenceConfig": "configuration_qwen35_vl",
     "Qwen35VisionConfig": "configuration_qwen35_vl",
-    "Qwen35VisionInferenceConfig": "vision.encoder",
+    "Qwen35VisionInferenceConfig": "vision.application",
     "Request": "serving.request",
     "SamplingOptions": "serving.sampling",
     "StepOutput": "serving.request",
@@ -55,11 +55,8 @@ if TYPE_CHECKING:
     from .serving.request import FinishReason, Request, StepOutput
     from .serving.sampling import SamplingOptions
     from .submodels import Qwen35DecoderModelInstance, Qwen35ModelWrapper
-    from .vision.encoder import (
-        NeuronQwen35VisionForImageEncoding,
-        NeuronQwen35VisionModel,
-        Qwen35VisionInferenceConfig,
-    )
+    from .vision.application import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
+    from .vision.encoder import NeuronQwen35VisionModel
 else:
 
     def __getattr__(name: str) -> Any:

@@ -237,7 +237,7 @@ class Qwen35InferenceConfig(InferenceConfig):
     def _flatten(self) -> None:
         """Lift nested fields to the top level. Doing it twice changes nothing."""
         fields = vars(self)
-        text = _as_dict(fields.pop("text_config", None))
+        text = as_dict(fields.pop("text_config", None))
         dtypes = [place.pop(name, None) for place in (text, fields) for name in ("dtype", "torch_dtype")]
         declared = next((dtype for dtype in dtypes if dtype is not None), None)
         if declared is not None and self.neuron_config is not None and not self.neuron_config.overrides_torch_dtype:
@@ -248,13 +248,13 @@ class Qwen35InferenceConfig(InferenceConfig):
         own |= {"tie_word_embeddings"} & fields.keys()
         fields.update({name: value for name, value in text.items() if name not in own})
         for place in ("rope_scaling", "rope_parameters"):
-            rope = _as_dict(fields.pop(place, None))
+            rope = as_dict(fields.pop(place, None))
             if "type" in rope:
                 rope.setdefault("rope_type", rope["type"])
             fields.update({name: rope[name] for name in _ROPE_FIELDS if name in rope})
         if fields.get("rope_type") == "mrope":  # the name that older dumps give to the default frequencies
             self.rope_type = "default"
-        vision = _as_dict(fields.pop("vision_config", None))
+        vision = as_dict(fields.pop("vision_config", None))
         if vision:
             self.vision_config = vision
 
@@ -267,10 +267,10 @@ class Qwen35InferenceConfig(InferenceConfig):
                 setattr(self, name, default)
         layers: Any = getattr(self, "num_hidden_layers", None)
         interval: Any = self.full_attention_interval
-        if self.layer_types is None and _is_size(layers) and _is_size(interval):
+        if self.layer_types is None and is_size(layers) and is_size(interval):
             self.layer_types = [LINEAR_ATTENTION if (i + 1) % interval else FULL_ATTENTION for i in range(layers)]
         head_dim, factor = getattr(self, "head_dim", None), self.partial_rotary_factor
-        if self.mrope_section is None and _is_size(head_dim) and _is_number(factor) and 0 < factor <= 1:
+        if self.mrope_section is None and is_size(head_dim) and is_number(factor) and 0 < factor <= 1:
             self.mrope_section = [(self.rotary_dim // 2 + 2 - axis) // 3 for axis in range(3)]
         if self.neuron_config is not None:
             # NxDI's "config" casts every floating parameter, buffer and checkpoint tensor to torch_dtype. A_log,
@@ -350,16 +350,16 @@ class Qwen35InferenceConfig(InferenceConfig):
 _SIZES = [name for name, kind in Qwen35InferenceConfig.__annotations__.items() if kind == "int"]
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
     """A copy of a nested config, which transformers, NxDI and JSON hold as object, namespace and dict."""
     return {} if value is None else dict(value if isinstance(value, dict) else vars(value))
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -373,14 +373,14 @@ def _model_type_problem(model_type: Any) -> str:
 def _malformed_fields(config: Qwen35InferenceConfig) -> Iterator[tuple[str, str]]:
     """(field, problem) for each architecture field that is missing, ill-typed or out of its range."""
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **{name: (_is_size, "must be a positive integer") for name in _SIZES},
-        "rms_norm_eps": (lambda v: _is_number(v) and v > 0, "must be a positive number"),
-        "rope_theta": (lambda v: _is_number(v) and v > 0, "must be a positive number, in rope_parameters"),
-        "partial_rotary_factor": (lambda v: _is_number(v) and 0 < v <= 1, "must be a number in (0, 1]"),
+        **{name: (is_size, "must be a positive integer") for name in _SIZES},
+        "rms_norm_eps": (lambda v: is_number(v) and v > 0, "must be a positive number"),
+        "rope_theta": (lambda v: is_number(v) and v > 0, "must be a positive number, in rope_parameters"),
+        "partial_rotary_factor": (lambda v: is_number(v) and 0 < v <= 1, "must be a number in (0, 1]"),
         "tie_word_embeddings": (lambda v: isinstance(v, bool), "must be true or false"),
         "mrope_section": (
             lambda v: (
-                v is None or (isinstance(v, list | tuple) and len(v) == 3 and all(n == 0 or _is_size(n) for n in v))
+                v is None or (isinstance(v, list | tuple) and len(v) == 3 and all(n == 0 or is_size(n) for n in v))
             ),
             "must be three integers of 0 or more, or absent",
         ),
@@ -389,7 +389,7 @@ def _malformed_fields(config: Qwen35InferenceConfig) -> Iterator[tuple[str, str]
             lambda v: v is None or (isinstance(v, list | tuple) and {*map(str, v)} <= _LAYER_TYPES),
             f"must be a list of '{LINEAR_ATTENTION}' and '{FULL_ATTENTION}', or absent",
         ),
-        "pad_token_id": (lambda v: v is None or (_is_number(v) and v >= 0), "must be a token id or null"),
+        "pad_token_id": (lambda v: v is None or (is_number(v) and v >= 0), "must be a token id or null"),
     }
     for name, (accepts, remedy) in rules.items():
         if not hasattr(config, name):
@@ -479,7 +479,7 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
     if neuron.attention_dtype not in (None, neuron.torch_dtype):
         yield f"attention_dtype={neuron.attention_dtype} differs from torch_dtype={neuron.torch_dtype}; leave it unset"
 
-    ill = [name for name in _NEURON_SIZES if not _is_size(getattr(neuron, name))]
+    ill = [name for name in _NEURON_SIZES if not is_size(getattr(neuron, name))]
     yield from (f"{name}={getattr(neuron, name)!r} must be a positive integer" for name in ill)
     for small, large, remedy in (
         ("max_context_length", "seq_len", "lower it or raise seq_len"),

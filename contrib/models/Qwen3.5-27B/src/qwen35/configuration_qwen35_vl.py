@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, _as_dict, _is_number, _is_size
+from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, as_dict, is_number, is_size
 
 _MODEL_TYPES = ("qwen3_5_vision", "qwen3_5")  # older dumps carry the type of the whole model
 MEDIA_TOKENS = ("image_token_id", "video_token_id")
@@ -55,14 +55,14 @@ class Qwen35VisionConfig:
         problems = [
             f"vision_config.{name}={value!r} must be a positive integer; take it from the checkpoint's config.json"
             for name, value in sizes.items()
-            if not _is_size(value)
+            if not is_size(value)
         ]
         if self.hidden_act != "gelu_pytorch_tanh":
             problems.append(
                 f"vision_config.hidden_act={self.hidden_act!r} is not supported, only 'gelu_pytorch_tanh': "
                 "the MLP is written for it"
             )
-        if not _is_number(self.rope_theta) or self.rope_theta <= 0:
+        if not is_number(self.rope_theta) or self.rope_theta <= 0:
             problems.append(f"vision_config.rope_theta={self.rope_theta!r} must be a positive number")
         if not problems and self.hidden_size % (4 * self.num_heads):
             problems.append(
@@ -84,8 +84,8 @@ class Qwen35VisionConfig:
         Raises:
             Qwen35ConfigError: naming every field that is missing, wrong or unsupported.
         """
-        given = _as_dict(vision_config)
-        rope = _as_dict(given.get("rope_parameters"))
+        given = as_dict(vision_config)
+        rope = as_dict(given.get("rope_parameters"))
         own = {f.name: f.default for f in fields(cls)}
         values = {name: given[name] for name in own if name in given}
         values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}

@@ -38,8 +38,8 @@ from .phase import Phase, Submodel, phase_of, real_tokens
 from .planning.plan import require_fits
 from .submodels import ModelInputs, Qwen35ModelWrapper, cache_entries, require_float32, select_rows
 from .weights.checkpoint import CheckpointReader
-from .weights.conversion import convert_checkpoint
 from .weights.sharding import StreamedSharding
+from .weights.text_rules import convert_checkpoint
 
 
 class NeuronQwen35DecoderLayer(nn.Module):

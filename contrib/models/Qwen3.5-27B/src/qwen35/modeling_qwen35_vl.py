@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .phase import Phase, Submodel, phase_of
 from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper
 from .vision.encoder import NeuronQwen35VisionModel
 from .vision.positions import checked_grids
+from .vision.rope_index import get_rope_index
 
 
 class NeuronQwen35VLModel(NeuronQwen35Model):
@@ -297,92 +298,3 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             return llava_args
         *empty, rotary, embeddings, mask = llava_args
         return [*empty, rotary[:, :, columns], embeddings[:, columns], mask[:, columns]]
-
-
-def get_rope_index(
-    config: Qwen35VLInferenceConfig,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    image_grid_thw: torch.Tensor | None,
-    video_grid_thw: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions on the time, height and width axes (transformers' `Qwen3_5Model.get_rope_index`).
-
-    Text counts on, the same on all axes. An image of h x w merged tokens lies at one time, its rows and columns counted
-    from there, and the text after it goes on at max(h, w) more. The frames of a video are images of their own, with
-    their timestamps between them.
-
-    Args:
-        input_ids, attention_mask: [B, S]; padding may be anywhere.
-        image_grid_thw, video_grid_thw: [N, 3], frames, rows and columns of patches, in the order of the placeholders.
-
-    Returns:
-        position_ids: [B, 3, S] int64, 0 at padding.
-        rope_deltas: [B], what a decoding step adds to the index of its token.
-
-    Raises:
-        ValueError: the runs of placeholders are not those of the grids; it names the row and both numbers.
-    """
-    merge = config.vision.spatial_merge_size
-    grids = {
-        config.image_token_id: _frames(image_grid_thw, merge, "image_grid_thw"),
-        config.video_token_id: _frames(video_grid_thw, merge, "video_grid_thw"),
-    }
-    position_ids = torch.zeros(input_ids.shape[0], 3, input_ids.shape[1], dtype=torch.long)
-    deltas = []
-    for row, (ids, real) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
-        tokens = ids[real].tolist()
-        parts, start, i = [], 0, 0
-        while i < len(tokens):
-            kind, run = tokens[i], 1
-            if kind in grids:
-                height, width = next(grids[kind], (0, 0))
-                run = height * width
-                found = next((n for n, token in enumerate(tokens[i:]) if token != kind), len(tokens) - i)
-                if not 0 < run <= found:
-                    name = "image" if kind == config.image_token_id else "video"
-                    raise ValueError(
-                        f"row {row} has {found} {name} placeholders at token {i}, its grid makes {run} tokens; pass "
-                        f"the {name}_grid_thw that the processor gave with these input_ids"
-                    )
-                time = torch.zeros(height, width, dtype=torch.long)
-                rows, columns = torch.arange(height).unsqueeze(1), torch.arange(width)
-                parts.append(start + torch.stack((time, rows + time, columns + time)).flatten(1))
-                start += max(height, width)
-            else:
-                while i + run < len(tokens) and tokens[i + run] not in grids:
-                    run += 1
-                parts.append(start + torch.arange(run).expand(3, -1))
-                start += run
-            i += run
-        positions = torch.cat(parts, dim=1)
-        position_ids[row][:, real] = positions
-        deltas.append(int(positions.max()) + 1 - len(tokens))
-    for token, rest in grids.items():
-        if left := len([*rest]):
-            name = "image" if token == config.image_token_id else "video"
-            raise ValueError(
-                f"{name}_grid_thw has {left} frames more than input_ids have runs of {name} placeholders ({token}); "
-                "pass input_ids and grids of the same call of the processor"
-            )
-    return position_ids, torch.tensor(deltas)
-
-
-def _frames(grid_thw: torch.Tensor | None, merge: int, name: str) -> Iterator[tuple[int, int]]:
-    """(rows, columns) of merged tokens of every frame.
-
-    Raises:
-        ValueError: the grid is no [N, 3], or is not made of whole merged tokens.
-    """
-    if grid_thw is None:
-        return
-    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
-        raise ValueError(f"{name} has shape {list(grid_thw.shape)}, expected [N, 3]: frames, rows, columns")
-    for frames, rows, columns in grid_thw.tolist():
-        if min(frames, rows, columns) < 1 or rows % merge or columns % merge:
-            raise ValueError(
-                f"{name} has {[frames, rows, columns]}: rows and columns must be positive multiples of {merge}, the "
-                "patches on a side of a merged token"
-            )
-        for _ in range(frames):
-            yield rows // merge, columns // merge

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from qwen35 import HuggingFaceGenerationAdapter, NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.weights.conversion import conversion_plan
+from qwen35.weights.text_rules import conversion_plan
 
 NO_NXDI = "the real NxDI is not importable: put the src folders of its two repositories on PYTHONPATH (see README)"
 

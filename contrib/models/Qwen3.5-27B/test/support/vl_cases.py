@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
@@ -53,6 +54,25 @@ class Row:
     def pixels(self, grids: list[tuple[int, int, int]], offset: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(2 * self.seed + offset)
         return torch.randn(sum(t * h * w for t, h, w in grids), PATCH_DIM, generator=generator)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Row]:
+    """One to three rows of text with up to four images and videos each, of mixed sizes."""
+    sides = st.sampled_from([2, 4, 6])
+    rows = []
+    for _ in range(draw(st.integers(1, ROWS))):
+        row = Row(seed=draw(st.integers(0, 2**16)))
+        for kind in draw(st.lists(st.sampled_from("iv"), max_size=4)):
+            row.ids += draw(st.lists(st.integers(0, 149), max_size=5))
+            height, width, frames = draw(sides), draw(sides), draw(st.integers(1, 3)) if kind == "v" else 1
+            (row.images if kind == "i" else row.videos).append((frames, height, width))
+            for _ in range(frames):  # a timestamp before each frame of a video
+                row.ids += draw(st.lists(st.integers(0, 149), min_size=kind == "v", max_size=2))
+                row.ids += [START, *[IMAGE if kind == "i" else VIDEO] * (height * width // 4), END]
+        row.ids += draw(st.lists(st.integers(0, 149), min_size=1, max_size=12))
+        rows.append(row)
+    return rows
 
 
 def media(rows: list[Row]) -> dict[str, torch.Tensor]:

@@ -245,7 +245,7 @@ def test_the_checkpoint_of_27b_becomes_the_parameters_of_every_rank(tp_degree: i
     """Names, shapes and dtypes only, from the plan through NxDI's hooks and the split to the modules."""
     from nxdi_cpu.sharding import get_sharded_checkpoint
     from qwen35.configuration_qwen35 import QWEN35_PRESETS
-    from qwen35.weights.conversion import conversion_plan, convert_checkpoint
+    from qwen35.weights.text_rules import conversion_plan, convert_checkpoint
 
     config = Qwen35InferenceConfig(Qwen35NeuronConfig(tp_degree=tp_degree), **QWEN35_PRESETS["27B"])
     sources = {name: shape for rule in conversion_plan(config) for name, shape in rule.sources.items()}

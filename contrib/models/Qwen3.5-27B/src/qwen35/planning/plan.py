@@ -33,7 +33,8 @@ from ..configuration_qwen35_vl import Qwen35VisionConfig
 from ..hardware import INSTANCES, Figure, Instance, rank_bandwidth, rank_flops, rank_hbm_bytes
 from ..memory import RankBytes, WeightBytes, count_bytes, count_weights, count_whole_deltanet
 from ..nxdi import NeuronConfig, as_rank, on_stand_ins
-from ..vision.encoder import NeuronQwen35VisionModel, Qwen35VisionEncoder, Qwen35VisionInferenceConfig
+from ..vision.application import Qwen35VisionEncoder, Qwen35VisionInferenceConfig
+from ..vision.encoder import NeuronQwen35VisionModel
 
 if TYPE_CHECKING:
     from ..modeling_qwen35 import NeuronQwen35ForCausalLM

@@ -1,8 +1,8 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where patches lie, from `grid_thw` alone: inputs of the vision encoder that are computed on the host.
+"""Positions of patches, from `grid_thw` alone: inputs of the vision encoder that are computed on the host.
 
-Letters: P patches of all images and frames, N images and videos, E head dim.
+Letters: P patches of all images and frames, F patches of one frame, N images and videos, E head dim.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from ..configuration_qwen35_vl import Qwen35VisionConfig
 
 
 class FramePositions(NamedTuple):
-    """Of the patches of one frame, [H * W, ...] in the order of the processor: merged block by merged block."""
+    """Positions of the F patches of one frame, in the order of the processor: merged token by merged token."""
 
-    indices: torch.Tensor  # [H * W, 4] int64, the entries of the learned grid around each patch
-    weights: torch.Tensor  # [H * W, 4] float32, their share in its position embedding
-    angles: torch.Tensor  # [H * W, E / 2] float32, rotary: rows first, then columns
+    indices: torch.Tensor  # [F, 4] int64, the entries of the learned grid around each patch
+    weights: torch.Tensor  # [F, 4] float32, their share in its position embedding
+    angles: torch.Tensor  # [F, E / 2] float32, rotary: those of the row first, then those of the column
 
 
 def frame_positions(height: int, width: int, config: Qwen35VisionConfig) -> FramePositions:
     """Bilinear interpolation of the learned grid with aligned corners, and 2-D rotary angles.
 
-    transformers' `get_vision_interpolation_indices_and_weights`, and its axial rotary embedding: one table of E / 4
+    As transformers' `get_vision_interpolation_indices_and_weights`, and its axial rotary embedding: one table of E / 4
     frequencies for both axes.
+
+    Args:
+        height, width: rows and columns of patches, multiples of the config's spatial_merge_size.
+        config: sizes of the encoder.
     """
     merge, side, frequencies = config.spatial_merge_size, config.grid_side, config.head_dim // 4
     blocks = torch.arange(height * width).view(height // merge, merge, width // merge, merge)

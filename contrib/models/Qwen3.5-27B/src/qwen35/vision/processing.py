@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and videos to patches, with Pillow and PyTorch alone.
 
-Images equal transformers' `Qwen2VLImageProcessorPil` and videos its `Qwen3VLVideoProcessor`, bit for bit. Transparency
-is laid on white, EXIF orientation is applied, 16-bit grey levels are scaled to 8 bits.
+Images equal transformers' `Qwen2VLImageProcessorPil` and videos its `Qwen3VLVideoProcessor`, bit for bit.
 
-Memory: an image of more than `MAX_IMAGE_PIXELS` is refused before it is decoded, and one is decoded at a time, at 16
-bytes a pixel or less: 1.1 GB. What is kept is bounded by `max_pixels`: 24 bytes a pixel of an image (0.4 GB by
-default), 12 bytes a pixel of all frames of a video (0.3 GB).
+Memory: one image is decoded at a time, of `media.MAX_IMAGE_PIXELS` at most and at 16 bytes per pixel or less: 1.1 GB.
+What is kept is bounded by `max_pixels`: 24 bytes per pixel of an image (0.4 GB by default), 12 bytes per pixel of all
+frames of a video (0.3 GB).
 
 Letters: P patches, N images or videos, T frames.
 """
@@ -18,28 +17,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-MAX_IMAGE_PIXELS = 1 << 26
+from .media import ImageSource, OpenVideo, Video, VideoSource, open_image, open_video, show_size
+
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize
-DEFAULT_SOURCE_FPS = 24.0  # what transformers assumes of frames without a rate
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-
-_FRAME_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_VIDEO_FILES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
-_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow opens some 16-bit files as 32-bit "I"
-
-ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]"
-VideoSource: TypeAlias = "str | os.PathLike[str] | Video | Sequence[ImageSource]"
 
 
 class VisionInputError(ValueError):
@@ -48,14 +40,6 @@ class VisionInputError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("cannot use the images or videos:\n" + "\n".join(f"  - {line}" for line in problems))
-
-
-@dataclass(frozen=True)
-class Video:
-    """Frames that were already sampled, all of which are kept, `fps` of them a second."""
-
-    frames: Sequence[ImageSource]
-    fps: float = DEFAULT_SOURCE_FPS
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class ImageSettings:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of a merged token."""
+        """Pixels on a side of a merged token."""
         return self.patch_size * self.merge_size
 
     def levels(self) -> np.ndarray[Any, Any]:
@@ -108,7 +92,7 @@ class VisionInputs:
     image_grid_thw: torch.Tensor | None = None  # [N, 3] int64: frames, rows, columns of patches
     pixel_values_videos: torch.Tensor | None = None
     video_grid_thw: torch.Tensor | None = None
-    video_timestamps: list[list[float]] = field(default_factory=list)  # seconds, one a row of frames in the grid
+    video_timestamps: list[list[float]] = field(default_factory=list)  # seconds, one per temporal patch of each video
 
 
 @dataclass(frozen=True)
@@ -134,9 +118,9 @@ class VisionProcessor:
         """Process everything, or nothing.
 
         Args:
-            images: paths, Pillow images or arrays [height, width(, 1, 3 or 4)] of uint8 or uint16.
-            videos: animations (GIF, WebP, APNG), sampled at `video.fps`; or frames that were already sampled: a list,
-                a directory of image files in the order of their names, or a `Video`, which also has a rate.
+            images: as of `media.open_image`.
+            videos: as of `media.open_video`. Animations are sampled at `video.fps`; of a directory, a list or a `Video`
+                all frames are used.
 
         Raises:
             VisionInputError: some cannot be used; all are listed.
@@ -170,31 +154,35 @@ class VisionProcessor:
         return inputs
 
     def _process_image(self, source: ImageSource) -> tuple[torch.Tensor, list[int]]:
-        image, settings = _open_rgb(source), self.image
+        image, settings = open_image(source), self.image
         height, width = image_size(image.height, image.width, settings)
         pixels = np.asarray(image.resize((width, height), Image.Resampling(settings.resample)))
         return _patchify(np.repeat(pixels[None], settings.temporal_patch_size, axis=0), settings)
 
     def _process_video(self, source: VideoSource) -> tuple[torch.Tensor, list[int], list[float]]:
-        frames, indices, fps = _sampled_frames(source, self.video)
-        settings, pixels, size = self.video, [], None
-        for i, frame in enumerate(frames):
+        video, settings = open_video(source), self.video
+        indices = _frames_to_use(video, settings)
+        pixels, size = [], None
+        for i, frame in enumerate(video.decode(indices)):
             if size is None:
                 size = frame.size
                 # A single frame counts as a whole temporal patch, where transformers stops.
                 count = max(len(indices), settings.temporal_patch_size)
                 height, width = video_size(count, frame.height, frame.width, settings)
             elif frame.size != size:
-                raise ValueError(f"frame {i} is {_by(frame.size)} pixels, frame 0 is {_by(size)}; make them one size")
+                raise ValueError(
+                    f"frame {i} is {show_size(frame.size)} pixels, frame 0 is {show_size(size)}; make them one size"
+                )
             pixels.append(_resize_like_torchvision(frame, height, width, settings))
         pixels += [pixels[-1]] * (-len(pixels) % settings.temporal_patch_size)
         values, grid = _patchify(np.stack(pixels), settings)
-        return values, grid, timestamps_of(indices, fps, settings.temporal_patch_size)
+        return values, grid, timestamps_of(indices, video.fps, settings.temporal_patch_size)
 
     def expand_placeholders(self, texts: Sequence[str], inputs: VisionInputs) -> list[str]:
-        """Repeat each placeholder once a token; in a video, each row of frames is put between marks behind its time.
+        """Repeat each placeholder as often as its medium has tokens, as transformers 4.57's Qwen3VLProcessor does.
 
-        As transformers 4.57's Qwen3VLProcessor: the marks around a video's placeholder give way to those of its frames.
+        A video's placeholder, with the marks around it, becomes one run of placeholders for every temporal patch, each
+        between marks of its own and after its time in seconds.
 
         Raises:
             ValueError: the texts have not as many placeholders as there are images and videos.
@@ -250,7 +238,9 @@ def media_of(messages: Iterable[Mapping[str, Any]]) -> tuple[list[ImageSource], 
 
 
 def image_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
-    """Height and width to resize to: multiples of a merged token, within the pixel limits (`smart_resize`).
+    """Height and width to resize an image to: multiples of a merged token, within the pixel limits.
+
+    transformers' `smart_resize`.
 
     Raises:
         ValueError: one side is more than 200 times the other.
@@ -259,7 +249,9 @@ def image_size(height: int, width: int, settings: ImageSettings) -> tuple[int, i
 
 
 def video_size(frames: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
-    """The same for frames, whose pixels are counted together; those under a merged token are scaled up first.
+    """Height and width to resize frames to: as `image_size`, with limits for the pixels of all frames together.
+
+    Frames smaller than a merged token are scaled up first.
 
     Raises:
         ValueError: one side is more than 200 times the other.
@@ -289,15 +281,26 @@ def _fit(frames: int, height: int, width: int, settings: ImageSettings, rounded:
 
 
 def sampled_indices(total: int, source_fps: float, settings: VideoSettings) -> list[int]:
-    """Which of `total` frames are looked at: evenly, `settings.fps` a second within the frame limits."""
+    """Numbers of the frames to use of `total`: evenly spaced, `settings.fps` per second within the frame limits."""
     count = min(max(int(total / source_fps * settings.fps), settings.min_frames), settings.max_frames, total)
     return [int(i) for i in np.linspace(0, total - 1, count).round()]
 
 
+def _frames_to_use(video: OpenVideo, settings: VideoSettings) -> list[int]:
+    if not video.is_sampled:
+        return sampled_indices(video.count, video.fps, settings)
+    if video.count > settings.max_frames:
+        raise ValueError(f"{video.count} frames exceed max_frames={settings.max_frames}; sample fewer a second")
+    return list(range(video.count))
+
+
 def timestamps_of(indices: Sequence[int], fps: float, temporal_patch_size: int) -> list[float]:
-    """Seconds of each temporal patch: halfway between its first and last frame, the last one repeated to fill it."""
-    filled = [*indices, *[indices[-1]] * (-len(indices) % temporal_patch_size)]
-    firsts, lasts = filled[::temporal_patch_size], filled[temporal_patch_size - 1 :: temporal_patch_size]
+    """Seconds of each temporal patch: halfway between its first and last frame.
+
+    The last patch is padded with copies of the last frame.
+    """
+    padded = [*indices, *[indices[-1]] * (-len(indices) % temporal_patch_size)]
+    firsts, lasts = padded[::temporal_patch_size], padded[temporal_patch_size - 1 :: temporal_patch_size]
     return [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
 
 
@@ -318,153 +321,12 @@ def _patchify(frames: np.ndarray[Any, Any], settings: ImageSettings) -> tuple[to
 def _resize_like_torchvision(
     frame: Image.Image, height: int, width: int, settings: VideoSettings
 ) -> np.ndarray[Any, Any]:
-    """[height, width, 3] uint8; torchvision's resize, which differs from Pillow's by roundings, is this call."""
+    """[height, width, 3] uint8, rounded as torchvision's resize rounds and Pillow's does not."""
     if frame.size == (width, height):
         return np.asarray(frame)
     pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1).unsqueeze(0)
     resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     return np.asarray(resized[0].permute(1, 2, 0))
-
-
-def _open_rgb(source: ImageSource) -> Image.Image:
-    """The image in RGB.
-
-    Raises:
-        ValueError: it is no image, too large or of a mode without a meaning as colours.
-    """
-    if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source))
-    if isinstance(source, Image.Image):
-        _check_size(source.size)
-        return _to_rgb(_decoded(source))
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"a {type(source).__name__} is not an image; give a path, a Pillow image or an array")
-    with _open_file(source) as image:
-        return _to_rgb(_decoded(image))
-
-
-def _open_file(source: str | os.PathLike[str]) -> Image.Image:
-    name = os.fspath(source)
-    if re.match(r"[a-z]+://|data:", name):
-        raise ValueError("addresses are not fetched; download it and give the path")
-    try:
-        image = Image.open(name)
-    except UnidentifiedImageError:
-        raise ValueError("not an image file, or a corrupt one; convert or download it again") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be opened ({error})") from error
-    _check_size(image.size)
-    return image
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        raise ValueError(f"corrupt or truncated image ({error}); download it again") from error
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if min(size) < 1:
-        raise ValueError(f"{_by(size)} pixels: it is empty")
-    if math.prod(size) > MAX_IMAGE_PIXELS:
-        raise ValueError(f"{_by(size)} pixels exceed the limit of {MAX_IMAGE_PIXELS} pixels; scale it down")
-
-
-def _by(size: Sequence[int]) -> str:
-    return f"{size[0]} by {size[1]}"
-
-
-def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"an array of shape {list(array.shape)} is not [height, width] with 1, 3 or 4 channels last")
-    _check_size((array.shape[1], array.shape[0]))
-    if array.dtype == np.uint16:
-        array = _to_8_bits(array)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an array of {array.dtype} has no certain range; convert it to uint8 levels from 0 to 255")
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
-
-
-def _to_8_bits(levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 is 255 * 257
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BITS:
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("32-bit levels beyond 16 bits have no certain range; convert it to 8 or 16 bits")
-        image = Image.fromarray(_to_8_bits(levels))
-    if image.mode == "F":
-        raise ValueError("floating-point levels have no certain range; convert it to 8 or 16 bits")
-    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _sampled_frames(source: VideoSource, settings: VideoSettings) -> tuple[Iterator[Image.Image], list[int], float]:
-    """(RGB frames, one decoded at a time; their numbers in the source; frames a second of the source)."""
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.is_dir():
-            source = sorted(file for file in path.iterdir() if file.suffix.lower() in _FRAME_FILES)
-        elif path.suffix.lower() in _VIDEO_FILES:
-            raise ValueError(
-                "video files are not decoded here; extract frames ('ffmpeg -i FILE -vf fps=2 DIR/%06d.png') "
-                "and give the directory, or Video(frames, fps=2)"
-            )
-        else:
-            return _animation(path, settings)
-    video = source if isinstance(source, Video) else Video(source)
-    if not isinstance(video.frames, Sequence) and not isinstance(video.frames, np.ndarray):
-        raise ValueError(f"a {type(video.frames).__name__} is not a video; give a path or a list of frames")
-    if not isinstance(video.fps, int | float) or not 0 < video.fps < math.inf:
-        raise ValueError(f"fps={video.fps!r} must be a positive number")
-    count = len(video.frames)
-    if not count:
-        raise ValueError("it has no frames; give at least one")
-    if count > settings.max_frames:
-        raise ValueError(f"{count} frames exceed max_frames={settings.max_frames}; sample fewer a second")
-    return _numbered(map(_open_rgb, video.frames)), list(range(count)), float(video.fps)
-
-
-def _numbered(frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
-    i = 0
-    while True:
-        try:
-            frame = next(frames)
-        except StopIteration:
-            return
-        except ValueError as error:
-            raise ValueError(f"frame {i}: {error}") from error
-        yield frame
-        i += 1
-
-
-def _animation(path: Path, settings: VideoSettings) -> tuple[Iterator[Image.Image], list[int], float]:
-    with _open_file(path) as image:
-        total = getattr(image, "n_frames", 1)
-        milliseconds = 0
-        try:
-            for i in range(total):
-                image.seek(i)
-                image.load()  # before this, some formats do not know the duration
-                milliseconds += image.info.get("duration", 0)
-        except Exception as error:  # as in _decoded
-            raise ValueError(f"corrupt or truncated animation ({error}); download it again") from error
-    fps = 1000 * total / milliseconds if milliseconds > 0 else DEFAULT_SOURCE_FPS
-    indices = sampled_indices(total, fps, settings)
-
-    def decode() -> Iterator[Image.Image]:
-        with _open_file(path) as image:
-            for i in indices:
-                image.seek(i)
-                yield _to_rgb(_decoded(image))
-
-    return _numbered(decode()), indices, fps
 
 
 def _place(source: Any) -> str:

@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of a tensor."""
+    """Shape and dtype of a tensor, as a file's header gives them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class TensorSpec:
 class CheckpointReader(Mapping[str, torch.Tensor]):
     """The tensors of a directory with `model.safetensors`, or with an index and its shards, under their own names.
 
-    Construction reads headers only. Indexing reads that tensor and keeps nothing of it; one file is open at a time.
+    Construction reads headers only. Each indexing reads the tensor anew; one file is open at a time.
 
     Raises:
         CheckpointError: at construction; files are missing, truncated or corrupt, or the index does not fit them.
@@ -91,7 +91,7 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
             raise CheckpointError(self.directory, problems)
 
     def _read_index(self, problems: list[str]) -> dict[str, str]:
-        """Tensor -> file by the index, without the files that are missing; empty where a single file needs no index."""
+        """The index, tensor -> file, without the files that are missing; empty where a single file needs no index."""
         if not self.directory.is_dir():
             problems.append("no such directory; download the checkpoint and pass its directory")
             return {}
@@ -141,7 +141,7 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
         return len(self._files)
 
     def close(self) -> None:
-        """Let go of the open file; reading opens it again."""
+        """Close the open file; reading a tensor opens it again."""
         self._open = None
 
     def __enter__(self) -> CheckpointReader:
@@ -154,10 +154,10 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
 
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
-    """Specs of a safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes without gaps.
+    """The specs in a safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes without gaps.
 
     Raises:
-        ValueError: the file is not that, or not all of it.
+        ValueError: the file is of another format, corrupt or truncated.
     """
     size = path.stat().st_size
     again = f"the download is incomplete, fetch {path.name} again"
@@ -192,17 +192,18 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where everything is in a safetensors file, known before any tensor is."""
+    """Where everything is in a safetensors file, as follows from the specs of its tensors alone."""
 
     header: bytes  # what the file starts with
-    offsets: dict[str, int]  # of each tensor's bytes, from the start of the file
+    offsets: dict[str, int]  # of each tensor's first byte, from the start of the file
     nbytes: int  # of the whole file
 
 
 def lay_out(specs: Mapping[str, TensorSpec]) -> FileLayout:
-    """The file that holds tensors of these specs, those of larger dtypes first.
+    """The layout of a file with tensors of these specs.
 
-    So each tensor is aligned to its dtype, which readers that map the file want, though the format allows no gaps.
+    The format allows no gaps, and readers that map the file want each tensor aligned to its dtype. Tensors of larger
+    dtypes therefore come first.
     """
     entries: dict[str, dict[str, Any]] = {}
     end = 0

@@ -1,9 +1,9 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""A converted checkpoint split into a file a rank, with one of the model's tensors in memory at a time.
+"""A converted checkpoint split into one file per rank, with one of the model's tensors in memory at a time.
 
-The split is NxD's own code, preshard hooks included, run on a part of the model at a time; NxD runs it on the whole
-model and keeps what every rank gets.
+NxD's own code splits, preshard hooks included. NxD runs it on the whole model, and holds the tensors of every rank in
+memory. Here it runs on one part of the model after the other.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .checkpoint import TensorSpec, lay_out
 from .conversion import LazyStateDict
 
 _PIECE = 1 << 26
-"""Bytes made contiguous at a time: a rank's columns of the 27B embedding are 636 MB."""
+"""Bytes made contiguous at a time: a quarter of the columns of the 27B embedding is 636 MB."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What is split by itself: a module with a preshard hook and all below it, or the parameters of one without."""
+    """What is split in one step: a module with a preshard hook and all its children, or another's own parameters."""
 
     prefix: str
     module: nn.Module
@@ -40,12 +40,12 @@ class _Part:
 
 
 class StreamedSharding(NeuronApplicationBase):
-    """An application whose `get_state_dict` gives a `LazyStateDict`; NxDI's own sharding keeps every rank in memory."""
+    """An application that shards by `write_rank_files`; its `get_state_dict` returns a `LazyStateDict`."""
 
     def shard_weights(
         self, compiled_model_path: str | os.PathLike[str], debug: bool = False, pre_shard_weights_hook: Any = None
     ) -> None:
-        """Write `weights/tp{rank}_sharded_checkpoint.safetensors` of each local rank, under save_sharded_checkpoint.
+        """Write `weights/tp{rank}_sharded_checkpoint.safetensors` for each local rank, if save_sharded_checkpoint.
 
         Raises:
             OSError, ValueError: as `write_rank_files`.
@@ -74,14 +74,14 @@ def write_rank_files(
 ) -> None:
     """Write `directory`/tp{rank}_sharded_checkpoint.safetensors for each of `ranks`; all of them, or nothing.
 
-    Each tensor of `checkpoint` is built once, for all ranks, and dropped when they are written.
+    Each tensor of `checkpoint` is built once, written for all ranks, and dropped.
 
     Args:
         checkpoint: the tensors before preshard hooks; left as it is.
         module: the model in the shapes of one rank, on the meta device.
 
     Raises:
-        OSError: the disk has not the room; found before anything is written.
+        OSError: the disk has too little room; raised before anything is written.
         ValueError: a parameter has no tensor, or one of another shape or dtype.
     """
     parts = list(_parts(module))
@@ -121,7 +121,7 @@ def write_rank_files(
 
 
 def _parts(module: nn.Module, prefix: str = "") -> Iterator[_Part]:
-    """The parts of `module`, in its order, without the caches: those are state, not weights."""
+    """The parts of `module` in the order of its children; caches are left out, being state and not weights."""
     if isinstance(module, KVCacheManager):
         return
     has_hook = hasattr(module, "preshard_hook")
@@ -140,7 +140,7 @@ def _split(
     tp_degree: int,
     write: Callable[[int, str, torch.Tensor], None],
 ) -> None:
-    """Hand each rank's block of the part's tensors to `write`; all that is built lives in `checkpoint`, a copy."""
+    """Pass each rank's block of the part's tensors to `write`. Tensors are built into `checkpoint`, a copy to drop."""
     if part.has_hook:
         invoke_preshard_hook(part.module, checkpoint, part.prefix)
     missing = [name for name in part.weights if name not in checkpoint]
@@ -151,4 +151,5 @@ def _split(
         blocks = dict(whole)
         shard_children(part.module, blocks, part.prefix, None, rank, tp_degree)
         for name in part.weights:
-            write(rank, name, blocks[name])  # under no name of its own, which would keep it into the next rank's
+            # Without a local variable for the block: it would keep the block in memory while the next rank's is cut.
+            write(rank, name, blocks[name])

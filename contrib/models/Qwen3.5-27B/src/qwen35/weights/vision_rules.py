@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The vision tensors of a checkpoint in the layout that the vision modules read.
+"""The vision encoder's tensors: from a checkpoint to the layout that the vision modules read.
 
 Letters: D hidden, E head dim, R ranks.
 """
@@ -12,27 +12,16 @@ from collections.abc import Mapping
 import torch
 
 from ..configuration_qwen35_vl import Qwen35VisionConfig
-from .conversion import (
-    _READABLE,
-    Build,
-    ConversionError,
-    LazyStateDict,
-    Rule,
-    Shape,
-    _loader,
-    _same,
-    _spec,
-    _thunk,
-    rank_major,
-)
+from .conversion import Build, ConversionError, LazyStateDict, Rule, RuleSet, convert, rank_major
 
 _PREFIXES = ("model.visual.", "visual.")
 
 
 def adjacent_pairs(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """qkv rows [3 * D, ...] with dims i and i + E/2 of each query and key head side by side; values stay.
+    """qkv rows [3 * D, ...] with dims i and i + E/2 of each query and key head side by side; value rows stay in place.
 
-    These are the two dims that a rotary angle turns. Their product over a head does not depend on the order.
+    A rotary angle turns these two dims together, so as neighbours they are one complex number. Attention scores do not
+    change: query and key have the same order of dims.
     """
     query_key, value = qkv.split([qkv.shape[0] * 2 // 3, qkv.shape[0] // 3])
     pairs = query_key.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
@@ -49,10 +38,10 @@ def vision_plan(config: Qwen35VisionConfig, dtype: torch.dtype, qkv: Build) -> l
     c, hidden, merged = config, config.hidden_size, config.hidden_size * config.merge_unit
     rules: list[Rule] = []
 
-    def add(name: str, *shape: int, build: Build = _same) -> None:
-        rules.append(Rule({name: shape}, {name: build}, dtype))
+    def add(name: str, *shape: int, build: Build | None = None) -> None:
+        rules.append(Rule.of_one(name, shape, dtype, build))
 
-    def add_linear(name: str, wide: int, narrow: int, build: Build = _same) -> None:
+    def add_linear(name: str, wide: int, narrow: int, build: Build | None = None) -> None:
         add(f"{name}.weight", wide, narrow, build=build)
         add(f"{name}.bias", wide, build=build)
 
@@ -92,33 +81,7 @@ def convert_vision_checkpoint(
     Raises:
         ConversionError: vision tensors that are missing, unexpected, mis-shaped, quantised or there twice, all listed.
     """
-    rules = vision_plan(config, dtype, qkv)
-    expected: dict[str, Shape] = {name: shape for rule in rules for name, shape in rule.sources.items()}
-    given: dict[str, str] = {}
-    problems: list[str] = []
-    for name in source:
-        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-        if prefix is None:
-            continue
-        plain, spec = name.removeprefix(prefix), _spec(source, name)
-        if plain not in expected:
-            problems.append(f"{name} is unexpected, shape {list(spec.shape)}")
-        elif plain in given:
-            problems.append(f"{name} and {given[plain]} are the same tensor, keep one")
-        elif spec.shape != expected[plain]:
-            problems.append(f"{name} has shape {list(spec.shape)}, expected {list(expected[plain])}")
-        elif spec.dtype not in _READABLE:
-            problems.append(f"{name} is {spec.dtype}, not bfloat16, float16 or float32; use the unquantised checkpoint")
-        given.setdefault(plain, name)
-    if not given:
+    rule_set = RuleSet(vision_plan(config, dtype, qkv), _PREFIXES)
+    if all(rule_set.plain_name(name) is None for name in source):
         raise ConversionError([f"no tensor starts with {' or '.join(_PREFIXES)}; use a vision-language checkpoint"])
-    problems += [f"visual.{name} is missing, shape {list(s)}" for name, s in expected.items() if name not in given]
-    if problems:
-        raise ConversionError(problems)
-    return LazyStateDict(
-        {
-            target: _thunk(build, [_loader(source, given[name]) for name in rule.sources], rule.dtype)
-            for rule in rules
-            for target, build in rule.targets.items()
-        }
-    )
+    return convert(source, rule_set)

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""A file a rank, written tensor by tensor: the same bytes as by way of whole ranks in memory, or no file at all."""
+"""One file per rank, written tensor by tensor: the bytes that whole ranks in memory have, or no file at all."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from safetensors.torch import load_file, save_file
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.nxdi import NXDI_AVAILABLE, as_rank
 from qwen35.serving.loading import MINI_CHECKPOINT
-from qwen35.vision.encoder import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
-from qwen35.weights import conversion
-from qwen35.weights import sharding as presharding
+from qwen35.vision.application import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
+from qwen35.weights import conversion, sharding
 from qwen35.weights.checkpoint import CheckpointReader
-from qwen35.weights.conversion import conversion_plan
 from qwen35.weights.sharding import StreamedSharding
+from qwen35.weights.text_rules import conversion_plan
 from support.compare import assert_close
 
 if NXDI_AVAILABLE:
@@ -34,7 +33,7 @@ if NXDI_AVAILABLE:
 else:
     from nxdi_cpu.sharding import get_sharded_checkpoint
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_convert.py"
+BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "bench_convert.py"
 # On 4 ranks: 45 words are padded to 48, 6 query heads to 8, and each of the 2 KV heads is on two ranks.
 UNEVEN: dict[str, Any] = {
     "model_type": "qwen3_5_text",
@@ -75,7 +74,7 @@ def shard(model: StreamedSharding, compiled: Path) -> list[dict[str, torch.Tenso
 
 def fail_at(call: int, error: BaseException) -> Callable[..., None]:
     """NxD's splitting, raising `error` at the given call."""
-    calls, real = 0, presharding.shard_children
+    calls, real = 0, sharding.shard_children
 
     def split(*args: Any) -> None:
         nonlocal calls
@@ -165,7 +164,7 @@ def test_each_source_tensor_is_read_once_for_each_tensor_made_of_it(
 
 def test_tensors_are_let_go_before_the_next_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive, most = weakref.WeakSet[torch.Tensor](), 0
-    real = conversion._thunk
+    real = conversion._builder
 
     def watched(*args: Any) -> Callable[[], torch.Tensor]:
         def build() -> torch.Tensor:
@@ -176,7 +175,7 @@ def test_tensors_are_let_go_before_the_next_are_built(tmp_path: Path, monkeypatc
 
         return build
 
-    monkeypatch.setattr(conversion, "_thunk", watched)
+    monkeypatch.setattr(conversion, "_builder", watched)
     shard(make_model(tmp_path / "checkpoint"), tmp_path / "compiled")
     assert most == 3, "q, k and v belong to one hook, everything else goes by itself"
 
@@ -187,7 +186,7 @@ def test_what_stops_half_way_leaves_nothing_behind(
 ) -> None:
     model = make_model(tmp_path / "checkpoint")
     compiled = tmp_path / "compiled"
-    monkeypatch.setattr(presharding, "shard_children", fail_at(21, error))
+    monkeypatch.setattr(sharding, "shard_children", fail_at(21, error))
     with pytest.raises(type(error)):
         model.shard_weights(str(compiled))
     assert list(compiled.iterdir()) == []
@@ -197,7 +196,7 @@ def test_what_stops_half_way_leaves_earlier_files_as_they_were(tmp_path: Path, m
     before = shard(make_model(tmp_path / "checkpoint"), tmp_path / "compiled")
     again = make_model(tmp_path / "checkpoint")  # other weights
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(presharding, "shard_children", fail_at(21, OSError("disk full")))
+        patch.setattr(sharding, "shard_children", fail_at(21, OSError("disk full")))
         shard(again, tmp_path / "compiled")
     files = sorted((tmp_path / "compiled").rglob("*.safetensors"))
     assert [path.name for path in (tmp_path / "compiled").iterdir()] == ["weights"] and len(files) == 2
@@ -213,7 +212,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_read(tmp_path: Path, mon
     shard(model, tmp_path / "fits")
     needed = sum(file.stat().st_size for file in (tmp_path / "fits" / "weights").iterdir())
     monkeypatch.setattr(CheckpointReader, "__getitem__", lambda self, name: pytest.fail(f"{name} was read"))
-    monkeypatch.setattr(presharding.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(sharding.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(OSError, match=f"2 ranks need {needed} bytes, the disk has {needed - 1} free; make room for 1"):
         model.shard_weights(str(tmp_path / "compiled"))
     assert list((tmp_path / "compiled").iterdir()) == []

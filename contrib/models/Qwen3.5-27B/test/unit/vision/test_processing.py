@@ -4,13 +4,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwen35.vision.media import Video
 from qwen35.vision.processing import (
     IMAGE_TOKEN,
-    MAX_IMAGE_PIXELS,
     VIDEO_TOKEN,
     VISION_END,
     VISION_START,
     ImageSettings,
-    Video,
     VideoSettings,
     VisionInputError,
     VisionProcessor,
@@ -44,20 +39,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize,
 )
 
-SMALL = ImageSettings(min_pixels=32 * 32, max_pixels=128 * 128)
-SMALL_VIDEO = VideoSettings(min_pixels=32 * 32, max_pixels=6 * 96 * 96)
-PROCESSOR = VisionProcessor(SMALL, SMALL_VIDEO)
-
-
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Smooth colours with some noise, so that resizing matters and does not average everything to grey."""
-    generator = np.random.default_rng(seed)
-    channels = len(Image.new(mode, (1, 1)).getbands())
-    coarse = generator.integers(0, 256, (3, 4, channels), dtype=np.uint8)
-    bands = [Image.fromarray(coarse[..., c]).resize((width, height)) for c in range(channels)]
-    noise = generator.integers(-20, 20, (height, width, channels))
-    levels = (np.stack([np.asarray(band) for band in bands], axis=-1) + noise).clip(0, 255).astype(np.uint8)
-    return Image.merge(mode, [Image.fromarray(levels[..., c]) for c in range(channels)])
+from support.pictures import PROCESSOR, SMALL, SMALL_VIDEO, picture
 
 
 def oracle(settings: ImageSettings) -> Qwen2VLImageProcessorPil:
@@ -117,34 +99,6 @@ def test_the_default_settings_are_those_of_the_published_checkpoints() -> None:
     check_image(picture(100, 60), ImageSettings())
     assert (ImageSettings().min_pixels, ImageSettings().max_pixels) == (65536, 16777216)
     assert (VideoSettings().min_pixels, VideoSettings().max_pixels) == (4096, 25165824)
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_sixteen_bit_grey_is_scaled_to_eight(bits: int, tmp_path: Path) -> None:
-    levels = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
-    image = Image.fromarray(levels) if bits == 8 else Image.fromarray(levels.astype(np.uint16) * 257)
-    image.save(tmp_path / "grey.png")
-    expected = PROCESSOR([np.repeat(levels[..., None], 3, axis=-1)]).pixel_values
-    for source in (image, tmp_path / "grey.png", np.asarray(image)):
-        assert_close(PROCESSOR([source]).pixel_values, expected, label=f"{bits} bits")
-
-
-def test_paths_pictures_and_arrays_give_the_same(tmp_path: Path) -> None:
-    image = picture(70, 90)
-    image.save(tmp_path / "a.png")
-    inputs = PROCESSOR([image, tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(image)])
-    first, *others = inputs.pixel_values.chunk(4)
-    for other in others:
-        assert_close(other, first, label="the same image from another source")
-    assert inputs.pixel_values_videos is None and inputs.video_grid_thw is None
-
-
-def test_a_photograph_is_turned_as_its_exif_says(tmp_path: Path) -> None:
-    image, exif = picture(90, 40), Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    image.save(tmp_path / "turned.png", exif=exif)
-    upright = image.transpose(Image.Transpose.ROTATE_270)
-    assert_close(PROCESSOR([tmp_path / "turned.png"]).pixel_values, PROCESSOR([upright]).pixel_values)
 
 
 @settings(max_examples=200)
@@ -218,116 +172,10 @@ def test_timestamps_are_halfway_between_the_frames_of_a_patch() -> None:
     assert timestamps_of([0], 24.0, 2) == [0.0]
 
 
-@pytest.mark.parametrize(("suffix", "options"), [("gif", {}), ("png", {}), ("webp", {"lossless": True})])
-def test_an_animation_is_sampled_by_its_own_durations(suffix: str, options: dict[str, Any], tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (64, 48), (10 * i, 255 - 10 * i, 5 * i)) for i in range(20)]
-    path = tmp_path / f"clip.{suffix}"
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
-    inputs = PROCESSOR(videos=[path])
-    # 20 frames in two seconds: four are taken, at two a second.
-    indices = [0, 6, 13, 19]
-    assert inputs.video_timestamps == [[0.3, 1.6]]
-    expected = PROCESSOR(videos=[[frames[i] for i in indices]]).pixel_values_videos
-    # GIF palettes round colours by a level or so of 255.
-    assert_close(inputs.pixel_values_videos, expected, atol=0.05 if suffix == "gif" else 0.0, label=suffix)
-
-
-def test_a_directory_is_its_images_in_the_order_of_their_names(tmp_path: Path) -> None:
-    frames = [picture(64, 48, seed=i) for i in range(4)]
-    for i, frame in enumerate(frames):
-        frame.save(tmp_path / f"{i:03d}.png")
-    (tmp_path / "notes.txt").write_text("not a frame")
-    from_directory, from_list = PROCESSOR(videos=[tmp_path]), PROCESSOR(videos=[frames])
-    assert_close(from_directory.pixel_values_videos, from_list.pixel_values_videos)
-    assert PROCESSOR(videos=[Video(frames, fps=2.0)]).video_timestamps == [[0.25, 1.25]]
-
-
-# Bad input
-
-
-def truncated_png() -> bytes:
-    buffer = io.BytesIO()
-    picture(80, 80).save(buffer, "PNG")
-    return buffer.getvalue()[:2000]
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (lambda p: p / "absent.png", ("absent.png", "cannot be opened")),
-        (lambda p: _write(p / "a.png", b"no image"), ("a.png", "not an image file")),
-        (lambda p: _write(p / "b.png", truncated_png()), ("b.png", "truncated")),
-        (lambda p: _write(p / "c.png", b""), ("c.png", "not an image file")),
-        (lambda p: "https://example.org/a.png", ("not fetched", "give the path")),
-        (lambda p: Image.new("RGB", (0, 5)), ("0 by 5", "empty")),
-        (lambda p: np.zeros((0, 4, 3), np.uint8), ("4 by 0", "empty")),
-        (lambda p: Image.new("L", (MAX_IMAGE_PIXELS + 1, 1)), (str(MAX_IMAGE_PIXELS), "scale it down")),
-        (lambda p: Image.new("RGB", (500, 2)), ("aspect ratio", "500 by 2")),
-        (lambda p: Image.new("F", (50, 50)), ("floating-point", "convert")),
-        (lambda p: Image.fromarray(np.full((9, 9), 70000, np.int32)), ("32-bit", "convert")),
-        (lambda p: np.zeros((9, 9, 3)), ("float64", "uint8")),
-        (lambda p: np.zeros((3, 90, 90), np.uint8), ("[3, 90, 90]", "channels last")),
-        (lambda p: 7, ("int", "give a path")),
-    ],
-)
-def test_a_bad_image_is_named_with_its_remedy(
-    source: Callable[[Path], Any], words: tuple[str, ...], tmp_path: Path
-) -> None:
-    with pytest.raises(VisionInputError) as error:
-        PROCESSOR([picture(40, 40), source(tmp_path)])
-    assert len(error.value.problems) == 1 and error.value.problems[0].startswith("image 1")
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def _write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (lambda p: p / "clip.mp4", ("clip.mp4", "ffmpeg", "frames")),
-        (lambda p: [], ("no frames",)),
-        (lambda p: p, ("no frames",)),
-        (lambda p: [picture(40, 40), picture(50, 40)], ("frame 1 is 50 by 40", "frame 0 is 40 by 40")),
-        (lambda p: [picture(40, 40), p / "absent.png"], ("frame 1", "absent.png")),
-        (lambda p: [picture(2, 2)] * 769, ("769 frames", "max_frames=768")),
-        (lambda p: Video([picture(40, 40)], fps=0), ("fps=0", "positive")),
-        (lambda p: 7, ("int", "list of frames")),
-        (lambda p: _write(p / "a.gif", b"GIF89a"), ("a.gif",)),
-    ],
-)
-def test_a_bad_video_is_named_with_its_remedy(
-    source: Callable[[Path], Any], words: tuple[str, ...], tmp_path: Path
-) -> None:
-    with pytest.raises(VisionInputError) as error:
-        PROCESSOR(videos=[[picture(40, 40)] * 2, source(tmp_path)])
-    assert len(error.value.problems) == 1 and error.value.problems[0].startswith("video 1")
-    assert all(word in str(error.value) for word in words), error.value
-
-
 def test_all_bad_items_of_a_batch_are_in_one_error() -> None:
     with pytest.raises(VisionInputError) as error:
         PROCESSOR([7, picture(40, 40), Image.new("F", (9, 9))], [[]])
     assert [problem.split(":")[0] for problem in error.value.problems] == ["image 0", "image 2", "video 0"]
-
-
-@settings(max_examples=60)
-@given(st.integers(0, 2**32))
-def test_damaged_files_never_raise_anything_else(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    generator, buffer = random.Random(seed), io.BytesIO()
-    kind = generator.choice(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
-    picture(40, 30).save(buffer, kind, save_all=kind in ("GIF", "WEBP"))
-    content = bytearray(buffer.getvalue())
-    for _ in range(generator.randint(1, 8)):
-        content[generator.randrange(len(content))] = generator.randrange(256)
-    path = _write(tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}", bytes(content))
-    for arguments in (([path], []), ([], [path])):
-        try:
-            PROCESSOR(*arguments)
-        except VisionInputError as error:
-            assert "damaged" in str(error)
 
 
 # Settings, placeholders and messages

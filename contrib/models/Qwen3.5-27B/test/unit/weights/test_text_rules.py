@@ -1,11 +1,9 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Conversion against naive loops over heads and ranks; every comparison is bit-exact, since rows only move."""
+"""The decoder's rules against naive loops over heads and ranks; comparisons are bit-exact, since rows only move."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.weights import conversion
+from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.weights.checkpoint import CheckpointReader
-from qwen35.weights.conversion import ConversionError, LazyStateDict, conversion_plan, convert_checkpoint
+from qwen35.weights.conversion import ConversionError, Skipped
+from qwen35.weights.text_rules import conversion_plan, convert_checkpoint, gate_rows
 from support.compare import assert_close
 
 SIZES: dict[str, Any] = {
@@ -189,7 +188,7 @@ def test_rows_are_in_place_for_each_degree_with_padded_heads(tp: int) -> None:
 
 def test_the_gate_of_the_27b_geometry_is_padded_from_6_to_8_heads_a_group() -> None:
     rows = torch.arange(24.0).repeat_interleave(2)[:, None]  # head_dim 1: query and gate row of head h hold h
-    gate = conversion.gate_rows(rows + 1, head_dim=1, kv_heads=4, padded_heads=32).flatten().tolist()
+    gate = gate_rows(rows + 1, head_dim=1, kv_heads=4, padded_heads=32).flatten().tolist()
     assert gate == [head for group in range(4) for head in (*range(6 * group + 1, 6 * group + 7), 0, 0)]
 
 
@@ -284,9 +283,10 @@ def test_vision_and_mtp_tensors_are_skipped_and_accounted_for(prefix: str) -> No
     source["mtp.fc.weight"] = torch.ones(8, dtype=torch.bfloat16)
     converted = convert_checkpoint(source, config)
     report = converted.report
+    vision, mtp = report.skipped[Skipped.VISION], report.skipped[Skipped.MTP]
     assert (report.consumed.nbytes, report.consumed.count) == text
-    assert (report.vision.count, report.vision.nbytes) == (2, 3 * 4 * 4 + 6 * 2)
-    assert (report.mtp.count, report.mtp.nbytes) == (1, 16) and report.tied.count == 0
+    assert (vision.count, vision.nbytes) == (2, 3 * 4 * 4 + 6 * 2)
+    assert (mtp.count, mtp.nbytes) == (1, 16) and report.skipped[Skipped.TIED].count == 0
     assert not [name for name in converted if "visual" in name or "mtp" in name]
     assert "vision 2 tensors" in str(report) and f"converted {len(source) - 3} tensors" in str(report)
 
@@ -298,7 +298,7 @@ def test_tied_embeddings_fill_lm_head_with_or_without_one_in_the_checkpoint() ->
     for given_ in (source, extra):
         converted = convert_checkpoint(given_, config)
         assert_close(converted["lm_head.weight"], source["embed_tokens.weight"], label="lm_head")
-        assert converted.report.tied.count == len(given_) - len(source)
+        assert converted.report.skipped[Skipped.TIED].count == len(given_) - len(source)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
@@ -339,7 +339,15 @@ def test_a_checkpoint_saved_by_transformers_converts_whole(
     prefix = "model.language_model." if vision_language else "model."
     source = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
     assert_same(converted, naive(source, config, tp))
-    assert (converted.report.vision.count > 0) == vision_language
+    assert (converted.report.skipped[Skipped.VISION].count > 0) == vision_language
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_packaged_checkpoint_converts(tp: int) -> None:
+    config = Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, Qwen35NeuronConfig(tp_degree=tp))
+    reader = CheckpointReader(MINI_CHECKPOINT)
+    source = {name.removeprefix("model.language_model."): reader[name] for name in reader if "visual" not in name}
+    assert_same(convert_checkpoint(reader, config), naive(source, config, tp))
 
 
 # Refusals
@@ -409,80 +417,3 @@ def test_all_differences_are_listed_before_any_tensor_is_read(tmp_path: Path, mo
     for words in ("norm.weight is missing", "in_proj_z.weight is missing", "strange is unexpected", "has shape [2]",
                   "are the same tensor"):  # fmt: skip
         assert any(words in problem for problem in problems), words
-
-
-# Laziness
-
-
-def test_conversion_reads_nothing_until_a_tensor_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(2)
-    save_file(random_source(config), tmp_path / "model.safetensors")
-    read: list[str] = []
-    real = CheckpointReader.__getitem__
-    monkeypatch.setattr(CheckpointReader, "__getitem__", lambda self, name: read.append(name) or real(self, name))
-    converted = convert_checkpoint(CheckpointReader(tmp_path), config)
-    names = list(converted)
-    assert "norm.weight" in converted and "absent" not in converted and len(converted) == len(names)
-    converted.copy()
-    del converted["norm.weight"]
-    assert read == []
-    converted["layers.0.linear_attn.in_proj_qkvz.weight"]
-    assert read == ["layers.0.linear_attn.in_proj_qkv.weight", "layers.0.linear_attn.in_proj_z.weight"]
-
-
-def test_a_lazy_state_dict_is_a_mutable_mapping() -> None:
-    lazy = LazyStateDict({"a": lambda: torch.ones(2), "b": torch.zeros(1)})
-    assert lazy["a"] is lazy["a"]  # built once
-    lazy["c"] = torch.full((1,), 3.0)
-    assert lazy.pop("a").tolist() == [1, 1] and "a" not in lazy and list(lazy) == ["b", "c"]
-    copied = lazy.copy()
-    del copied["b"]
-    assert list(lazy) == ["b", "c"] and list(copied) == ["c"]
-    with pytest.raises(KeyError):
-        lazy["a"]
-
-
-def test_a_copy_shares_what_is_built_and_keeps_what_it_builds_to_itself() -> None:
-    built: list[str] = []
-    lazy = LazyStateDict({name: lambda name=name: built.append(name) or torch.ones(1) for name in "ab"})
-    first = lazy["a"]
-    copied = lazy.copy()
-    assert copied["a"] is first and copied["b"] is copied["b"]
-    assert copied["b"] is not lazy["b"]
-    assert built == ["a", "b", "b"]
-
-
-def test_materialise_empties_the_lazy_dict_and_frees_the_source_on_the_way() -> None:
-    config = make_config()
-    source = random_source(config)
-    watched = weakref.ref(source["layers.0.linear_attn.in_proj_qkv.weight"])
-    kept = source["lm_head.weight"]
-    lazy = convert_checkpoint(source, config)
-    source.clear()
-    gc.collect()
-    assert watched() is not None
-    plain = lazy.materialise()
-    assert len(lazy) == 0 and type(plain) is dict and plain["lm_head.weight"] is kept
-    gc.collect()
-    assert watched() is None
-
-
-@pytest.mark.parametrize(("at_conversion", "at_call", "shown"), [(True, None, True), (True, False, False),
-                                                                (False, None, False), (False, True, True)])  # fmt: skip
-def test_materialise_shows_a_bar_when_asked(
-    capsys: pytest.CaptureFixture[str], at_conversion: bool, at_call: bool | None, shown: bool
-) -> None:
-    config = make_config()
-    convert_checkpoint(random_source(config), config, progress=at_conversion).materialise(at_call)
-    assert ("converting" in capsys.readouterr().err) == shown
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_packaged_checkpoint_converts(tp: int) -> None:
-    path = Path(conversion.__file__).parents[1] / "mini"
-    if not (path / "model.safetensors").exists():
-        pytest.skip("the mini checkpoint is not installed")
-    config = Qwen35InferenceConfig.from_pretrained(path, Qwen35NeuronConfig(tp_degree=tp))
-    reader = CheckpointReader(path)
-    source = {name.removeprefix("model.language_model."): reader[name] for name in reader if "visual" not in name}
-    assert_same(convert_checkpoint(reader, config), naive(source, config, tp))

@@ -1,0 +1,178 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Images and frames from files and memory, and bad ones, whose place the processor's errors name."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen35.vision.media import DEFAULT_SOURCE_FPS, MAX_IMAGE_PIXELS, Video, open_image, open_video
+from qwen35.vision.processing import VisionInputError
+from support.compare import assert_close
+from support.pictures import PROCESSOR, picture
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_sixteen_bit_grey_is_scaled_to_eight(bits: int, tmp_path: Path) -> None:
+    levels = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
+    image = Image.fromarray(levels) if bits == 8 else Image.fromarray(levels.astype(np.uint16) * 257)
+    image.save(tmp_path / "grey.png")
+    expected = PROCESSOR([np.repeat(levels[..., None], 3, axis=-1)]).pixel_values
+    for source in (image, tmp_path / "grey.png", np.asarray(image)):
+        assert_close(PROCESSOR([source]).pixel_values, expected, label=f"{bits} bits")
+
+
+def test_paths_pictures_and_arrays_give_the_same(tmp_path: Path) -> None:
+    image = picture(70, 90)
+    image.save(tmp_path / "a.png")
+    inputs = PROCESSOR([image, tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(image)])
+    first, *others = inputs.pixel_values.chunk(4)
+    for other in others:
+        assert_close(other, first, label="the same image from another source")
+    assert inputs.pixel_values_videos is None and inputs.video_grid_thw is None
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    image, exif = picture(90, 40), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    assert_close(PROCESSOR([tmp_path / "turned.png"]).pixel_values, PROCESSOR([upright]).pixel_values)
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    clear.putpixel((1, 0), (0, 0, 255, 255))
+    assert np.asarray(open_image(clear)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+def test_frames_are_decoded_when_they_are_asked_for_and_only_those(tmp_path: Path) -> None:
+    frames = [picture(20, 10, seed=i) for i in range(5)]
+    video = open_video(Video(frames, fps=4))
+    assert (video.count, video.fps, video.is_sampled) == (5, 4.0, True)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    frames[2].save(tmp_path / "a.png")
+    video = open_video(tmp_path)  # the bad frame is not noticed before it is read
+    (first,) = video.decode([0])
+    assert np.array_equal(np.asarray(first), np.asarray(frames[2]))
+    with pytest.raises(ValueError, match="frame 1: not an image file"):
+        list(video.decode([0, 1]))
+
+
+def test_an_animation_without_durations_has_the_default_rate(tmp_path: Path) -> None:
+    picture(20, 10).save(tmp_path / "still.png")
+    video = open_video(tmp_path / "still.png")
+    assert (video.count, video.fps, video.is_sampled) == (1, DEFAULT_SOURCE_FPS, False)
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("gif", {}), ("png", {}), ("webp", {"lossless": True})])
+def test_an_animation_is_sampled_by_its_own_durations(suffix: str, options: dict[str, Any], tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (64, 48), (10 * i, 255 - 10 * i, 5 * i)) for i in range(20)]
+    path = tmp_path / f"clip.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
+    inputs = PROCESSOR(videos=[path])
+    # 20 frames in two seconds: four are taken, at two a second.
+    indices = [0, 6, 13, 19]
+    assert inputs.video_timestamps == [[0.3, 1.6]]
+    expected = PROCESSOR(videos=[[frames[i] for i in indices]]).pixel_values_videos
+    # GIF palettes round colours by a level or so of 255.
+    assert_close(inputs.pixel_values_videos, expected, atol=0.05 if suffix == "gif" else 0.0, label=suffix)
+
+
+def test_a_directory_is_its_images_in_the_order_of_their_names(tmp_path: Path) -> None:
+    frames = [picture(64, 48, seed=i) for i in range(4)]
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i:03d}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    from_directory, from_list = PROCESSOR(videos=[tmp_path]), PROCESSOR(videos=[frames])
+    assert_close(from_directory.pixel_values_videos, from_list.pixel_values_videos)
+    assert PROCESSOR(videos=[Video(frames, fps=2.0)]).video_timestamps == [[0.25, 1.25]]
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def truncated_png() -> bytes:
+    buffer = io.BytesIO()
+    picture(80, 80).save(buffer, "PNG")
+    return buffer.getvalue()[:2000]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (lambda p: p / "absent.png", ("absent.png", "cannot be opened")),
+        (lambda p: write(p / "a.png", b"no image"), ("a.png", "not an image file")),
+        (lambda p: write(p / "b.png", truncated_png()), ("b.png", "truncated")),
+        (lambda p: write(p / "c.png", b""), ("c.png", "not an image file")),
+        (lambda p: "https://example.org/a.png", ("not fetched", "give the path")),
+        (lambda p: Image.new("RGB", (0, 5)), ("0 by 5", "empty")),
+        (lambda p: np.zeros((0, 4, 3), np.uint8), ("4 by 0", "empty")),
+        (lambda p: Image.new("L", (MAX_IMAGE_PIXELS + 1, 1)), (str(MAX_IMAGE_PIXELS), "scale it down")),
+        (lambda p: Image.new("RGB", (500, 2)), ("aspect ratio", "500 by 2")),
+        (lambda p: Image.new("F", (50, 50)), ("floating-point", "convert")),
+        (lambda p: Image.fromarray(np.full((9, 9), 70000, np.int32)), ("32-bit", "convert")),
+        (lambda p: np.zeros((9, 9, 3)), ("float64", "uint8")),
+        (lambda p: np.zeros((3, 90, 90), np.uint8), ("[3, 90, 90]", "channels last")),
+        (lambda p: 7, ("int", "give a path")),
+    ],
+)
+def test_a_bad_image_is_named_with_its_remedy(
+    source: Callable[[Path], Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(VisionInputError) as error:
+        PROCESSOR([picture(40, 40), source(tmp_path)])
+    assert len(error.value.problems) == 1 and error.value.problems[0].startswith("image 1")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (lambda p: p / "clip.mp4", ("clip.mp4", "ffmpeg", "frames")),
+        (lambda p: [], ("no frames",)),
+        (lambda p: p, ("no frames",)),
+        (lambda p: [picture(40, 40), picture(50, 40)], ("frame 1 is 50 by 40", "frame 0 is 40 by 40")),
+        (lambda p: [picture(40, 40), p / "absent.png"], ("frame 1", "absent.png")),
+        (lambda p: [picture(2, 2)] * 769, ("769 frames", "max_frames=768")),
+        (lambda p: Video([picture(40, 40)], fps=0), ("fps=0", "positive")),
+        (lambda p: 7, ("int", "list of frames")),
+        (lambda p: write(p / "a.gif", b"GIF89a"), ("a.gif",)),
+    ],
+)
+def test_a_bad_video_is_named_with_its_remedy(
+    source: Callable[[Path], Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(VisionInputError) as error:
+        PROCESSOR(videos=[[picture(40, 40)] * 2, source(tmp_path)])
+    assert len(error.value.problems) == 1 and error.value.problems[0].startswith("video 1")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32))
+def test_damaged_files_never_raise_anything_else(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    generator, buffer = random.Random(seed), io.BytesIO()
+    kind = generator.choice(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+    picture(40, 30).save(buffer, kind, save_all=kind in ("GIF", "WEBP"))
+    content = bytearray(buffer.getvalue())
+    for _ in range(generator.randint(1, 8)):
+        content[generator.randrange(len(content))] = generator.randrange(256)
+    path = write(tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}", bytes(content))
+    for arguments in (([path], []), ([], [path])):
+        try:
+            PROCESSOR(*arguments)
+        except VisionInputError as error:
+            assert "damaged" in str(error)
