@@ -13,20 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
-
-
-class CallKind(NamedTuple):
-    """Which of the model's submodels encodes a piece; a call has pieces of one kind."""
-
-    continues: bool
-    """Whether the beginning of the prompt is cached."""
-    with_media: bool
+from ..phase import Phase, Submodel
 
 
 @dataclass(eq=False)  # a row is itself, whatever it holds
@@ -46,19 +38,21 @@ class Row:
     placed: PlacedMedia | None = None
 
     @property
-    def kind(self) -> CallKind:
-        """Of the call that encodes its next piece."""
-        return CallKind(self.cached > 0, self.placed is not None)
+    def submodel(self) -> Submodel:
+        """What encodes its next piece; a call has pieces of one submodel."""
+        phase = Phase.CONTINUATION if self.cached else Phase.CONTEXT_ENCODING
+        return Submodel(phase, with_media=self.placed is not None)
 
 
 @dataclass(frozen=True)
-class ModelInputs:
+class CallInputs:
     """Arguments of the application's `forward`.
 
     input_ids, position_ids [B, S] int64, 0 at padding; seq_ids [B] int64, the slots; attention_mask [B, cached tokens]
     int64 of rows that are cached, else [B, S]; placed, the columns of S tokens of rows with media.
     """
 
+    phase: Phase
     input_ids: torch.Tensor
     seq_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -71,35 +65,38 @@ def next_piece(row: Row, chunk: int) -> list[int]:
     return row.tokens[row.cached : (row.cached // chunk + 1) * chunk]
 
 
-def encoding_inputs(rows: Sequence[Row], chunk: int) -> ModelInputs:
+def encoding_inputs(rows: Sequence[Row], chunk: int) -> CallInputs:
     """A call that encodes the next piece of each row, right-padded to the longest.
 
     Raises:
-        ValueError: the rows are not of one kind, or a row has no token left to encode.
+        ValueError: the rows are for several submodels, or a row has no token left to encode.
     """
     pieces = [next_piece(row, chunk) for row in rows]
-    if len({row.kind for row in rows}) > 1 or not all(pieces):
-        state = ", ".join(f"slot {row.slot}: {row.cached} of {len(row.tokens)} cached, {row.kind}" for row in rows)
-        raise ValueError(f"rows cannot share a call ({state}): pass rows of one kind, each with tokens to encode")
+    if len({row.submodel for row in rows}) > 1 or not all(pieces):
+        state = ", ".join(
+            f"slot {row.slot}: {row.cached} of {len(row.tokens)} cached, {row.submodel.tag}" for row in rows
+        )
+        raise ValueError(f"rows cannot share a call ({state}): pass rows of one submodel, each with tokens to encode")
+    phase = rows[0].submodel.phase
     cached, lengths = _column([row.cached for row in rows]), _column([len(piece) for piece in pieces])
-    # A call of one token a row is a decoding step for the model, which takes no media and rounds in another way: the
-    # last token of a prompt would get other logits alone than beside a longer piece.
-    width = max(int(lengths.max()), 2)
+    width = int(lengths.max())
     index = torch.arange(width)
     placed = [row.placed.columns(row.cached, width) for row in rows if row.placed is not None]
-    return ModelInputs(
+    return CallInputs(
+        phase=phase,
         input_ids=torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces]),
         seq_ids=_slots(rows),
-        attention_mask=_ones_before(cached) if rows[0].kind.continues else _ones_before(lengths, width),
+        attention_mask=_ones_before(cached) if phase.reads_cache else _ones_before(lengths, width),
         position_ids=torch.where(index < lengths, cached + index, 0),
         placed=PlacedMedia.stack(placed) if placed else None,
     )
 
 
-def decoding_inputs(rows: Sequence[Row]) -> ModelInputs:
+def decoding_inputs(rows: Sequence[Row]) -> CallInputs:
     """A call that takes in the one token of each row that follows those cached."""
     cached = _column([row.cached for row in rows])
-    return ModelInputs(
+    return CallInputs(
+        phase=Phase.TOKEN_GENERATION,
         input_ids=_column([row.tokens[row.cached] for row in rows]),
         seq_ids=_slots(rows),
         attention_mask=_ones_before(cached),
@@ -128,13 +125,13 @@ class ModelRunner:
 
     def batch(self, rows: Sequence[Row]) -> list[Row]:
         """The first row and the next ones that can share its call of `encode`, as many as were compiled for."""
-        return [row for row in rows if row.kind == rows[0].kind][: self.model.neuron_config.ctx_batch_size]
+        return [row for row in rows if row.submodel == rows[0].submodel][: self.model.neuron_config.ctx_batch_size]
 
     def encode(self, rows: Sequence[Row]) -> torch.Tensor:
         """Encode the next piece of each row; logits [B, V] of the last token of each piece.
 
         Raises:
-            ValueError: the rows are not of one kind, or a row has no token left to encode.
+            ValueError: the rows are for several submodels, or a row has no token left to encode.
         """
         sizes = [len(next_piece(row, self.chunk)) for row in rows]
         return self._run(rows, encoding_inputs(rows, self.chunk), sizes)
@@ -143,9 +140,16 @@ class ModelRunner:
         """Take in the next token of each row; logits [B, V] of the token after it."""
         return self._run(rows, decoding_inputs(rows), [1] * len(rows))
 
-    def _run(self, rows: Sequence[Row], inputs: ModelInputs, sizes: Sequence[int]) -> torch.Tensor:
+    def _run(self, rows: Sequence[Row], inputs: CallInputs, sizes: Sequence[int]) -> torch.Tensor:
         media = {} if inputs.placed is None else {"placed": inputs.placed}
-        outputs = self.model(inputs.input_ids, inputs.seq_ids, inputs.attention_mask, inputs.position_ids, **media)
+        outputs = self.model(
+            inputs.input_ids,
+            inputs.seq_ids,
+            inputs.attention_mask,
+            inputs.position_ids,
+            phase=inputs.phase,
+            **media,
+        )
         for row, size in zip(rows, sizes, strict=True):
             row.cached += size
         logits: torch.Tensor = outputs.logits[:, -1]

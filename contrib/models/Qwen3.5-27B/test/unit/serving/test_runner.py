@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase as HypothesisPhase
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen35.modeling_qwen35_vl import PlacedMedia
-from qwen35.serving.runner import CallKind, ModelRunner, Row, decoding_inputs, encoding_inputs, next_piece
+from qwen35.phase import Phase, Submodel
+from qwen35.serving.runner import ModelRunner, Row, decoding_inputs, encoding_inputs, next_piece
 from support.compare import assert_close
 from support.decoder_cases import recorded_tensors
 from support.models import load_neuron, random_prompts, save_checkpoint
@@ -23,7 +25,7 @@ from support.vl_cases import EXAMPLE, load, media, save_vl_checkpoint
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
+WITHOUT_SHRINKING = (HypothesisPhase.explicit, HypothesisPhase.generate)
 SEQ_LEN, SLOTS, CHUNK = 128, 4, 16
 
 
@@ -50,16 +52,20 @@ def test_later_pieces_count_on_and_their_mask_tells_what_is_cached() -> None:
     assert inputs.position_ids.tolist() == [[4, 5, 6, 7], [2, 3, 0, 0]]
 
 
-@pytest.mark.parametrize(("cached", "mask"), [(0, [[1, 0]]), (4, [[1, 1, 1, 1]])])
-def test_a_piece_of_one_token_is_no_decoding_step(cached: int, mask: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    ("cached", "phase", "mask"), [(0, Phase.CONTEXT_ENCODING, [[1]]), (4, Phase.CONTINUATION, [[1, 1, 1, 1]])]
+)
+def test_a_piece_of_one_token_is_no_decoding_step(cached: int, phase: Phase, mask: list[list[int]]) -> None:
     inputs = encoding_inputs([Row(0, [*range(cached), 9], cached)], 4)
-    assert inputs.input_ids.tolist() == [[9, 0]]
-    assert inputs.position_ids.tolist() == [[cached, 0]]
+    assert inputs.phase is phase
+    assert inputs.input_ids.tolist() == [[9]]
+    assert inputs.position_ids.tolist() == [[cached]]
     assert inputs.attention_mask.tolist() == mask
 
 
 def test_decoding_takes_the_token_after_those_cached() -> None:
     inputs = decoding_inputs([Row(3, [4, 5, 6], cached=2), Row(0, [7, 8], cached=1)])
+    assert inputs.phase is Phase.TOKEN_GENERATION
     assert inputs.input_ids.tolist() == [[6], [8]]
     assert inputs.seq_ids.tolist() == [3, 0]
     assert inputs.attention_mask.tolist() == [[1, 1], [1, 0]]
@@ -88,7 +94,9 @@ def test_media_come_as_the_columns_of_the_pieces() -> None:
     ids=["continues", "media", "empty"],
 )
 def test_rows_that_cannot_share_a_call_are_refused(other: Row) -> None:
-    with pytest.raises(ValueError, match=r"cannot share a call \(slot 0: 0 of 2 cached, .*slot 1: .* cached.*one kind"):
+    with pytest.raises(
+        ValueError, match=r"cannot share a call \(slot 0: 0 of 2 cached, .*slot 1: .* cached.*one submodel"
+    ):
         encoding_inputs([Row(0, [1, 2]), other], 4)
 
 
@@ -110,11 +118,11 @@ def in_pieces(path: Path) -> ModelRunner:
     return ModelRunner(load_neuron(path, seq_len=SEQ_LEN, **options))
 
 
-def test_rows_of_one_kind_are_batched_in_their_order_up_to_the_compiled_number(in_pieces: ModelRunner) -> None:
+def test_rows_of_one_submodel_are_batched_in_their_order_up_to_the_compiled_number(in_pieces: ModelRunner) -> None:
     rows = [Row(0, [1, 2], cached=1), Row(1, [1]), Row(2, [1, 2, 3], cached=2), Row(3, [1, 2], cached=1)]
     assert in_pieces.batch(rows) == [rows[0], rows[2]]
     assert in_pieces.batch(rows[1:]) == [rows[1]]
-    assert rows[0].kind == CallKind(continues=True, with_media=False)
+    assert rows[0].submodel == Submodel(Phase.CONTINUATION, with_media=False)
 
 
 def test_any_split_gives_the_logits_of_one_piece(in_pieces: ModelRunner, in_one_piece: ModelRunner) -> None:
