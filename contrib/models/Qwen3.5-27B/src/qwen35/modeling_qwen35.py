@@ -30,7 +30,8 @@ from .layers.attention import NeuronQwen35Attention
 from .layers.cache import Qwen35CacheManager
 from .layers.gated_deltanet import NeuronGatedDeltaNet
 from .layers.norms import Qwen35RMSNorm
-from .memory import RankBytes, count_bytes
+from .memory.counting import RankBytes, count_bytes
+from .memory.fit import require_fits
 from .nxdi import (
     ColumnParallelLinear,
     DecoderModelInstance,
@@ -41,7 +42,6 @@ from .nxdi import (
     RowParallelLinear,
     as_rank,
 )
-from .planning.plan import require_fits
 from .weights.checkpoint import CheckpointReader
 from .weights.conversion import convert_checkpoint
 from .weights.sharding import StreamedSharding

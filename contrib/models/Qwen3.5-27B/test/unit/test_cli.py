@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mini_images import Picture, Question, held_out_clips, held_out_images
+from qwen35 import Qwen35InferenceConfig
 from qwen35.cli.main import main
 from qwen35.serving.generation import MINI_CHECKPOINT
 from qwen35.serving.prefix_cache import PrefixCache
+from support.applications import needs_stand_ins
+from support.models import save_checkpoint
 
 PROMPT = "The capital of France is"
 
@@ -181,3 +185,17 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, capsys: pytest.Captu
     assert main(["convert", str(tmp_path / "out"), "--model", str(broken)]) == 2
     assert "model.safetensors" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+@needs_stand_ins
+def test_a_recommended_configuration_is_compiled_by_its_name(tmp_path: Path) -> None:
+    save_checkpoint(
+        tmp_path / "checkpoint", max_position_embeddings=262144, linear_key_head_dim=128, linear_value_head_dim=128
+    )
+    arguments = ("--model", str(tmp_path / "checkpoint"), "--recommended", "trn2.3xlarge-batch", "--json")
+    assert main(["compile", str(tmp_path / "out"), *arguments]) == 0
+    neuron = Qwen35InferenceConfig.load(str(tmp_path / "out")).neuron_config
+    assert neuron.context_encoding_buckets == [256, 512, 1024]
+    assert neuron.token_generation_buckets == [4096, 8192, 16384, 32768]
+    assert (neuron.tp_degree, neuron.seq_len, neuron.prefill_chunk_size) == (4, 32768, 1024)
+    assert (neuron.instance, neuron.on_cpu, neuron.torch_dtype) == ("trn2.3xlarge", False, torch.bfloat16)

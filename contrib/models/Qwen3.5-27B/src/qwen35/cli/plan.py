@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,18 @@ import torch
 
 from .. import hardware
 from ..configuration_qwen35 import DTYPES, QWEN35_PRESETS, dtype_name
-from ..configuration_qwen35_vl import QWEN35_VISION_PRESETS
 from ..hardware import INSTANCES, Figure
+from ..memory.fit import MOST_SLOTS, RESERVE, Layout, count_resident, layout_of, resized
+from ..memory.programs import MATMUL_TILE, PROGRAM_INSTRUCTIONS, Program
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import on_stand_ins
-from ..planning.plan import (
-    MATMUL_TILE,
-    MOST_LINES,
-    PROGRAM_INSTRUCTIONS,
-    RESERVE,
-    Column,
-    Layout,
-    Plan,
-    Program,
-    count_resident,
-    layout_of,
-    plan,
-    resized,
-    work_of,
-)
+from ..planning.plan import Column, Plan, plan, preset_application, recommended_layout
 from ..planning.recommended import RECOMMENDED, Recommended, device_neuron_config, doubled, prompt_bucket_for
+from ..planning.work import work_of
 
 SHORTEST_DRAWN = 1024
+"""Tokens of the shortest context of a picture."""
 _MARGIN, _WIDTH = 34, 16
 
 
@@ -60,9 +48,9 @@ def _lines(of: Plan) -> Iterator[str]:
     layouts = [column.layout for column in columns]
     yield (
         f"{of.instance.name}, tp_degree={of.tp_degree}, LNC={of.lnc}, {dtype_name(of.dtype)}: "
-        f"{of.lines} x {of.seq_len:,} tokens, prompts in pieces of {of.prompt_bucket:,}, {of.prompt_rows} at a time"
+        f"{of.slots} x {of.seq_len:,} tokens, prompts in chunks of {of.prompt_bucket:,}, {of.prompt_rows} at a time"
     )
-    yield f"{'GB of a rank':{_MARGIN}}{'this model':>{_WIDTH}}{'published ports':>{_WIDTH}}"
+    yield f"{'GB per rank':{_MARGIN}}{'this model':>{_WIDTH}}{'published ports':>{_WIDTH}}"
     yield f"  {'DeltaNet':{_MARGIN - 2}}{'sharded':>{_WIDTH}}{'whole, with KV':>{_WIDTH}}"
     for label, values in _rows(layouts):
         yield f"  {label:{_MARGIN - 2}}" + "".join(f"{value / 1e9:{_WIDTH}.3f}" for value in values)
@@ -71,7 +59,7 @@ def _lines(of: Plan) -> Iterator[str]:
         return f"  {label:{_MARGIN - 2}}" + "".join(f"{value:>{_WIDTH}}" for value in values)
 
     yield row("fits", *("yes" if layout.fits else "NO" for layout in layouts))
-    yield row(f"longest context at batch {of.lines}", *(f"{column.limits.context:,}" for column in columns))
+    yield row(f"longest context at batch {of.slots}", *(f"{column.limits.context:,}" for column in columns))
     yield row(f"largest batch at {of.seq_len:,}", *map(_batch, columns))
     yield "least time (modelled)"
     for tokens in sorted({of.prompt_bucket, of.seq_len}):
@@ -85,7 +73,7 @@ def _lines(of: Plan) -> Iterator[str]:
     yield f"instructions for matrix products, at least, in millions (modelled); {limit}"
     yield from _by_bucket(of, lambda program: f"{program.matmuls / 1e6:.2f}")
     if of.vision is not None:
-        rank = "no even split" if of.vision.rank is None else f"{of.vision.rank / 1e9:.3f} GB of each rank"
+        rank = "no even split" if of.vision.rank is None else f"{of.vision.rank / 1e9:.3f} GB per rank"
         yield f"vision encoder: on the host, {of.vision.host / 1e9:.3f} GB there and none here; here it would be {rank}"
     yield f"tensor-parallel degrees of this checkpoint here: {', '.join(map(str, of.valid_tp_degrees))}"
     yield "from"
@@ -123,7 +111,7 @@ def _rows(layouts: list[Layout]) -> Iterator[tuple[str, list[int]]]:
 
 
 def _batch(column: Column) -> str:
-    return f"{column.limits.batch:,}" + (" or more" if column.limits.batch == MOST_LINES else "")
+    return f"{column.limits.batch:,}" + (" or more" if column.limits.batch == MOST_SLOTS else "")
 
 
 def _time(seconds: float) -> str:
@@ -146,7 +134,7 @@ def as_json(of: Plan) -> dict[str, Any]:
                 "work": asdict(work),
             },
         }
-    settings = ("tp_degree", "lnc", "seq_len", "lines", "rows", "prompt_rows", "prompt_bucket", "valid_tp_degrees")
+    settings = ("tp_degree", "lnc", "seq_len", "slots", "rows", "prompt_rows", "prompt_bucket", "valid_tp_degrees")
     return {
         "instance": of.instance.name,
         "dtype": dtype_name(of.dtype),
@@ -161,24 +149,18 @@ def as_json(of: Plan) -> dict[str, Any]:
 def recommended_as_markdown() -> str:
     """The recommended configurations of 27B as a table, with what each takes; times modelled."""
     head = (
-        "name", "for", "TP", "models", "sequences", "tokens each", "GB of a rank's 25.8", "TTFT of 2,048",
+        "name", "for", "TP", "models", "sequences", "tokens each", "GB of 25.8 per rank", "TTFT of 2,048",
         "TPOT, empty to full cache",
     )  # fmt: skip
     return "\n".join(_markdown_row(cells) for cells in (head, ["---"] * len(head), *map(_cells, RECOMMENDED.values())))
 
 
-@cache
-def recommended_layout(name: str) -> Layout:
-    """The bytes of a rank of a recommended configuration."""
-    return layout_of(_preset("27B", RECOMMENDED[name].neuron_config()))
-
-
-def _markdown_row(cells: Any) -> str:
+def _markdown_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _cells(entry: Recommended) -> list[str]:
-    work = work_of(_preset("27B", entry.neuron_config()))
+    work = work_of(preset_application("27B", entry.neuron_config()))
     tpot = [f"{1e3 * work.tpot(context, entry.batch):.1f}" for context in (0, entry.seq_len)]
     return [
         f"`{entry.name}`",
@@ -211,7 +193,7 @@ def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> Non
     contexts = doubled(shortest, longest)
     sharded, replicated = [], []
     for context in contexts:
-        other = resized(model, context, of.lines)
+        other = resized(model, context, of.slots)
         sharded.append(layout_of(other))
         replicated.append(count_resident(other).layout(sharded[-1].activations, of.tp_degree))
     parts: dict[str, list[float]] = {
@@ -228,15 +210,15 @@ def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> Non
     axes.plot(
         contexts, [each.total / 1e9 for each in replicated], "k--", label="total in the layout of published ports"
     )
-    axes.axhline(of.sharded.layout.hbm / 1e9, color="C3", label="HBM of a rank")
+    axes.axhline(of.sharded.layout.hbm / 1e9, color="C3", label="HBM per rank")
     axes.set_xscale("log", base=2)
     axes.set_xlim(contexts[0], contexts[-1])
     axes.set_ylim(0)
     axes.set_xticks(contexts, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in contexts])
     axes.set_xlabel("tokens of context")
-    axes.set_ylabel("GB of a rank")
+    axes.set_ylabel("GB per rank")
     axes.set_title(
-        f"{of.instance.name}, TP={of.tp_degree}, {dtype_name(of.dtype)}, batch {of.lines}: counted on modules"
+        f"{of.instance.name}, TP={of.tp_degree}, {dtype_name(of.dtype)}, batch {of.slots}: counted on modules"
     )
     axes.legend(loc="lower right")
     figure.savefig(path, format="png", dpi=120)
@@ -248,7 +230,7 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser = commands.add_parser(
         "plan",
         help="what a configuration takes of a device, and what fits",
-        description="Memory of a rank, counted on the modules, and modelled least times; nothing is read or compiled.",
+        description="Memory per rank, counted on the modules, and modelled least times; nothing is read or compiled.",
     )
     parser.set_defaults(run=_run)
     parser.add_argument(
@@ -281,7 +263,7 @@ def _text(options: dict[str, Any]) -> str:
         instance, args.tp, args.seq_len, args.batch, DTYPES[args.dtype], args.prompt_bucket
     )
     if args.model in QWEN35_PRESETS:
-        model = _preset(args.model, neuron_config)
+        model = preset_application(args.model, neuron_config)
     else:
         model_cls = NeuronQwen35VLForCausalLM if args.vision else NeuronQwen35ForCausalLM
         model = model_cls(args.model, model_cls.get_config_cls().from_pretrained(args.model, neuron_config))
@@ -289,10 +271,3 @@ def _text(options: dict[str, Any]) -> str:
     if args.png:
         write_png(model, found, args.png)
     return json.dumps(as_json(found)) if args.json else as_table(found)
-
-
-def _preset(name: str, neuron_config: Any) -> NeuronQwen35ForCausalLM:
-    fields: Mapping[str, Any] = QWEN35_PRESETS[name]
-    vision = QWEN35_VISION_PRESETS.get(name)
-    config_cls = NeuronQwen35ForCausalLM.get_config_cls()
-    return NeuronQwen35ForCausalLM(name, config_cls(neuron_config, **fields, vision_config=vision))
