@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen35.cli.main import main
-from qwen35.cli.plan import as_table, recommended_as_markdown, write_png
+from qwen35.cli import main
+from qwen35.cli.plan_report import as_table, recommended_as_markdown, write_png
 from support.applications import needs_stand_ins, of_27b_at_256k, plan_of_256k
 from support.models import save_checkpoint
 
