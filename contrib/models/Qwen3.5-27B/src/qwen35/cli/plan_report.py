@@ -69,8 +69,9 @@ def _lines(of: Plan) -> Iterator[str]:
     yield f"instructions for matrix products, at least, in millions (modelled); {limit}"
     yield from _by_bucket(of, lambda program: f"{program.matmuls / 1e6:.2f}")
     if of.vision is not None:
-        rank = "no even split" if of.vision.rank is None else f"{of.vision.rank / 1e9:.3f} GB per rank"
-        yield f"vision encoder: on the host, {of.vision.host / 1e9:.3f} GB there and none here; here it would be {rank}"
+        split = of.vision.rank
+        rank = "cannot be split evenly" if split is None else f"would be {split / 1e9:.3f} GB per rank"
+        yield f"vision encoder: {of.vision.host / 1e9:.3f} GB of the host's memory, no HBM; on the ranks it {rank}"
     yield f"tensor-parallel degrees of this checkpoint here: {', '.join(map(str, of.valid_tp_degrees))}"
     yield "from"
     for figure in figures(of):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35 import Qwen35InferenceConfig
+from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35ConfigError
+from qwen35.memory import fit
 from qwen35.memory.fit import (
     RESERVE,
     Limits,
@@ -151,6 +153,17 @@ class TestBeforeCompiling:
     def test_more_ranks_than_cores_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"tp_degree=8 exceeds the 4 logical cores of trn2\.3xlarge .*: 1, 2, 4"):
             require_fits(application(QWEN35_PRESETS["27B"], instance="trn2.3xlarge", tp_degree=8))
+
+    def test_a_subclass_from_elsewhere_is_checked_as_the_class_that_another_process_can_import(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Subclass(NeuronQwen35ForCausalLM):
+            pass
+
+        sent: list[Any] = []
+        monkeypatch.setattr(fit, "on_stand_ins", lambda function, *args: sent.extend((function, *args)))
+        require_fits(Subclass("no-such-checkpoint", application(SMALL, instance="trn2.3xlarge").config))
+        assert pickle.loads(pickle.dumps(sent[:2])) == [fit._require_fits, NeuronQwen35ForCausalLM]
 
     def test_a_cpu_and_an_unnamed_instance_are_not_checked(self) -> None:
         too_much = dict(QWEN35_PRESETS["27B"])
