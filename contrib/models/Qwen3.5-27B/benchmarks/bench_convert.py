@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from safetensors import safe_open
 
-from qwen35.cli import main as cli
+from qwen35.cli import main as qwen35_command
 from qwen35.configuration_qwen35 import QWEN35_PRESETS, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.weights.checkpoint import INDEX_FILE, CheckpointReader, TensorSpec, lay_out
 from qwen35.weights.text_rules import conversion_plan
@@ -122,7 +122,7 @@ def _convert(source: Path, output: Path, tp_degree: int) -> tuple[int, int, floa
     sampler.start()
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        failed = cli.main(["convert", str(output), "--model", str(source), "--tp", str(tp_degree)])
+        failed = qwen35_command(["convert", str(output), "--model", str(source), "--tp", str(tp_degree)])
     seconds = time.perf_counter() - start
     done.set()
     sampler.join()

@@ -22,14 +22,14 @@ class Figure:
 
 
 _CHIP = "about-neuron/arch/neuron-hardware/trainium2.rst"
-CHIP_CORES = Figure(8, "physical NeuronCores a chip", _CHIP)
-CHIP_HBM = Figure(96 * 2**30, "bytes of HBM a chip, a quarter to each pair of cores", _CHIP)
-CHIP_HBM_BANDWIDTH = Figure(2_900 * 10**9, "bytes of HBM a second and chip", _CHIP)
-CHIP_BF16_FLOPS = Figure(667 * 10**12, "dense bfloat16 FLOP a second and chip", _CHIP)
-CHIP_FP32_FLOPS = Figure(181 * 10**12, "float32 FLOP a second and chip", _CHIP)
+CHIP_CORES = Figure(8, "physical NeuronCores per chip", _CHIP)
+CHIP_HBM = Figure(96 * 2**30, "bytes of HBM per chip, a quarter to each pair of cores", _CHIP)
+CHIP_HBM_BANDWIDTH = Figure(2_900 * 10**9, "bytes of HBM per second and chip", _CHIP)
+CHIP_BF16_FLOPS = Figure(667 * 10**12, "dense bfloat16 FLOP per second and chip", _CHIP)
+CHIP_FP32_FLOPS = Figure(181 * 10**12, "float32 FLOP per second and chip", _CHIP)
 DEFAULT_LNC = Figure(
     2,
-    "physical cores a logical core (LNC), a rank each",
+    "physical cores per logical core (LNC), one logical core per rank",
     "about-neuron/arch/neuron-features/logical-neuroncore-config.rst",
 )
 
@@ -62,11 +62,11 @@ def rank_hbm_bytes(lnc: int) -> int:
 
 
 def rank_bandwidth(lnc: int) -> float:
-    """Bytes a second that a rank reads or writes when all cores of its chip do."""
+    """Bytes per second that a rank reads or writes when all cores of its chip do."""
     return CHIP_HBM_BANDWIDTH.value * lnc / CHIP_CORES.value
 
 
 def rank_flops(lnc: int, dtype: torch.dtype) -> float:
-    """Peak FLOP a second of a rank in bfloat16 or float32."""
+    """Peak FLOP per second of a rank in bfloat16 or float32."""
     peak = CHIP_BF16_FLOPS if dtype == torch.bfloat16 else CHIP_FP32_FLOPS
     return peak.value * lnc / CHIP_CORES.value

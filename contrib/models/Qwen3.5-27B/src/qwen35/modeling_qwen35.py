@@ -32,10 +32,10 @@ from .layers.gated_deltanet import NeuronGatedDeltaNet
 from .layers.linear import output_head, token_embedding
 from .layers.mlp import make_mlp
 from .layers.norms import Qwen35RMSNorm
-from .memory import RankBytes, count_bytes
+from .memory.counting import RankBytes, count_bytes
+from .memory.fit import require_fits
 from .nxdi import ModelWrapper, NeuronBaseForCausalLM, NeuronBaseModel, as_rank
 from .phase import Phase, Submodel, phase_of, real_tokens
-from .planning.plan import require_fits
 from .submodels import ModelInputs, Qwen35ModelWrapper, cache_entries, require_float32, select_rows
 from .weights.checkpoint import CheckpointReader
 from .weights.sharding import StreamedSharding

@@ -37,3 +37,13 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture
+def outside_any_rank(backend: str) -> None:
+    """On NxDI `to_cpu`, of any test before, leaves the process a rank, which cannot take the shapes of another."""
+    if NXDI_AVAILABLE:
+        from neuronx_distributed.parallel_layers import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()

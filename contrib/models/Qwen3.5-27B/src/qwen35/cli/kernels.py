@@ -341,7 +341,7 @@ def as_json(case: KernelCase, figures: KernelFigures) -> dict[str, Any]:
     return {"modelled": True, "case": described, "figures": asdict(figures)}
 
 
-def add_kernels_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `kernels` to the commands of `qwen35`."""
     parser = commands.add_parser(
         "kernels",

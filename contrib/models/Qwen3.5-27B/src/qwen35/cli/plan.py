@@ -1,254 +1,51 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""`qwen35 plan`: the plan of a configuration as a table, as JSON and as a picture."""
+"""`qwen35 plan`: what a configuration takes of a device, and what fits; `plan_report` has what it prints."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from .. import hardware
-from ..configuration_qwen35 import DTYPES, QWEN35_PRESETS, dtype_name
-from ..configuration_qwen35_vl import QWEN35_VISION_PRESETS
-from ..hardware import INSTANCES, Figure
-from ..modeling_qwen35 import NeuronQwen35ForCausalLM
-from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from ..configuration_qwen35 import DTYPES, QWEN35_PRESETS
+from ..hardware import INSTANCES
 from ..nxdi import on_stand_ins
-from ..planning.plan import (
-    MATMUL_TILE,
-    MOST_LINES,
-    PROGRAM_INSTRUCTIONS,
-    RESERVE,
-    Column,
-    Layout,
-    Plan,
-    Program,
-    count_resident,
-    layout_of,
-    plan,
-    resized,
-    work_of,
-)
-from ..planning.recommended import RECOMMENDED, Recommended, device_neuron_config, doubled, prompt_bucket_for
+from ..planning.recommended import device_neuron_config
+from .options import dtype_named, options_from
 
-SHORTEST_DRAWN = 1024
-_MARGIN, _WIDTH = 34, 16
+if TYPE_CHECKING:
+    from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+    from .options import Commands
 
 
-def figures(of: Plan) -> list[Figure]:
-    """Every constant that a plan rests on."""
-    peak = hardware.CHIP_BF16_FLOPS if of.dtype == torch.bfloat16 else hardware.CHIP_FP32_FLOPS
-    chip = [hardware.CHIP_CORES, hardware.CHIP_HBM, hardware.CHIP_HBM_BANDWIDTH, peak]
-    return [of.instance.chips, *chip, hardware.DEFAULT_LNC, RESERVE, MATMUL_TILE, PROGRAM_INSTRUCTIONS]
+@dataclass(frozen=True)
+class PlanOptions:
+    """The options of `qwen35 plan`."""
+
+    model: str
+    vision: bool
+    instance: str
+    tp: int
+    seq_len: int
+    batch: int
+    prompt_bucket: int | None
+    dtype: torch.dtype
+    recommended: bool
+    json: bool
+    png: Path | None
 
 
-# --- Text and JSON ---------------------------------------------------------------------------------------------------
-def as_table(of: Plan) -> str:
-    """Text for people: a column for the plan, and one for the same in the layout of published ports."""
-    return "\n".join(_lines(of))
-
-
-def _lines(of: Plan) -> Iterator[str]:
-    columns = (of.sharded, of.replicated)
-    layouts = [column.layout for column in columns]
-    yield (
-        f"{of.instance.name}, tp_degree={of.tp_degree}, LNC={of.lnc}, {dtype_name(of.dtype)}: "
-        f"{of.lines} x {of.seq_len:,} tokens, prompts in pieces of {of.prompt_bucket:,}, {of.prompt_rows} at a time"
-    )
-    yield f"{'GB of a rank':{_MARGIN}}{'this model':>{_WIDTH}}{'published ports':>{_WIDTH}}"
-    yield f"  {'DeltaNet':{_MARGIN - 2}}{'sharded':>{_WIDTH}}{'whole, with KV':>{_WIDTH}}"
-    for label, values in _rows(layouts):
-        yield f"  {label:{_MARGIN - 2}}" + "".join(f"{value / 1e9:{_WIDTH}.3f}" for value in values)
-
-    def row(label: str, *values: str) -> str:
-        return f"  {label:{_MARGIN - 2}}" + "".join(f"{value:>{_WIDTH}}" for value in values)
-
-    yield row("fits", *("yes" if layout.fits else "NO" for layout in layouts))
-    yield row(f"longest context at batch {of.lines}", *(f"{column.limits.context:,}" for column in columns))
-    yield row(f"largest batch at {of.seq_len:,}", *map(_batch, columns))
-    yield "least time (modelled)"
-    for tokens in sorted({of.prompt_bucket, of.seq_len}):
-        times = (column.work.ttft(tokens, of.prompt_bucket, of.prompt_rows) for column in columns)
-        yield row(f"TTFT, prompt of {tokens:,}", *map(_time, times))
-    for context in (0, of.seq_len):
-        yield row(f"TPOT, {context:,} in the cache", *(_time(column.work.tpot(context, of.rows)) for column in columns))
-    yield "activations by bucket, GB (modelled: most bytes live at once, as PyTorch would run the module)"
-    yield from _by_bucket(of, lambda program: f"{program.bytes / 1e9:.3f}")
-    limit = f"neuronx-cc gives up above {PROGRAM_INSTRUCTIONS.value / 1e6:.0f} in all"
-    yield f"instructions for matrix products, at least, in millions (modelled); {limit}"
-    yield from _by_bucket(of, lambda program: f"{program.matmuls / 1e6:.2f}")
-    if of.vision is not None:
-        rank = "no even split" if of.vision.rank is None else f"{of.vision.rank / 1e9:.3f} GB of each rank"
-        yield f"vision encoder: on the host, {of.vision.host / 1e9:.3f} GB there and none here; here it would be {rank}"
-    yield f"tensor-parallel degrees of this checkpoint here: {', '.join(map(str, of.valid_tp_degrees))}"
-    yield "from"
-    for figure in figures(of):
-        yield f"  {figure.value:,} {figure.unit} ({figure.source})"
-
-
-def _by_bucket(of: Plan, value: Callable[[Program], str]) -> Iterator[str]:
-    for submodel in dict.fromkeys(program.submodel for program in of.programs):
-        values = (f"{p.bucket:,}: {value(p)}" for p in of.programs if p.submodel == submodel)
-        yield f"  {submodel}  {'  '.join(values)}"
-
-
-def _rows(layouts: list[Layout]) -> Iterator[tuple[str, list[int]]]:
-    for group, label in (
-        ("embedding", "weights: embedding"),
-        ("lm_head", "weights: head"),
-        ("deltanet", "weights: DeltaNet"),
-        ("attention", "weights: attention"),
-        ("mlp", "weights: MLP"),
-        ("norms", "weights: norms"),
-    ):
-        yield label, [getattr(layout.weights, group) for layout in layouts]
-    for field, label in (
-        ("kv_cache", "KV cache"),
-        ("recurrent_state", "recurrent state"),
-        ("conv_state", "conv state"),
-        ("activations", "activations (modelled)"),
-        ("reserve", "reserve (inferred)"),
-        ("total", "total"),
-        ("hbm", "HBM"),
-        ("headroom", "headroom"),
-    ):
-        yield label, [getattr(layout, field) for layout in layouts]
-
-
-def _batch(column: Column) -> str:
-    return f"{column.limits.batch:,}" + (" or more" if column.limits.batch == MOST_LINES else "")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 10 else f"{1e3 * seconds:.1f} ms"
-
-
-def as_json(of: Plan) -> dict[str, Any]:
-    """One JSON object; what is modelled is under that name. Bytes and seconds."""
-    columns = {}
-    for name, column in (("this_model", of.sharded), ("layout_of_published_ports", of.replicated)):
-        layout, work = column.layout, column.work
-        columns[name] = {
-            **asdict(layout),
-            **{field: getattr(layout, field) for field in ("total", "headroom", "fits")},
-            "longest_context": column.limits.context,
-            "largest_batch": column.limits.batch,
-            "modelled": {
-                "ttft_s": {n: work.ttft(n, of.prompt_bucket, of.prompt_rows) for n in (of.prompt_bucket, of.seq_len)},
-                "tpot_s": {n: work.tpot(n, of.rows) for n in (0, of.seq_len)},
-                "work": asdict(work),
-            },
-        }
-    settings = ("tp_degree", "lnc", "seq_len", "lines", "rows", "prompt_rows", "prompt_bucket", "valid_tp_degrees")
-    return {
-        "instance": of.instance.name,
-        "dtype": dtype_name(of.dtype),
-        **{name: getattr(of, name) for name in settings},
-        **columns,
-        "programs_modelled": [asdict(program) for program in of.programs],
-        "vision": None if of.vision is None else asdict(of.vision),
-        "figures": [asdict(figure) for figure in figures(of)],
-    }
-
-
-def recommended_as_markdown() -> str:
-    """The recommended configurations of 27B as a table, with what each takes; times modelled."""
-    head = (
-        "name", "for", "TP", "models", "sequences", "tokens each", "GB of a rank's 25.8", "TTFT of 2,048",
-        "TPOT, empty to full cache",
-    )  # fmt: skip
-    return "\n".join(_markdown_row(cells) for cells in (head, ["---"] * len(head), *map(_cells, RECOMMENDED.values())))
-
-
-@cache
-def recommended_layout(name: str) -> Layout:
-    """The bytes of a rank of a recommended configuration."""
-    return layout_of(_preset("27B", RECOMMENDED[name].neuron_config()))
-
-
-def _markdown_row(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cells(entry: Recommended) -> list[str]:
-    work = work_of(_preset("27B", entry.neuron_config()))
-    tpot = [f"{1e3 * work.tpot(context, entry.batch):.1f}" for context in (0, entry.seq_len)]
-    return [
-        f"`{entry.name}`",
-        entry.use,
-        str(entry.tp_degree),
-        str(entry.replicas),
-        str(entry.batch),
-        f"{entry.seq_len:,}",
-        f"{recommended_layout(entry.name).total / 1e9:.1f}",
-        f"{1e3 * work.ttft(2048, prompt_bucket_for(entry.seq_len)):.0f} ms",
-        f"{' to '.join(tpot)} ms",
-    ]
-
-
-# --- Picture ---------------------------------------------------------------------------------------------------------
-def write_png(model: NeuronQwen35ForCausalLM, of: Plan, path: str | Path) -> None:
-    """Draw the memory of a rank against the context, at the plan's batch, to `path`.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise ValueError("a picture needs matplotlib: pip install 'qwen35-neuron[plot]'") from error
-
-    longest = model.config.max_position_embeddings
-    shortest = min(SHORTEST_DRAWN, longest // 2)
-    contexts = doubled(shortest, longest)
-    sharded, replicated = [], []
-    for context in contexts:
-        other = resized(model, context, of.lines)
-        sharded.append(layout_of(other))
-        replicated.append(count_resident(other).layout(sharded[-1].activations, of.tp_degree))
-    parts: dict[str, list[float]] = {
-        "weights": [layout.weights.total / 1e9 for layout in sharded],
-        "recurrent and conv state": [(layout.recurrent_state + layout.conv_state) / 1e9 for layout in sharded],
-        "KV cache": [layout.kv_cache / 1e9 for layout in sharded],
-        "activations (modelled)": [layout.activations / 1e9 for layout in sharded],
-        "reserve (inferred)": [layout.reserve / 1e9 for layout in sharded],
-    }
-    figure = Canvas(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.stackplot(contexts, list(parts.values()), labels=list(parts), alpha=0.8)
-    axes.plot(
-        contexts, [each.total / 1e9 for each in replicated], "k--", label="total in the layout of published ports"
-    )
-    axes.axhline(of.sharded.layout.hbm / 1e9, color="C3", label="HBM of a rank")
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(contexts[0], contexts[-1])
-    axes.set_ylim(0)
-    axes.set_xticks(contexts, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in contexts])
-    axes.set_xlabel("tokens of context")
-    axes.set_ylabel("GB of a rank")
-    axes.set_title(
-        f"{of.instance.name}, TP={of.tp_degree}, {dtype_name(of.dtype)}, batch {of.lines}: counted on modules"
-    )
-    axes.legend(loc="lower right")
-    figure.savefig(path, format="png", dpi=120)
-
-
-# --- Command ---------------------------------------------------------------------------------------------------------
-def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `plan` to the commands of `qwen35`."""
     parser = commands.add_parser(
         "plan",
         help="what a configuration takes of a device, and what fits",
-        description="Memory of a rank, counted on the modules, and modelled least times; nothing is read or compiled.",
+        description="Memory per rank, counted on the modules, and modelled least times; nothing is read or compiled.",
     )
     parser.set_defaults(run=_run)
     parser.add_argument(
@@ -260,39 +57,46 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--seq-len", type=int, default=32768, metavar="N", help="prompt and answer (32768)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (1)")
     parser.add_argument(
-        "--prompt-bucket", type=int, metavar="N", help="most tokens a piece (1024, or 512 beyond 32768 of context)"
+        "--prompt-bucket",
+        type=int,
+        metavar="N",
+        help="most tokens of a prompt encoded at once (1024, or 512 beyond 32768 of context)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--dtype", type=dtype_named, default=torch.bfloat16, metavar="DTYPE", help=f"{' or '.join(DTYPES)} (bfloat16)"
+    )
     parser.add_argument("--recommended", action="store_true", help="list the recommended configurations of 27B instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory against context (PNG)")
 
 
 def _run(args: argparse.Namespace) -> None:
-    print(on_stand_ins(_text, {name: value for name, value in vars(args).items() if name != "run"}))
+    print(on_stand_ins(_report, options_from(PlanOptions, args)))
 
 
-def _text(options: dict[str, Any]) -> str:
-    args = argparse.Namespace(**options)
-    if args.recommended:
+def _report(options: PlanOptions) -> str:
+    """The text to print; writes the picture."""
+    from ..planning.plan import plan
+    from .plan_report import as_json, as_table, recommended_as_markdown, write_png
+
+    if options.recommended:
         return recommended_as_markdown()
-    instance = INSTANCES[args.instance]
+    model = _application(options)
+    found = plan(model, INSTANCES[options.instance])
+    if options.png is not None:
+        write_png(model, found, options.png)
+    return json.dumps(as_json(found)) if options.json else as_table(found)
+
+
+def _application(options: PlanOptions) -> NeuronQwen35ForCausalLM:
+    from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+    from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+    from ..planning.plan import preset_application
+
     neuron_config = device_neuron_config(
-        instance, args.tp, args.seq_len, args.batch, DTYPES[args.dtype], args.prompt_bucket
+        INSTANCES[options.instance], options.tp, options.seq_len, options.batch, options.dtype, options.prompt_bucket
     )
-    if args.model in QWEN35_PRESETS:
-        model = _preset(args.model, neuron_config)
-    else:
-        model_cls = NeuronQwen35VLForCausalLM if args.vision else NeuronQwen35ForCausalLM
-        model = model_cls(args.model, model_cls.get_config_cls().from_pretrained(args.model, neuron_config))
-    found = plan(model, instance)
-    if args.png:
-        write_png(model, found, args.png)
-    return json.dumps(as_json(found)) if args.json else as_table(found)
-
-
-def _preset(name: str, neuron_config: Any) -> NeuronQwen35ForCausalLM:
-    fields: Mapping[str, Any] = QWEN35_PRESETS[name]
-    vision = QWEN35_VISION_PRESETS.get(name)
-    config_cls = NeuronQwen35ForCausalLM.get_config_cls()
-    return NeuronQwen35ForCausalLM(name, config_cls(neuron_config, **fields, vision_config=vision))
+    if options.model in QWEN35_PRESETS:
+        return preset_application(options.model, neuron_config)
+    model_cls = NeuronQwen35VLForCausalLM if options.vision else NeuronQwen35ForCausalLM
+    return model_cls(options.model, model_cls.get_config_cls().from_pretrained(options.model, neuron_config))

@@ -16,7 +16,7 @@ def prompt_bucket_for(seq_len: int) -> int:
     """Tokens of the largest context-encoding bucket, for contexts of `seq_len`.
 
     On 27B at TP=4 the arithmetic of 1,024 tokens takes 4 times as long as reading the weights, that of 512 twice as
-    long: neither waits for memory, and longer pieces would win nothing. A program for 1,024 has at most 1 M
+    long: neither waits for memory, and longer chunks would win nothing. A program for 1,024 has at most 1 M
     instructions for its matrix products up to 32K tokens, and one for 512 has 1.2 M at 256K; neuronx-cc gives up at 5 M
     for these and all others. (All modelled.)
     """
@@ -78,6 +78,7 @@ class Recommended:
     use: str
 
     def neuron_config(self) -> Qwen35NeuronConfig:
+        """Its settings, for `Qwen35InferenceConfig`."""
         return device_neuron_config(self.instance, self.tp_degree, self.seq_len, self.batch)
 
     @property
@@ -91,8 +92,8 @@ RECOMMENDED = {
     for entry in (
         Recommended("trn2.3xlarge", TRN2_3XLARGE, 4, 262144, 1, "the longest context"),
         Recommended("trn2.3xlarge-batch", TRN2_3XLARGE, 4, 32768, 8, "several requests"),
-        Recommended("trn2.48xlarge-tp4", TRN2_48XLARGE, 4, 32768, 8, "most requests a second"),
-        Recommended("trn2.48xlarge-tp8", TRN2_48XLARGE, 8, 262144, 2, "long contexts, half the time a token of TP=4"),
-        Recommended("trn2.48xlarge-tp16", TRN2_48XLARGE, 16, 262144, 1, "least time a token"),
+        Recommended("trn2.48xlarge-tp4", TRN2_48XLARGE, 4, 32768, 8, "most requests per second"),
+        Recommended("trn2.48xlarge-tp8", TRN2_48XLARGE, 8, 262144, 2, "long contexts, half the time per token of TP=4"),
+        Recommended("trn2.48xlarge-tp16", TRN2_48XLARGE, 16, 262144, 1, "least time per token"),
     )
 }

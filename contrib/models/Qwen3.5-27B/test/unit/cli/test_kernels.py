@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwen35.cli import main
 from qwen35.cli.kernels import (
     Gates,
     KernelCase,
@@ -21,7 +22,6 @@ from qwen35.cli.kernels import (
     measure,
     write_timeline_png,
 )
-from qwen35.cli.main import main
 from qwen35.configuration_qwen35 import DTYPES
 from qwen35.nki_kernels.nki_seam import EMULATED
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.configuration_qwen35 import QWEN35_PRESETS
-from qwen35.memory import RankBytes
-from qwen35.nxdi import as_rank
+from qwen35.memory.counting import RankBytes, rank_module
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -27,9 +25,7 @@ def bytes_of_27b(**options: Any) -> RankBytes:
 
 
 def replicated_in_27b(tp_degree: int) -> set[str]:
-    model = model_27b(tp_degree=tp_degree)
-    with as_rank(0, tp_degree), torch.device("meta"):
-        module = model._model_cls(model.config)
+    module = rank_module(model_27b(tp_degree=tp_degree))
     weights = {n: p for n, p in module.named_parameters() if "past_key_values" not in n}
     return {n for n, p in weights.items() if not getattr(p, "tensor_model_parallel", False)}
 
@@ -51,7 +47,7 @@ def test_27b_on_4_ranks_keeps_half_a_gigabyte_for_32k_tokens(rank_pool: Any) -> 
     assert counted.kept <= 0.6e9
 
 
-def test_every_line_beyond_one_costs_its_cache_its_state_and_room_for_masked_rows(rank_pool: Any) -> None:
+def test_every_slot_beyond_one_costs_its_cache_its_state_and_room_for_masked_rows(rank_pool: Any) -> None:
     (one,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=1024)
     (four,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=1024, batch_size=4)
     assert four.kv_cache == 4 * one.kv_cache * (1024 + 128) // 1024

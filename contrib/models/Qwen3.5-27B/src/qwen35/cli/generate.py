@@ -1,0 +1,205 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""`qwen35 generate`: continue prompts, or answer a question about images and videos."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
+from ..nxdi import NXDI_AVAILABLE
+from .options import (
+    AnswerOptions,
+    ModelOptions,
+    add_answer_options,
+    add_model_options,
+    existing,
+    options_from,
+    run_on_every_rank,
+)
+
+if TYPE_CHECKING:
+    from ..serving.generation import Generation, TextGenerator
+    from ..serving.sampling import SamplingOptions
+    from .options import Commands
+
+
+@dataclass(frozen=True)
+class GenerateOptions(AnswerOptions, ModelOptions):
+    """The options of `qwen35 generate`."""
+
+    prompt: str | None
+    batch: list[str]
+    image: list[str]
+    video: list[str]
+    chat: bool
+    json: bool
+    compiled: Path | None
+
+    @property
+    def with_media(self) -> bool:
+        return bool(self.image or self.video)
+
+    @property
+    def in_chat(self) -> bool:
+        """Whether the prompt becomes a turn of the chat template, as a question about media always does."""
+        return self.chat or self.with_media
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `generate` to the commands of `qwen35`."""
+    parser = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    parser.set_defaults(run=_run)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; '-' reads standard input")
+    parser.add_argument(
+        "--batch", nargs="+", default=[], metavar="PROMPT", help="further prompts, all run as one padded batch"
+    )
+    parser.add_argument(
+        "--image", nargs="+", default=[], metavar="FILE", help="images to ask about; the prompt becomes a chat turn"
+    )
+    parser.add_argument(
+        "--video", nargs="+", default=[], metavar="FILE", help="GIF, WebP or APNG animations, or directories of frames"
+    )
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    add_model_options(parser)
+    add_answer_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron there must be one"
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ..serving.loading import checkpoint_of
+
+    options = options_from(GenerateOptions, args)
+    prompts = _prompts(options)
+    if options.model is None and options.compiled is not None:
+        model_path = existing(checkpoint_of(options.compiled))
+    else:
+        model_path = options.checkpoint
+    # Everything a configuration can have wrong is said here, before processes start and weights are read.
+    inputs = _encode(options, model_path, prompts)
+    sampling = options.sampling
+    config = _config(options, model_path, inputs["input_ids"].shape[1] + options.max_new_tokens, len(prompts))
+    run_on_every_rank(config.neuron_config, _generate_rank, options, model_path, config, prompts, inputs, sampling)
+
+
+def _prompts(options: GenerateOptions) -> list[str]:
+    prompts = [*([] if options.prompt is None else [options.prompt]), *options.batch]
+    if not prompts or options.prompt == "-":
+        prompts = [sys.stdin.read().rstrip("\n"), *options.batch]
+    if options.with_media and len(prompts) > 1:
+        raise ValueError("--batch with --image or --video: ask one question at a time")
+    return prompts
+
+
+def _encode(options: GenerateOptions, model_path: Path, prompts: list[str]) -> dict[str, torch.Tensor]:
+    from ..serving.prompts import as_chat, encode, encode_chat, load_tokenizer
+    from ..vision.processing import VisionProcessor
+
+    tokenizer = load_tokenizer(model_path)
+    if not options.with_media:
+        return encode(tokenizer, [as_chat(tokenizer, prompt) for prompt in prompts] if options.chat else prompts)
+    content = [{"type": "image", "image": file} for file in options.image]
+    content += [{"type": "video", "video": file} for file in options.video]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": prompts[0]}]}
+    return encode_chat(tokenizer, VisionProcessor.from_pretrained(model_path), [[message]])
+
+
+def _config(options: GenerateOptions, model_path: Path, length: int, rows: int) -> Qwen35InferenceConfig:
+    """A configuration for `rows` prompts and answers of `length` tokens together, or the compiled one if it does."""
+    from ..serving.loading import default_neuron_config, load_compiled_config
+
+    if options.compiled is None:
+        neuron_config = default_neuron_config(length, rows, options.tp, options.dtype)
+        if not neuron_config.on_cpu:
+            raise ValueError("--compiled is missing: on Neuron run 'qwen35 compile DIR', then pass --compiled DIR")
+        config_cls = Qwen35VLInferenceConfig if options.with_media else Qwen35InferenceConfig
+        return config_cls.from_pretrained(model_path, neuron_config=neuron_config)
+    config = load_compiled_config(options.compiled)
+    if options.with_media and not isinstance(config, Qwen35VLInferenceConfig):
+        raise ValueError(f"--image with --compiled {options.compiled}: it takes text only; compile it with --vision")
+    for name, needed, what in (("seq_len", length, "tokens of prompt and answer"), ("batch_size", rows, "prompts")):
+        if needed > (most := getattr(config.neuron_config, name)):
+            raise ValueError(f"{needed} {what} exceed {name}={most} of the compiled model: compile one for more")
+    return config
+
+
+def _generate_rank(
+    options: GenerateOptions,
+    model_path: Path,
+    config: Qwen35InferenceConfig,
+    prompts: list[str],
+    inputs: dict[str, torch.Tensor],
+    sampling: SamplingOptions,
+) -> None:
+    """What every rank does; the first one prints."""
+    from ..serving.generation import TextGenerator
+
+    prints = int(os.environ.get("RANK", "0")) == 0
+    generator = TextGenerator.load(model_path, config, options.compiled)
+    streams = prints and len(prompts) == 1 and not options.json
+    on_token = _Streamer(generator, "" if options.in_chat else prompts[0]) if streams else None
+    result = generator.complete(inputs, options.max_new_tokens, sampling, on_token)
+    if not prints:
+        return
+    if options.json:
+        print(json.dumps(_as_json(model_path, config, prompts, result), ensure_ascii=False))
+        return
+    if streams:
+        print()
+    else:
+        for prompt, text in zip(prompts, result.texts, strict=True):
+            print(f"{prompt}\n  -> {text.strip()}" if options.in_chat else f"{prompt}{text}")
+    print(_timing(result), file=sys.stderr)
+
+
+class _Streamer:
+    """Prints text as soon as its bytes are whole; a character may span tokens."""
+
+    def __init__(self, generator: TextGenerator, prompt: str) -> None:
+        self.generator = generator
+        self.tokens: list[int] = []
+        self.printed = 0
+        print(prompt, end="", flush=True)
+
+    def __call__(self, tokens: torch.Tensor) -> None:
+        token = int(tokens[0])
+        self.tokens.append(token)
+        text = self.generator.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            print(text[self.printed :], end="", flush=True)
+            self.printed = len(text)
+
+
+def _timing(result: Generation) -> str:
+    count = max(map(len, result.tokens))
+    line = f"[{count} tokens; TTFT {1e3 * result.time_to_first_token:.1f} ms"
+    if result.time_per_output_token is not None:
+        rate = len(result.tokens) / result.time_per_output_token
+        line += f"; TPOT {1e3 * result.time_per_output_token:.2f} ms ({rate:.0f} tokens/s)"
+    return line + "]"
+
+
+def _as_json(model_path: Path, config: Qwen35InferenceConfig, prompts: list[str], result: Generation) -> dict[str, Any]:
+    return {
+        "model": str(model_path),
+        "device": "neuron" if NXDI_AVAILABLE else "cpu",
+        "tp_degree": config.neuron_config.tp_degree,
+        "ttft_s": result.time_to_first_token,
+        "tpot_s": result.time_per_output_token,
+        "generations": [
+            {"prompt": prompt, "text": text, "tokens": tokens}
+            for prompt, text, tokens in zip(prompts, result.texts, result.tokens, strict=True)
+        ],
+    }

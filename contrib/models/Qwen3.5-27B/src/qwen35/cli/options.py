@@ -1,0 +1,173 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: options and their checks, writing a directory whole, and running on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ..configuration_qwen35 import DTYPES, Qwen35NeuronConfig
+from ..nxdi import NeuronConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+    from ..serving.sampling import SamplingOptions
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    """What `ArgumentParser.add_subparsers` gives, and a command's parser is added to."""
+    Options = TypeVar("Options", bound=DataclassInstance)
+
+
+def options_from(kind: type[Options], args: argparse.Namespace) -> Options:
+    """The dataclass `kind`, each field from the argument of its name."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def dtype_named(text: str) -> torch.dtype:
+    """An argument that names a dtype of weights and activations."""
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text}: must be {' or '.join(DTYPES)}")
+    return DTYPES[text]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which checkpoint is run, and how: the options of `add_model_options`."""
+
+    model: Path | None
+    tp: int
+    dtype: torch.dtype | None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The directory of the checkpoint named, or of the mini.
+
+        Raises:
+            FileNotFoundError: it has no config.json.
+        """
+        from ..serving.loading import MINI_CHECKPOINT
+
+        return existing(self.model or MINI_CHECKPOINT)
+
+    def build(
+        self, model_cls: type[NeuronQwen35ForCausalLM], neuron_config: Qwen35NeuronConfig
+    ) -> NeuronQwen35ForCausalLM:
+        """An application of class `model_cls` over the checkpoint, not loaded."""
+        path = str(self.checkpoint.resolve())  # a compiled model is read from anywhere
+        return model_cls(path, model_cls.get_config_cls().from_pretrained(path, neuron_config=neuron_config))
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ModelOptions`."""
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="Hugging Face checkpoint (default: the mini, or what was compiled)"
+    )
+    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel degree (1)")
+    parser.add_argument(
+        "--dtype",
+        type=dtype_named,
+        metavar="DTYPE",
+        help=f"{' or '.join(DTYPES)}; default: float32 on a CPU, bfloat16 on Neuron",
+    )
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How tokens are chosen, and how many: the options of `add_answer_options`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """The same for `serving`.
+
+        Raises:
+            ValueError: a number is out of its range.
+        """
+        from ..serving.sampling import SamplingOptions
+
+        return SamplingOptions(self.temperature, self.top_p, self.top_k, self.seed)
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `AnswerOptions`."""
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="most to generate (64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that sum to P (1)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens (0: from all)")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def existing(path: Path) -> Path:
+    """The path of a checkpoint's directory.
+
+    Raises:
+        FileNotFoundError: it has no config.json.
+    """
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"--model {path}: no config.json there; name a Hugging Face checkpoint's directory")
+    return path
+
+
+def write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a directory that becomes `output` when it is complete, and is gone when it fails.
+
+    Raises:
+        FileExistsError: `output` is there already.
+    """
+    if output.exists():
+        raise FileExistsError(f"OUTPUT={output} exists already: name a new directory")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        write(Path(scratch) / "partial")
+        (Path(scratch) / "partial").rename(output)
+
+
+def run_on_every_rank(neuron_config: NeuronConfig, run: Callable[..., None], *rest: Any) -> None:
+    """Call run(*rest) once; on a CPU with tp_degree=N, in N processes that form a gloo group.
+
+    `run` is a function that another process finds by its name, and `rest` is pickled.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a process raised; its message ends with what it raised.
+    """
+    ranks = neuron_config.tp_degree
+    if not neuron_config.on_cpu or ranks == 1:
+        run(*rest)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.multiprocessing.start_processes(
+            _rank_process, args=(f"file://{scratch}/rendezvous", ranks, run, *rest), nprocs=ranks, start_method="spawn"
+        )
+
+
+def _rank_process(rank: int, rendezvous: str, ranks: int, run: Callable[..., None], *rest: Any) -> None:
+    os.environ["RANK"] = str(rank)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
+    try:
+        run(*rest)
+    finally:
+        torch.distributed.destroy_process_group()

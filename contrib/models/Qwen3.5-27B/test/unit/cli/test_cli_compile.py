@@ -1,0 +1,48 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""`qwen35 compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35 import Qwen35InferenceConfig
+from qwen35.cli import main
+from support.applications import needs_stand_ins
+from support.models import save_checkpoint
+
+PROMPT = "The capital of France is"
+
+
+def test_a_compiled_model_generates_by_its_path_alone(
+    tmp_path: Path, run_json: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = str(tmp_path / "compiled")
+    result = run_json("compile", compiled, "--seq-len", "64")
+    assert result["compiled"] is False  # there is no compiler here
+    assert result["bytes_per_rank"]["weights"] == pytest.approx(4 * 4.9e6, rel=0.02)  # float32 on a CPU
+    tokens = run_json("generate", PROMPT, "--max-new-tokens", "8", "--compiled", compiled)["generations"]
+    assert tokens == run_json("generate", PROMPT, "--max-new-tokens", "8")["generations"]
+    assert main(["generate", PROMPT, "--max-new-tokens", "80", "--compiled", compiled]) == 2
+    assert "seq_len=64 of the compiled model" in capsys.readouterr().err
+    assert main(["generate", "a", "--batch", "b", "--max-new-tokens", "1", "--compiled", compiled]) == 2
+    assert "2 prompts exceed batch_size=1" in capsys.readouterr().err
+
+
+@needs_stand_ins
+def test_a_recommended_configuration_is_compiled_by_its_name(tmp_path: Path) -> None:
+    save_checkpoint(
+        tmp_path / "checkpoint", max_position_embeddings=262144, linear_key_head_dim=128, linear_value_head_dim=128
+    )
+    arguments = ("--model", str(tmp_path / "checkpoint"), "--recommended", "trn2.3xlarge-batch", "--json")
+    assert main(["compile", str(tmp_path / "out"), *arguments]) == 0
+    neuron = Qwen35InferenceConfig.load(str(tmp_path / "out")).neuron_config
+    assert neuron.context_encoding_buckets == [256, 512, 1024]
+    assert neuron.token_generation_buckets == [4096, 8192, 16384, 32768]
+    assert (neuron.tp_degree, neuron.seq_len, neuron.prefill_chunk_size) == (4, 32768, 1024)
+    assert (neuron.instance, neuron.on_cpu, neuron.torch_dtype) == ("trn2.3xlarge", False, torch.bfloat16)

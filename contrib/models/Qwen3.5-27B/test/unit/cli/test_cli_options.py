@@ -1,0 +1,63 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Options that commands share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen35.cli import main
+from qwen35.cli.options import AnswerOptions, dtype_named, options_from, write_whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "out", "--dtype", "float16"], "--dtype: float16: must be float32 or bfloat16"),
+        (["convert", "out", "--tp", "0"], "--tp: 0: must be at least 1"),
+        (["generate", "x", "--max-new-tokens", "-1"], "--max-new-tokens: -1: must be at least 1"),
+    ],
+)
+def test_a_value_that_no_command_takes_is_named(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_options_are_the_arguments_of_their_names_and_cannot_change() -> None:
+    @dataclass(frozen=True)
+    class Options(AnswerOptions):
+        dtype: torch.dtype
+
+    args = argparse.Namespace(
+        run=main, max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=7, seed=1, dtype=dtype_named("bfloat16")
+    )
+    options = options_from(Options, args)
+    assert options == Options(3, 0.5, 0.9, 7, 1, torch.bfloat16)
+    with pytest.raises(AttributeError):
+        options.seed = 2  # type: ignore[misc]
+
+
+def test_a_directory_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        path.mkdir()
+        (path / "file").write_text("whole")
+
+    def fail(path: Path) -> None:
+        write(path)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(tmp_path / "out", fail)
+    assert list(tmp_path.iterdir()) == []
+    write_whole(tmp_path / "out", write)
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_whole(tmp_path / "out", write)
