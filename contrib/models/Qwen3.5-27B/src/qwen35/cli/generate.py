@@ -165,21 +165,16 @@ def _generate_rank(
 
 
 class _Streamer:
-    """Prints text as soon as its bytes are whole; a character may span tokens."""
+    """Prints the prompt, and text as soon as its characters are whole."""
 
     def __init__(self, generator: TextGenerator, prompt: str) -> None:
-        self.generator = generator
-        self.tokens: list[int] = []
-        self.printed = 0
+        from ..serving.prompts import TextStream
+
+        self.stream = TextStream(generator.tokenizer)
         print(prompt, end="", flush=True)
 
     def __call__(self, tokens: torch.Tensor) -> None:
-        token = int(tokens[0])
-        self.tokens.append(token)
-        text = self.generator.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            print(text[self.printed :], end="", flush=True)
-            self.printed = len(text)
+        print(self.stream.push(int(tokens[0])), end="", flush=True)
 
 
 def _timing(result: Generation) -> str:
