@@ -19,12 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from qwen35.cli.kernels import KernelCase, KernelFigures, KernelName, as_json, measure
+from qwen35.kernel_selection import DeltaNetInverse
 
 CHUNK = 128
 
 CASES = {
     "context encoding, 512 tokens": KernelCase(KernelName.FUSED, tokens=512),
+    "the same, plain inverse": KernelCase(KernelName.FUSED, tokens=512, inverse=DeltaNetInverse.PLAIN),
     "chunk step, 128 tokens": KernelCase(KernelName.CHUNKED, tokens=CHUNK),
+    "the same step, plain inverse": KernelCase(KernelName.CHUNKED, tokens=CHUNK, inverse=DeltaNetInverse.PLAIN),
     "decode layer, batch 1": KernelCase(KernelName.DECODE, batch=1),
     "decode layer, batch 8": KernelCase(KernelName.DECODE, batch=8),
 }

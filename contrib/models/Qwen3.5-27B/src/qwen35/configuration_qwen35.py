@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .hardware import INSTANCES
-from .kernel_selection import DeltaNetKernel, kernel_problems
+from .kernel_selection import DeltaNetInverse, DeltaNetKernel, kernel_problems
 from .nxdi import InferenceConfig, NeuronConfig
 
 LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
@@ -127,6 +127,7 @@ class Qwen35NeuronConfig(NeuronConfig):
 
     Args:
         deltanet_kernel: a `DeltaNetKernel` or its value, kept as the value.
+        deltanet_inverse: a `DeltaNetInverse` or its value, kept as the value.
         prefill_chunk_size: tokens of a prompt that are encoded at a time; prompts up to seq_len then need no bucket
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
         instance: where the model will run, a key of `hardware.INSTANCES`: compiling for a device then first checks that
@@ -136,6 +137,7 @@ class Qwen35NeuronConfig(NeuronConfig):
     def __init__(
         self,
         deltanet_kernel: str = DeltaNetKernel.AUTO,
+        deltanet_inverse: str = DeltaNetInverse.TILED,
         prefill_chunk_size: int | None = None,
         instance: str | None = None,
         **kwargs: Any,
@@ -146,6 +148,7 @@ class Qwen35NeuronConfig(NeuronConfig):
         self.prefill_chunk_size = prefill_chunk_size
         super().__init__(**kwargs)
         self.deltanet_kernel = deltanet_kernel.value if isinstance(deltanet_kernel, Enum) else deltanet_kernel
+        self.deltanet_inverse = deltanet_inverse.value if isinstance(deltanet_inverse, Enum) else deltanet_inverse
         self.instance = instance
 
 

@@ -20,6 +20,13 @@ class DeltaNetKernel(str, Enum):
     TORCH = "torch"  # `qwen35.ops`
 
 
+class DeltaNetInverse(str, Enum):
+    """How FUSED and CHUNKED invert the triangular system of a chunk."""
+
+    TILED = "tiled"  # on sub-arrays of the Tensor engine, side by side
+    PLAIN = "plain"  # by matmuls that take all of it: slower, and nothing in it goes beyond NKI's documents
+
+
 KERNEL_ENVIRONMENT = {
     "USE_NKI_FUSED": DeltaNetKernel.FUSED,
     "USE_NKI_CHUNKED": DeltaNetKernel.CHUNKED,
@@ -44,11 +51,19 @@ def select_deltanet_kernel(config: Any) -> DeltaNetKernel:
     return DeltaNetKernel.FUSED if fits and not config.neuron_config.on_cpu else DeltaNetKernel.TORCH
 
 
+def select_deltanet_inverse(config: Any) -> DeltaNetInverse:
+    """How the kernels of a `Qwen35InferenceConfig` invert; a plain NeuronConfig, which has no such field, means TILED."""
+    return DeltaNetInverse(getattr(config.neuron_config, "deltanet_inverse", DeltaNetInverse.TILED))
+
+
 def kernel_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
     """What is wrong with the choice, one line each; `malformed` are fields of `config` that cannot be read."""
     override = _overrides()
     if len(override) > 1:
         yield f"{' and '.join(override)} are all set to 1; each names another kernel, set one"
+    inverse = getattr(config.neuron_config, "deltanet_inverse", DeltaNetInverse.TILED.value)
+    if inverse not in [choice.value for choice in DeltaNetInverse]:
+        yield f"deltanet_inverse={inverse!r} is unknown; set it to {', '.join(choice.value for choice in DeltaNetInverse)}"
     chosen = _configured(config)
     if chosen not in [kernel.value for kernel in DeltaNetKernel]:
         yield f"deltanet_kernel={chosen!r} is unknown; set it to {', '.join(kernel.value for kernel in DeltaNetKernel)}"

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..configuration_qwen35 import DTYPES, dtype_name
+from ..kernel_selection import DeltaNetInverse
 from ..ops import causal_conv, recurrent_gated_delta_rule
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class KernelCase:
         dtype: of activations; gates and states are float32.
         cores: 1, or 2 for LNC=2.
         gates: how hard the inputs are.
+        inverse: how the fused and the chunked kernel invert the system of a chunk; the decode kernel has none.
 
     Raises:
         ValueError: the kernel does not take this shape.
@@ -85,6 +87,7 @@ class KernelCase:
     dtype: torch.dtype = torch.bfloat16
     cores: int = 2
     gates: Gates = Gates.MILD
+    inverse: DeltaNetInverse = DeltaNetInverse.TILED
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens", "heads", "key_heads"):
@@ -104,7 +107,7 @@ class KernelCase:
     def __str__(self) -> str:
         return (
             f"{self.kernel.value} B={self.batch} T={self.tokens} H={self.heads} Hk={self.key_heads} "
-            f"{dtype_name(self.dtype)} cores={self.cores} gates={self.gates.value}"
+            f"{dtype_name(self.dtype)} cores={self.cores} gates={self.gates.value} inverse={self.inverse.value}"
         )
 
 
@@ -167,8 +170,9 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
         KernelName.FUSED: deltanet_fused_chunked_layer,
     }[case.kernel]
     inputs = _make_inputs(case)
+    options = {} if case.kernel is KernelName.DECODE else {"inverse": case.inverse.value}
     try:
-        result = nki_emulator.emulate(kernel, *inputs, grid=case.cores)
+        result = nki_emulator.emulate(kernel, *inputs, grid=case.cores, **options)
     except (AssertionError, nki_emulator.NkiValidationError) as error:
         raise ValueError(f"the kernel refuses {case}: {error}") from error
     exact = [x.double() for x in inputs]
@@ -337,6 +341,7 @@ def as_json(case: KernelCase, figures: KernelFigures) -> dict[str, Any]:
         "kernel": case.kernel.value,
         "gates": case.gates.value,
         "dtype": dtype_name(case.dtype),
+        "inverse": case.inverse.value,
     }
     return {"modelled": True, "case": described, "figures": asdict(figures)}
 
@@ -363,6 +368,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--dtype", choices=DTYPES, default=dtype_name(default.dtype))
     parser.add_argument("--cores", type=int, choices=(1, 2), default=default.cores, help="physical cores (LNC)")
     parser.add_argument("--gates", choices=_values(Gates), default=default.gates.value)
+    parser.add_argument("--inverse", choices=_values(DeltaNetInverse), default=default.inverse.value)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev (JSON)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the modelled timeline (PNG)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -383,6 +389,7 @@ def _run(args: argparse.Namespace) -> None:
         DTYPES[args.dtype],
         args.cores,
         Gates(args.gates),
+        DeltaNetInverse(args.inverse),
     )
     figures, report = measure(case)
     if args.trace:

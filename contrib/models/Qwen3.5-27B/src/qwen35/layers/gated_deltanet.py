@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
-from ..kernel_selection import DeltaNetKernel, select_deltanet_kernel
+from ..kernel_selection import DeltaNetKernel, select_deltanet_inverse, select_deltanet_kernel
 from ..nxdi import get_tensor_model_parallel_size
 from ..ops import causal_conv, chunk_gated_delta_rule, decay_and_beta, recurrent_gated_delta_rule
 from ..phase import Phase
@@ -28,6 +28,7 @@ class NeuronGatedDeltaNet(nn.Module):
         super().__init__()
         ranks = get_tensor_model_parallel_size()
         self.kernel, self.cores = select_deltanet_kernel(config), config.neuron_config.logical_nc_config
+        self.inverse = select_deltanet_inverse(config)
         if self.kernel is not DeltaNetKernel.TORCH:
             from .kernel_launch import decode, prefill  # loads NKI or its emulator
 
@@ -116,4 +117,4 @@ class NeuronGatedDeltaNet(nn.Module):
         if self.kernel is DeltaNetKernel.TORCH:
             rule = chunk_gated_delta_rule if phase.encodes_prompts else recurrent_gated_delta_rule
             return rule(q, k, v, g, beta, recurrent)
-        return self.launch_prefill(self.kernel, self.cores, q, k, v, g, beta, recurrent)
+        return self.launch_prefill(self.kernel, self.inverse, self.cores, q, k, v, g, beta, recurrent)

@@ -2,6 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launching the DeltaNet kernels from the model, on a device or in the emulator.
 
+Every launch has a grid of the physical cores that a logical core has: NKI takes a launch without one for LNC=1, and
+a grid that differs from the LNC in use is an error at run time (nki/api/nki/__init__.py, jit). No argument is None, for
+which NKI 0.3.0 compiles on every call (see `nki_kernels.fused_chunked`).
+
 Letters: B batch, S or T tokens, H value heads, Hk key heads, K key dim, V value dim, Ch conv channels, W conv kernel.
 """
 
@@ -12,16 +16,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernel_selection import DeltaNetKernel
+from ..kernel_selection import DeltaNetInverse, DeltaNetKernel
 from ..nki_kernels.chunked import deltanet_chunk_step
 from ..nki_kernels.decode_layer import deltanet_decode_layer
-from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer
+from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer, deltanet_fused_chunked_layer_state
 from ..nki_kernels.recurrent import deltanet_recurrent_fwd_state
 from ..ops import l2norm
 
 
 def prefill(
     kernel: DeltaNetKernel,
+    inverse: DeltaNetInverse,
     cores: int,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -32,48 +37,56 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `ops.chunk_gated_delta_rule`, by a kernel on `cores` physical cores (LNC).
 
+    `inverse` says how FUSED and CHUNKED invert the system of a chunk.
+
     On the meta device, where the traced calls are walked without a compiler, shapes and dtypes only.
     """
     if q.is_meta:
         B, _, H, V = v.shape
         return torch.empty_like(v), v.new_empty((B, H, q.shape[3], V), dtype=torch.float32)
     if kernel is DeltaNetKernel.FUSED:
-        return deltanet_fused_chunked_layer[cores](q, k, v, g, beta, initial_state=state)
+        if state is None:
+            return deltanet_fused_chunked_layer[cores](q, k, v, g, beta, inverse=inverse.value)
+        return deltanet_fused_chunked_layer_state[cores](q, k, v, g, beta, state, inverse=inverse.value)
     if state is None:
         state = q.new_zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     if kernel is DeltaNetKernel.CHUNKED:
-        return _by_chunks(cores, q, k, v, g, beta, state)
-    return _by_heads(q, k, v, g, beta, state)
+        return _by_chunks(cores, inverse, q, k, v, g, beta, state)
+    return _by_heads(cores, q, k, v, g, beta, state)
 
 
-def _by_chunks(cores: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_chunks(cores: int, inverse: DeltaNetInverse, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     *tokens, state = tensors
     length = tokens[0].shape[1]
     outputs = []
     # Tokens that fill the last chunk up have g = 0 and beta = 0: the state passes through them.
     padded = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, -length % CHUNK)) for x in tokens]
     for chunk in zip(*(x.split(CHUNK, dim=1) for x in padded), strict=True):
-        output, state = deltanet_chunk_step[cores](*(x.contiguous() for x in chunk), state)
+        output, state = deltanet_chunk_step[cores](*(x.contiguous() for x in chunk), state, inverse=inverse.value)
         outputs.append(output)
     return torch.cat(outputs, dim=1)[:, :length], state
 
 
-def _by_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_heads(cores: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, g, beta, state = tensors
-    sharing = v.shape[2] // q.shape[2]
+    B, S, H, V = v.shape
+    sharing = H // q.shape[2]
     q, k = l2norm(q) * q.shape[-1] ** -0.5, l2norm(k)
-    outputs, states = torch.empty(v.shape, dtype=torch.float32), torch.empty_like(state)
-    for b in range(v.shape[0]):
-        for h in range(v.shape[2]):
-            outputs[b, :, h], states[b, h] = deltanet_recurrent_fwd_state(
+    outputs, states = [], []
+    for b in range(B):
+        for h in range(H):
+            output, new_state = deltanet_recurrent_fwd_state[cores](
                 q[b, :, h // sharing].contiguous(),
                 k[b, :, h // sharing].contiguous(),
                 v[b, :, h].float(),
                 g[b, :, h : h + 1].contiguous(),
                 beta[b, :, h : h + 1].contiguous(),
-                state[b, h],
+                state[b, h].contiguous(),
             )
-    return outputs.to(v.dtype), states
+            outputs.append(output)
+            states.append(new_state)
+    output = torch.stack(outputs).view(B, H, S, V).transpose(1, 2)
+    return output.to(v.dtype), torch.stack(states).view_as(state)
 
 
 def decode(

@@ -29,6 +29,10 @@ from .nki_seam import nisa, nl
 BLOCK = 32
 """Side of the diagonal blocks that are inverted in place: one sub-array of the Tensor engine."""
 
+TILED, PLAIN = "tiled", "plain"
+"""How a chunk's system is inverted: on sub-arrays of the Tensor engine (`triangular_inverse`), or on the whole of it
+(`plain_inverse`)."""
+
 SMALL_LEVELS = 5
 """Merges 1 -> 2 -> 4 -> 8 -> 16 -> 32 that build the inverse of a block."""
 
@@ -38,7 +42,10 @@ UNIT_HEADS = 4
 
 @dataclass
 class Shape(nl.NKIObject):
-    """Sizes of one launch, and the heads of this core: h0 is its first value head, k0 its first key head."""
+    """Sizes of one launch, and the heads of this core: h0 is its first value head, k0 its first key head.
+
+    inverse: TILED or PLAIN.
+    """
 
     C: int
     K: int
@@ -48,6 +55,7 @@ class Shape(nl.NKIObject):
     h0: int
     k0: int
     dtype: Any
+    inverse: str
 
 
 @dataclass
@@ -61,15 +69,15 @@ class Unit(nl.NKIObject):
 
 @dataclass
 class Constants(nl.NKIObject):
-    """Masks and identities of a launch, made on chip.
+    """Masks and identities of a launch, made on chip. W is the side of the diagonal blocks: 32 if TILED, C if PLAIN.
 
     after: [C, C] float32, row t, column j: 1 where t > j.
     upto: [C, C] float32, row t, column i: 1 where t <= i.
     ones: [C, 128] float32.
     identity: [C, C] in the operand type.
     identity16: [C, C] bfloat16.
-    blocks, blocks16: [C, 32] float32, bfloat16, the identity of every diagonal block.
-    merge: [C, 5, 32] float32: ones on the diagonal and where level s = 2^i of the inverse couples two blocks of s.
+    blocks, blocks16: [C, W] float32, bfloat16, the identity of every diagonal block.
+    merge: [C, log2 W, W] float32: ones on the diagonal and where level s = 2^i of the inverse couples two blocks of s.
     """
 
     after: Tensor
@@ -122,11 +130,12 @@ class Work(nl.NKIObject):
     A: [C(j), R, C(i)] float32, A^T.
     P: [C(j), R, C(i)] operand type, (Q K^T * D)^T.
     v_scaled: [C, R, V] operand type, diag|k| V.
-    step: [C, R, 32] float32, what the next level multiplies by, I + (N masked to its pairs of blocks).
+    step: [C, R, W] float32, what the next level multiplies by, I + (N masked to its pairs of blocks).
     xn: [C, R, 2, 32] float32, X^T | N^T of the diagonal blocks.
     half: [C, R, 32 or 64] float32, N = A X between the halves of blocks of 64 or 128.
     x: [C, R, 3, 32] float32, X^T | Y | X once the blocks have 32; Y is T of blocks 1, 3 against 0, 2, and in the rows
         of 0, 2 its transpose.
+    n_t: [C, R, C] float32, N^T, if PLAIN, in the place of the three before it.
     T: [C(j), R, C(i)] operand type, T^T.
     k_state, q_state: [C, R, V] operand type, -diag(d) K S and diag(d) Q S.
     u, u_end: [C, R, V] operand type, U' and diag(e) U'.
@@ -146,6 +155,7 @@ class Work(nl.NKIObject):
     xn: Any = None
     half: Any = None
     x: Any = None
+    n_t: Any = None
     k_state: Any = None
     T: Any = None
     u: Any = None
@@ -154,8 +164,10 @@ class Work(nl.NKIObject):
 
 
 # --- Launch ----------------------------------------------------------------------------------------------------------
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor) -> None:
-    """Shapes and types that the kernels take, [B, S, ...] each."""
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Any, valid_lengths: Any, inverse: str
+) -> None:
+    """Shapes and types that the kernels take, [B, S, ...] each; the two of type Any may be None."""
     B, S, Hk, K = k.shape
     H, V = v.shape[2], v.shape[3]
     assert q.shape == k.shape, f"q has shape {q.shape}, k {k.shape}: they must be equal"
@@ -164,12 +176,16 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initi
     assert K <= nl.tile_size.pmax and V <= nl.tile_size.pmax, f"K={K} and V={V}: at most {nl.tile_size.pmax}"
     assert q.dtype == k.dtype and v.dtype == k.dtype, f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one type is needed"
     assert k.dtype == nl.float32 or k.dtype == nl.bfloat16, f"k is {k.dtype}: float32 or bfloat16 is needed"
-    for name, gate in (("g", g), ("beta", beta)):
-        assert gate.shape == (B, S, H), f"{name} has shape {gate.shape}, expected {(B, S, H)}"
-        assert gate.dtype == nl.float32, f"{name} is {gate.dtype}: float32 is needed"
+    assert g.shape == (B, S, H), f"g has shape {g.shape}, expected {(B, S, H)}"
+    assert beta.shape == (B, S, H), f"beta has shape {beta.shape}, expected {(B, S, H)}"
+    assert g.dtype == nl.float32 and beta.dtype == nl.float32, f"g, beta are {g.dtype}, {beta.dtype}: float32 is needed"
+    assert inverse == TILED or inverse == PLAIN, f"inverse is {inverse}: {TILED} or {PLAIN} is needed"
     if initial_state != None:  # noqa: E711
         assert initial_state.shape == (B, H, K, V), f"state has shape {initial_state.shape}, expected {(B, H, K, V)}"
         assert initial_state.dtype == nl.float32, f"state is {initial_state.dtype}: float32 is needed"
+    if valid_lengths != None:  # noqa: E711
+        assert valid_lengths.shape == (B,), f"valid_lengths has shape {valid_lengths.shape}, expected {(B,)}"
+        assert valid_lengths.dtype == nl.int32, f"valid_lengths is {valid_lengths.dtype}: int32 is needed"
 
 
 def split_heads(H: int, Hk: int) -> tuple[int, int]:
@@ -191,6 +207,19 @@ def make_units(shape: Shape, R: int) -> list[Unit]:
             units.append(Unit(key=key, first=first, R=h + 1 - first))
             first = h + 1
     return units
+
+
+def block_width(shape: Shape) -> int:
+    """W: side of the diagonal blocks that are merged in place."""
+    return BLOCK if shape.inverse == TILED else shape.C
+
+
+def inverse_levels(shape: Shape) -> int:
+    """log2 W: merges 1 -> 2 -> 4 -> ... -> W."""
+    levels, side = 0, 1
+    while side < block_width(shape):
+        levels, side = levels + 1, 2 * side
+    return levels
 
 
 def make_constants(shape: Shape) -> Constants:
@@ -232,20 +261,21 @@ def make_constants(shape: Shape) -> Constants:
         identity = nl.ndarray((C, C), dtype=shape.dtype, buffer=nl.sbuf)
         nisa.tensor_copy(dst=identity, src=identity16, engine=nisa.engine.gpsimd)
 
-    # In a block of 32, row p and column c < p lie in the two halves of one block of 2s exactly if s <= p xor c < 2s.
+    # In a block of W, row p and column c < p lie in the two halves of one block of 2s exactly if s <= p xor c < 2s.
+    W, levels = block_width(shape), inverse_levels(shape)
     row = nl.ndarray((C, 1), dtype=nl.int32, buffer=nl.sbuf)
-    column = nl.ndarray((C, BLOCK), dtype=nl.int32, buffer=nl.sbuf)
-    differ = nl.ndarray((C, BLOCK), dtype=nl.int32, buffer=nl.sbuf)
+    column = nl.ndarray((C, W), dtype=nl.int32, buffer=nl.sbuf)
+    differ = nl.ndarray((C, W), dtype=nl.int32, buffer=nl.sbuf)
     row_f = nl.ndarray((C, 1), dtype=nl.float32, buffer=nl.sbuf)
-    differ_f = nl.ndarray((C, BLOCK), dtype=nl.float32, buffer=nl.sbuf)
-    below = nl.ndarray((C, BLOCK), dtype=nl.float32, buffer=nl.sbuf)
-    blocks = nl.ndarray((C, BLOCK), dtype=nl.float32, buffer=nl.sbuf)
-    blocks16 = nl.ndarray((C, BLOCK), dtype=nl.bfloat16, buffer=nl.sbuf)
-    at_least = nl.ndarray((C, SMALL_LEVELS + 1, BLOCK), dtype=nl.float32, buffer=nl.sbuf)
-    merge = nl.ndarray((C, SMALL_LEVELS, BLOCK), dtype=nl.float32, buffer=nl.sbuf)
+    differ_f = nl.ndarray((C, W), dtype=nl.float32, buffer=nl.sbuf)
+    below = nl.ndarray((C, W), dtype=nl.float32, buffer=nl.sbuf)
+    blocks = nl.ndarray((C, W), dtype=nl.float32, buffer=nl.sbuf)
+    blocks16 = nl.ndarray((C, W), dtype=nl.bfloat16, buffer=nl.sbuf)
+    at_least = nl.ndarray((C, levels + 1, W), dtype=nl.float32, buffer=nl.sbuf)
+    merge = nl.ndarray((C, levels, W), dtype=nl.float32, buffer=nl.sbuf)
     nisa.iota(dst=row, pattern=[[0, 1]], channel_multiplier=1)
-    nisa.iota(dst=column, pattern=[[1, BLOCK]], channel_multiplier=0)
-    nisa.tensor_scalar(dst=row, data=row, op0=nl.bitwise_and, operand0=BLOCK - 1)
+    nisa.iota(dst=column, pattern=[[1, W]], channel_multiplier=0)
+    nisa.tensor_scalar(dst=row, data=row, op0=nl.bitwise_and, operand0=W - 1)
     nisa.tensor_scalar(dst=differ, data=column, op0=nl.bitwise_xor, operand0=row)
     nisa.tensor_copy(dst=row_f, src=row, engine=nisa.engine.vector)
     nisa.tensor_copy(dst=differ_f, src=differ, engine=nisa.engine.vector)
@@ -253,12 +283,14 @@ def make_constants(shape: Shape) -> Constants:
     nisa.tensor_copy(dst=blocks16, src=blocks, engine=nisa.engine.vector)
     nisa.tensor_scalar(dst=below, data=column, op0=nl.less, operand0=row_f)
     nisa.tensor_tensor(dst=differ_f, data1=differ_f, data2=below, op=nl.multiply)
-    for i in range(SMALL_LEVELS + 1):
-        nisa.tensor_scalar(dst=at_least[:, i, :], data=differ_f, op0=nl.greater_equal, operand0=float(1 << i))
+    side = 1
+    for i in range(levels + 1):
+        nisa.tensor_scalar(dst=at_least[:, i, :], data=differ_f, op0=nl.greater_equal, operand0=float(side))
+        side = 2 * side
     nisa.tensor_tensor(
-        dst=merge, data1=at_least[:, 0:SMALL_LEVELS, :], data2=at_least[:, 1 : SMALL_LEVELS + 1, :], op=nl.subtract
+        dst=merge, data1=at_least[:, 0:levels, :], data2=at_least[:, 1 : levels + 1, :], op=nl.subtract
     )
-    every_level = blocks.ap(pattern=[[BLOCK, C], [0, SMALL_LEVELS], [1, BLOCK]])
+    every_level = blocks.ap(pattern=[[W, C], [0, levels], [1, W]])
     nisa.tensor_tensor(dst=merge, data1=merge, data2=every_level, op=nl.add)
     return Constants(
         after=after,
@@ -324,10 +356,13 @@ def mask_gates(shape: Shape, s: Segment, valid_lens: Tensor, b: int, first: int,
         first: first chunk of the segment.
     """
     C, heads = shape.C, shape.heads
+    length32 = nl.ndarray((C, 1), dtype=nl.int32, buffer=nl.sbuf)
     length = nl.ndarray((C, 1), dtype=nl.float32, buffer=nl.sbuf)
     token = nl.ndarray((C, n), dtype=nl.float32, buffer=nl.sbuf)
-    # A stride of 0 over partitions is possible in HBM only (nki/api/nki/language, NkiTensor.ap).
-    nisa.dma_copy(dst=length, src=valid_lens.ap(pattern=[[0, C], [1, 1]], offset=b))
+    # A stride of 0 over partitions is possible in HBM only (nki/api/nki/language/__init__.py, NkiTensor.ap). An engine
+    # casts: DMA descriptors that hardware makes move bytes (nki/migration/index.rst, dge_mode type matching).
+    nisa.dma_copy(dst=length32, src=valid_lens.ap(pattern=[[0, C], [1, 1]], offset=b))
+    nisa.tensor_copy(dst=length, src=length32, engine=nisa.engine.gpsimd)
     nisa.iota(dst=token, pattern=[[C, n]], offset=first * C, channel_multiplier=1)
     nisa.tensor_scalar(dst=token, data=token, op0=nl.less, operand0=length)
     for gate in (s.g, s.beta):
@@ -393,12 +428,12 @@ class State(nl.NKIObject):
     operand: Tensor
 
 
-def load_state(shape: Shape, initial_state: Tensor, b: int) -> State:
+def load_state(shape: Shape, initial_state: Any, b: int) -> State:
     """State of sequence b from [B, H, K, V] float32 in HBM, or zeros where that is None."""
     K, V, heads = shape.K, shape.V, shape.heads
     exact = nl.ndarray((K, heads, V), dtype=nl.float32, buffer=nl.sbuf)
     operand = exact
-    if initial_state == None:  # noqa: E711 ('is' is no NKI operator: nki-0-3-0-update-guide, Language Restrictions)
+    if initial_state == None:  # noqa: E711 ('is' is no NKI operator: nki/migration/index.rst, Language restrictions)
         nisa.memset(dst=exact, value=0.0, engine=nisa.engine.gpsimd)
     else:
         nisa.dma_copy(dst=exact, src=state_rows(shape, initial_state, b))

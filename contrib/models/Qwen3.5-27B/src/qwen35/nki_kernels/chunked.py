@@ -15,6 +15,9 @@ products are bf16, all else is float32:
          9, 10  PE 32 -> 64: N = A X; X N, N^T X^T      A evict
             11                                                                G assemble T^T
         12, 13  PE 64 -> 128: N = A X; N^T X^T          A evict
+    with the plain inverse instead
+             3  PE A, from A^T                          V mask -> I + M
+          4-10  PE N (I + M), (I + M)^T N^T             V mask, A evict
     scan     0  PE K S, Q S                             A evict, times -d, d
              1  PE T (v |k|) + T (-d K S)               A, V evict, times w and w e
              2  PE K^T U'                               V S <- d_C S + .., A to bf16
@@ -25,7 +28,9 @@ from typing import Any
 
 from .chunk_pieces import (
     BLOCK,
+    PLAIN,
     SMALL_LEVELS,
+    TILED,
     UNIT_HEADS,
     Constants,
     Shape,
@@ -33,6 +38,7 @@ from .chunk_pieces import (
     Work,
     check_inputs,
     compute_gates,
+    inverse_levels,
     load_segment,
     load_state,
     make_constants,
@@ -44,6 +50,7 @@ from .chunk_pieces import (
 )
 from .common import Tensor
 from .nki_seam import nisa, nki, nl
+from .plain_inverse import merge_plain, start_plain
 from .triangular_inverse import (
     assemble_blocks,
     merge_halves,
@@ -132,7 +139,10 @@ def decay_products(shape: Shape, w: Work) -> None:
     )
 
 
-PREPARE_STAGES = 3 + 1 + SMALL_LEVELS + 5
+FIRST_INVERSE_STAGE = 3
+"""The stage of the preparation that begins to invert I - A; all that follow go on with it."""
+
+PREPARE_STAGES = FIRST_INVERSE_STAGE + 1 + SMALL_LEVELS + 5
 
 
 def prepare(shape: Shape, consts: Constants, w: Work, stage: int) -> None:
@@ -143,7 +153,12 @@ def prepare(shape: Shape, consts: Constants, w: Work, stage: int) -> None:
         multiply_keys(shape, consts, w)
     elif stage == 2:
         decay_products(shape, w)
-    elif stage == 3:
+    elif shape.inverse == PLAIN:
+        if stage == FIRST_INVERSE_STAGE:
+            start_plain(shape, consts, w)
+        elif stage < 4 + inverse_levels(shape):
+            merge_plain(shape, consts, w, stage - 4)
+    elif stage == FIRST_INVERSE_STAGE:
         start_inverse(shape, consts, w)
     elif stage < 4 + SMALL_LEVELS:
         merge_small(shape, consts, w, stage - 4)
@@ -265,13 +280,15 @@ def delta_rule(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    initial_state: Tensor,
-    valid_lens: Tensor,
+    initial_state: Any,
+    valid_lens: Any,
     o: Tensor,
     final_state: Tensor,
     C: int,
+    inverse: str,
 ) -> None:
-    """This core's heads of whole sequences, from and to HBM; the contract is `deltanet_fused_chunked_layer`'s.
+    """This core's heads of whole sequences, from and to HBM; the contract is `deltanet_fused_chunked_layer_ragged`'s,
+    where a state or lengths that are None mean zeros and S.
 
     Three chunks are in flight. Each engine executes in the order of emission, so stages of all of them and of all units
     alternate: what one unit waits for is covered by work of the others.
@@ -292,7 +309,17 @@ def delta_rule(
     if heads == 0:
         return
     k0 = h0 // R
-    shape = Shape(C=C, K=K, V=V, heads=heads, key_heads=(h0 + heads - 1) // R + 1 - k0, h0=h0, k0=k0, dtype=k.dtype)
+    shape = Shape(
+        C=C,
+        K=K,
+        V=V,
+        heads=heads,
+        key_heads=(h0 + heads - 1) // R + 1 - k0,
+        h0=h0,
+        k0=k0,
+        dtype=k.dtype,
+        inverse=inverse,
+    )
     units = make_units(shape, R)
     consts = make_constants(shape)
     inverses = []
@@ -341,8 +368,10 @@ def delta_rule(
             for u in range(len(units)):
                 t = inverses[(PHASES + 1) * u + i % (PHASES + 1)][:, 0 : units[u].R]
                 entering.append(Work(unit=units[u], segment=inputs, chunk=c, T=t))
-        pipeline.pop(PHASES)
-        pipeline.insert(0, entering)
+        older = pipeline
+        pipeline = [entering]
+        for phase in range(PHASES):
+            pipeline.append(older[phase])
         leaving = i - PHASES
         out: Any = None
         if leaving >= 0:
@@ -371,7 +400,7 @@ def delta_rule(
 
 @nki.jit
 def deltanet_chunk_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, inverse: str = TILED
 ) -> tuple[Tensor, Tensor]:
     """One chunk of the gated delta rule for a batch of heads, state in and state out.
 
@@ -384,6 +413,7 @@ def deltanet_chunk_step(
         g: [B, C, H] float32, log-decay <= 0; 0 at padded tokens.
         beta: [B, C, H] float32, in [0, 1]; 0 at padded tokens.
         state: [B, H, K, V] float32.
+        inverse: "tiled" or "plain", see `fused_chunked`; compile-time.
 
     Returns:
         o: [B, C, H, V] in the type of v.
@@ -395,8 +425,8 @@ def deltanet_chunk_step(
     """
     C = k.shape[1]
     assert C == 32 or C == 64 or C == 128, f"a chunk of {C} tokens: 32, 64 or 128 are possible"
-    check_inputs(q, k, v, g, beta, state)
+    check_inputs(q, k, v, g, beta, state, None, inverse)
     o = nl.ndarray(v.shape, dtype=v.dtype, buffer=nl.shared_hbm)
     new_state = nl.ndarray(state.shape, dtype=nl.float32, buffer=nl.shared_hbm)
-    delta_rule(q, k, v, g, beta, state, None, o, new_state, C)
+    delta_rule(q, k, v, g, beta, state, None, o, new_state, C, inverse)
     return o, new_state

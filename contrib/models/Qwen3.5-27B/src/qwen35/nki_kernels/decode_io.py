@@ -70,7 +70,8 @@ def _transfers(box: Box, H: int) -> list[tuple[int, int, int, int, int]]:
     """DMA transfers of all sequences' channels, as (row, first sequence, sequences, first head, heads)."""
     rows = rows_per_sequence(box)
     transfers = []
-    for row, head, heads in _segments(box=box, H=H):
+    for segment in _segments(box=box, H=H):
+        row, head, heads = segment
         if heads == rows:
             transfers.append((0, box.b0, box.nb, head, heads))
         else:
@@ -92,12 +93,14 @@ def load_conv(box: Box, qkv: Tensor, conv_state: Tensor, conv_weight: Tensor, H:
     x = nl.ndarray((box.nb * rows, T, PARTITIONS), dtype=qkv.dtype, buffer=nl.sbuf)
     history = nl.ndarray((box.nb * rows, PARTITIONS, 3), dtype=conv_state.dtype, buffer=nl.sbuf)
     weight = nl.ndarray((rows, PARTITIONS, 4), dtype=conv_weight.dtype, buffer=nl.sbuf)
-    for row, head, heads in _segments(box=box, H=H):
+    for segment in _segments(box=box, H=H):
+        row, head, heads = segment
         nisa.dma_copy(
             dst=weight[row : row + heads, :, :],
             src=conv_weight.ap(pattern=[[4 * PARTITIONS, heads], [1, 4 * PARTITIONS]], offset=4 * head * PARTITIONS),
         )
-    for row, sequence, sequences, head, heads in _transfers(box=box, H=H):
+    for transfer in _transfers(box=box, H=H):
+        row, sequence, sequences, head, heads = transfer
         nisa.dma_copy(
             dst=x[row : row + sequences * heads, :, :],
             src=qkv.ap(
@@ -119,10 +122,11 @@ def store_conv_state(new_conv: Tensor, x: Tensor, history: Tensor, box: Box, H: 
     """Store the last 3 inputs of [history | x]. GpSimd joins them, since it would be idle meanwhile."""
     T, Ch = x.shape[1], new_conv.shape[1]
     new = nl.ndarray(history.shape, dtype=new_conv.dtype, buffer=nl.sbuf)
-    for w in nl.affine_range(3):
+    for w in range(3):
         source = history[:, :, T + w] if T + w < 3 else x[:, T + w - 3, :]
         nisa.tensor_copy(dst=new[:, :, w], src=source, engine=nisa.engine.gpsimd)
-    for row, sequence, sequences, head, heads in _transfers(box=box, H=H):
+    for transfer in _transfers(box=box, H=H):
+        row, sequence, sequences, head, heads = transfer
         # Cores that split the value heads of one key head both load its q and k; core 0 stores them.
         if box.r0 == 0 or head >= 2 * (H // box.R):
             nisa.dma_copy(
@@ -146,13 +150,13 @@ def load_gates(box: Box, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -
     heads, first, count = heads_per_sequence(box), first_head(box), box.nb * heads_per_sequence(box)
     raw = nl.ndarray((1, 2, T, count), dtype=a.dtype, buffer=nl.sbuf)
     per_head = nl.ndarray((1, 2, heads), dtype=nl.float32, buffer=nl.sbuf)
-    for which, source in ((0, a), (1, b)):
+    gates, parameters = (a, b), (A_log, dt_bias)
+    for which in range(2):
         nisa.dma_copy(
             dst=raw.ap(pattern=[[2 * T * count, 1], [heads, box.nb], [count, T], [1, heads]], offset=which * T * count),
-            src=source.ap(pattern=[[H, 1], [T * H, box.nb], [H, T], [1, heads]], offset=box.b0 * T * H + first),
+            src=gates[which].ap(pattern=[[H, 1], [T * H, box.nb], [H, T], [1, heads]], offset=box.b0 * T * H + first),
         )
-    for which, source in ((0, A_log), (1, dt_bias)):
-        nisa.dma_copy(dst=per_head[:, which, :], src=source.ap(pattern=[[H, 1], [1, heads]], offset=first))
+        nisa.dma_copy(dst=per_head[:, which, :], src=parameters[which].ap(pattern=[[H, 1], [1, heads]], offset=first))
     return raw, per_head
 
 
@@ -169,11 +173,11 @@ def _state_transfers(hbm: Tensor, tile: Tensor, box: Box, group: int, token: int
     n, heads = tile.shape[2], heads_per_sequence(box)
     block = PARTITIONS // n
     # Heads of a group lie side by side in HBM, unless the states of other tokens lie between two sequences.
-    pieces = [(0, n)]
+    length = n
     if T > 1 and group * n // heads != (group * n + n - 1) // heads:
-        pieces = [(i, 1) for i in range(n)]
+        length = 1
     transfers = []
-    for start, length in pieces:
+    for start in range(0, n, length):
         column = group * n + start
         sequence, head = box.b0 + column // heads, first_head(box) + column % heads
         far = hbm.ap(
@@ -186,14 +190,14 @@ def _state_transfers(hbm: Tensor, tile: Tensor, box: Box, group: int, token: int
 
 def load_state(state: Tensor, tile: Tensor, box: Box, group: int) -> None:
     """One group of heads of state [B, 1, H, K, V] float32 to the packed tile."""
-    for source, target in _state_transfers(hbm=state, tile=tile, box=box, group=group, token=0):
-        nisa.dma_copy(dst=target, src=source)
+    for views in _state_transfers(hbm=state, tile=tile, box=box, group=group, token=0):
+        nisa.dma_copy(dst=views[1], src=views[0])
 
 
 def store_state(states: Tensor, tile: Tensor, box: Box, group: int, token: int) -> None:
     """One group of heads of the packed tile to a token of states [B, T, H, K, V] float32."""
-    for target, source in _state_transfers(hbm=states, tile=tile, box=box, group=group, token=token):
-        nisa.dma_copy(dst=target, src=source)
+    for views in _state_transfers(hbm=states, tile=tile, box=box, group=group, token=token):
+        nisa.dma_copy(dst=views[0], src=views[1])
 
 
 # --- Output ----------------------------------------------------------------------------------------------------------

@@ -127,6 +127,9 @@ def deltanet_decode_layer(
     assert Ch == (2 * Hk + H) * PARTITIONS and H == Hk * R, "qkv must hold [q | k | v] of whole key heads"
     assert conv_weight.shape[1] == 4, "the convolution must have 4 taps"
     assert conv_state.dtype == qkv.dtype, "conv_state must have the dtype of qkv"
+    for tensor in (A_log, dt_bias, norm_weight, state):
+        # DMA copies of the default dge_mode move bytes; only software descriptors cast (nki/migration/index.rst).
+        assert tensor.dtype == nl.float32, "A_log, dt_bias, norm_weight and state must be float32"
 
     output = nl.ndarray((B, T, H * PARTITIONS), dtype=z.dtype, buffer=nl.shared_hbm)
     new_state = nl.ndarray((B, H, PARTITIONS, PARTITIONS), dtype=nl.float32, buffer=nl.shared_hbm)
@@ -147,7 +150,7 @@ def deltanet_decode_layer(
     assert rows_per_sequence(mine) <= PARTITIONS and heads_per_sequence(mine) <= MAX_HEADS, "too many heads on one core"
     at_once = 1 if mine.nb == 0 else min(PARTITIONS // rows_per_sequence(mine), MAX_HEADS // heads_per_sequence(mine))
     constants = make_ones_and_identity()
-    for first in nl.static_range(0, mine.nb, at_once):
+    for first in range(0, mine.nb, at_once):
         _decode_slab(
             box=Box(
                 b0=mine.b0 + first,
@@ -218,7 +221,7 @@ def _decode_slab(
     tiles = []  # the state before a token, the one after it, and an older one, whose store may not have ended
     for _ in range(min(T, 2) + 1):
         tiles.append(nl.ndarray((PARTITIONS, groups, n, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf))
-    for i in nl.affine_range(groups):
+    for i in range(groups):
         load_state(state=state, tile=tiles[0], box=box, group=i)
 
     mask, blocks = block_masks(ones=ones, n=n)
@@ -236,7 +239,7 @@ def _decode_slab(
     for _ in range(3):
         u_tiles.append(nl.ndarray((PARTITIONS, PARTITIONS), dtype=nl.float32, buffer=nl.psum))
 
-    for t0 in nl.sequential_range(0, T, tokens):
+    for t0 in range(0, T, tokens):
         some = min(tokens, T - t0)
         columns = some * count
         gate = make_output_gate(z_rows=z_rows[t0 // tokens], norm_rows=norm_rows, columns=columns)
@@ -255,7 +258,7 @@ def _decode_slab(
         total = some * groups
         late = 2 if some == 1 else min(1, groups - 1)
         read_first = some == 1 or late == 0
-        for step in nl.sequential_range(total + 2):
+        for step in range(total + 2):
             token = t0 + step // groups
             if step < total and read_first:
                 _read_state(tiles=tiles, token=token, packed=packed, products=products, decay=decay, step=step)
@@ -297,7 +300,7 @@ def _read_state(tiles: list[Tensor], token: int, packed: Tensor, products: Tenso
     before, after = _around(tiles=tiles, token=token)
     n, group = packed.shape[1], step % before.shape[1]
     own = nl.ds(step * n, n)
-    for j in nl.static_range(n):
+    for j in range(n):
         nisa.nc_matmul(
             dst=products[:, :, own],
             stationary=before[:, group, j, :],
@@ -316,7 +319,7 @@ def _broadcast_u(u_rows: Tensor, write: Tensor, products: Tensor, column: int, n
     """
     columns = write.shape[2]
     own = nl.ds(column, n)
-    for term in nl.static_range(2):
+    for term in range(2):
         if term == 1:
             nisa.tensor_tensor(dst=write[:, 2, own], data1=products[:, 0, own], data2=write[:, 0, own], op=nl.multiply)
         nisa.nc_matmul(
@@ -333,7 +336,7 @@ def _broadcast_u(u_rows: Tensor, write: Tensor, products: Tensor, column: int, n
 def _update_state(S: Tensor, u_rows: Tensor, k_columns: Tensor, group: int, column: int) -> None:
     """S += k U^T for a group, where S is the decayed state: even rows on Vector, odd ones on Scalar and GpSimd."""
     n = k_columns.shape[1]
-    for j in nl.static_range(n):
+    for j in range(n):
         k = k_columns[:, j, column : column + 1]
         mine = S[:, group, j, :]
         if (group * n + j) % 2 == 0:
@@ -354,7 +357,7 @@ def _read_output(o_rows: Tensor, products: Tensor, read: Tensor, identity: Tenso
         data2=read.ap(pattern=[[3 * columns, PARTITIONS], [2 * columns, 2], [1, columns]], offset=0),
         op=nl.multiply,
     )
-    for term in nl.static_range(3):
+    for term in range(3):
         nisa.nc_matmul(
             dst=o_rows[0:columns, :],
             stationary=read[:, 1, :] if term == 0 else terms[:, term - 1, :],

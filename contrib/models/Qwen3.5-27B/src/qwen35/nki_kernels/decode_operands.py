@@ -53,7 +53,7 @@ def block_masks(ones: Tensor, n: int) -> tuple[Tensor, Tensor]:
     )
     blocks = nl.ndarray((1, n, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=blocks, value=0.0, engine=nisa.engine.vector)
-    for i in nl.affine_range(n):
+    for i in range(n):
         nisa.memset(dst=blocks[:, i, i * block : (i + 1) * block], value=1.0, engine=nisa.engine.vector)
     return mask, blocks
 
@@ -64,17 +64,19 @@ def transpose_taps(x: Tensor, history: Tensor) -> Tensor:
     rows, T = x.shape[0], x.shape[1]
     taps = 3 + T
     columns = nl.ndarray((PARTITIONS, taps if T > 1 else 1, rows), dtype=nl.float32, buffer=nl.sbuf)
-    for first in nl.static_range(0, taps, 4):
+    result = columns
+    for first in range(0, taps, 4):
         # Each transpose has room for 128 columns, so that none crosses a PSUM bank.
         transposed = nl.ndarray((PARTITIONS, 4, PARTITIONS), dtype=x.dtype, buffer=nl.psum)
         some = min(4, taps - first)
-        for w in nl.static_range(first, first + some):
+        for w in range(first, first + some):
             source = history[:, :, w] if w < 3 else x[:, w - 3, :]
             nisa.nc_transpose(dst=transposed[:, w - first, 0:rows], data=source, engine=nisa.engine.tensor)
         if T == 1:
-            return transposed
-        nisa.tensor_copy(dst=columns[:, first : first + some, :], src=transposed[:, 0:some, 0:rows])
-    return columns
+            result = transposed
+        else:
+            nisa.tensor_copy(dst=columns[:, first : first + some, :], src=transposed[:, 0:some, 0:rows])
+    return result
 
 
 def transpose_weights(weight: Tensor, nb: int) -> Tensor:
@@ -82,7 +84,7 @@ def transpose_weights(weight: Tensor, nb: int) -> Tensor:
     rows = weight.shape[0]
     transposed = nl.ndarray((PARTITIONS, 4, PARTITIONS), dtype=weight.dtype, buffer=nl.psum)
     columns = nl.ndarray((PARTITIONS, 4, nb, rows), dtype=nl.float32, buffer=nl.sbuf)
-    for w in nl.static_range(4):
+    for w in range(4):
         nisa.nc_transpose(dst=transposed[:, w, 0:rows], data=weight[:, :, w], engine=nisa.engine.tensor)
     nisa.activation(
         dst=columns,
@@ -117,13 +119,14 @@ def convolve(taps: Tensor, weights: Tensor, box: Box, t0: int, some: int) -> tup
         op=nl.multiply,
     )
     nisa.tensor_reduce(dst=sums, op=nl.add, data=products, axis=2)
-    for which, row in ((0, nk), (1, 0)):  # the rows of q come before those of k
+    first_rows = (nk, 0)  # of k and q: the rows of q come before those of k
+    for which in range(2):
         nisa.activation(
             dst=kq.ap(
                 pattern=[[2 * columns, PARTITIONS], [heads, sequences], [nr, nk], [1, nr]], offset=which * columns
             ),
             op=nl.silu,
-            data=sums.ap(pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, nk], [0, nr]], offset=row),
+            data=sums.ap(pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, nk], [0, nr]], offset=first_rows[which]),
         )
     nisa.activation(
         dst=rk_v.ap(pattern=[[2 * columns, PARTITIONS], [heads, sequences], [1, heads]], offset=columns),
@@ -153,7 +156,7 @@ def pack_columns(
     packed = nl.ndarray((PARTITIONS, n, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
     k_columns = nl.ndarray((PARTITIONS, n, groups), dtype=nl.float32, buffer=nl.sbuf)
     squares = nl.ndarray((PARTITIONS, 3, columns), dtype=nl.float32, buffer=nl.sbuf)
-    for j in nl.static_range(n):
+    for j in range(n):
         # Columns j, n + j, 2 n + j, ... of the identity select these channels, once for every block of partitions.
         nisa.nc_matmul(
             dst=transposed[:, j, :],
@@ -232,7 +235,7 @@ def broadcast_gates(
     n, width = blocks.shape[1], gate_rows.shape[2]
     decay = scalars[:, DECAY : DECAY + columns // n]
     own = nl.ds(first, columns)
-    for i in nl.static_range(n):
+    for i in range(n):
         nisa.nc_matmul(
             dst=decay,
             stationary=blocks[:, i, :],

@@ -3,9 +3,14 @@
 """Context encoding: whole sequences of a gated DeltaNet layer in one launch, and the same for a single head.
 
 The specification is `qwen35.ops.chunk_gated_delta_rule`, with g = beta = 0 from the valid length on.
+
+There is a kernel for each set of inputs, because the cache of compiled kernels of NKI 0.3.0 misses whenever an argument
+is None (release-notes/components/nki.rst, 0.4.0, Bug Fixes): every call would compile anew.
 """
 
-from .chunk_pieces import check_inputs
+from typing import Any
+
+from .chunk_pieces import TILED, check_inputs
 from .chunked import delta_rule
 from .common import Tensor
 from .nki_seam import nki, nl
@@ -16,13 +21,30 @@ CHUNK = 128
 
 @nki.jit
 def deltanet_fused_chunked_layer(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, inverse: str = TILED
+) -> tuple[Tensor, Tensor]:
+    """`deltanet_fused_chunked_layer_ragged` from states of zeros, for sequences of S valid tokens."""
+    return _layer(q=q, k=k, v=v, g=g, beta=beta, initial_state=None, valid_lengths=None, inverse=inverse)
+
+
+@nki.jit
+def deltanet_fused_chunked_layer_state(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, inverse: str = TILED
+) -> tuple[Tensor, Tensor]:
+    """`deltanet_fused_chunked_layer_ragged` for sequences of S valid tokens."""
+    return _layer(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, valid_lengths=None, inverse=inverse)
+
+
+@nki.jit
+def deltanet_fused_chunked_layer_ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    initial_state: Tensor = None,
-    valid_lengths: Tensor = None,
+    initial_state: Tensor,
+    valid_lengths: Tensor,
+    inverse: str = TILED,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule of all heads of a layer over whole sequences.
 
@@ -47,8 +69,10 @@ def deltanet_fused_chunked_layer(
         v: [B, S, H, V], the same type.
         g: [B, S, H] float32, log-decay <= 0.
         beta: [B, S, H] float32, in [0, 1].
-        initial_state: [B, H, K, V] float32, or None for zeros.
-        valid_lengths: [B] int32, or None for S: tokens from there on act as g = 0 and beta = 0.
+        initial_state: [B, H, K, V] float32.
+        valid_lengths: [B] int32: tokens from there on act as g = 0 and beta = 0.
+        inverse: how (I - A)^-1 of a chunk is computed, "tiled" on sub-arrays of the Tensor engine, or "plain" on the
+            whole of it, which takes longer and needs nothing that no page promises; compile-time.
 
     Returns:
         o: [B, S, H, V] in the type of v; finite but meaningless from the valid length on.
@@ -65,11 +89,20 @@ def deltanet_fused_chunked_layer(
         working side by side; one after the other, 512 tokens on two cores would take 171 us.
         Loops are unrolled over S, so code grows with it.
     """
+    return _layer(
+        q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, valid_lengths=valid_lengths, inverse=inverse
+    )
+
+
+def _layer(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Any, valid_lengths: Any, inverse: str
+) -> tuple[Tensor, Tensor]:
+    """`deltanet_fused_chunked_layer_ragged`; a state or lengths that are None mean zeros and S."""
     B, H, K, V = v.shape[0], v.shape[2], k.shape[3], v.shape[3]
-    check_inputs(q, k, v, g, beta, initial_state)
+    check_inputs(q, k, v, g, beta, initial_state, valid_lengths, inverse)
     o = nl.ndarray(v.shape, dtype=v.dtype, buffer=nl.shared_hbm)
     final_state = nl.ndarray((B, H, K, V), dtype=nl.float32, buffer=nl.shared_hbm)
-    delta_rule(q, k, v, g, beta, initial_state, valid_lengths, o, final_state, CHUNK)
+    delta_rule(q, k, v, g, beta, initial_state, valid_lengths, o, final_state, CHUNK, inverse)
     return o, final_state
 
 
@@ -80,17 +113,19 @@ def deltanet_fused_chunked_fwd(
     value: Tensor,
     g: Tensor,
     beta: Tensor,
-    initial_state: Tensor = None,
-    valid_length: Tensor = None,
+    initial_state: Tensor,
+    valid_length: Tensor,
+    inverse: str = TILED,
 ) -> tuple[Tensor, Tensor]:
-    """`deltanet_fused_chunked_layer` for one head of one sequence; no launch grid.
+    """`deltanet_fused_chunked_layer_ragged` for one head of one sequence; of two cores, one has nothing to do.
 
     Args:
         query, key: [S, K] float32 or bfloat16, raw as there.
         value: [S, V], the same type.
         g, beta: [S, 1] float32.
-        initial_state: [K, V] float32, or None for zeros.
-        valid_length: [1] int32, or None for S.
+        initial_state: [K, V] float32.
+        valid_length: [1] int32.
+        inverse: as there.
 
     Returns:
         output: [S, V] in the type of value.
@@ -100,12 +135,10 @@ def deltanet_fused_chunked_fwd(
     V = value.shape[1]
     q, k, v = query.reshape((1, S, 1, K)), key.reshape((1, S, 1, K)), value.reshape((1, S, 1, V))
     g, beta = g.reshape((1, S, 1)), beta.reshape((1, S, 1))
-    state = None
-    if initial_state != None:  # noqa: E711
-        state = initial_state.reshape((1, 1, K, V))
-    check_inputs(q, k, v, g, beta, state)
+    state = initial_state.reshape((1, 1, K, V))
+    check_inputs(q, k, v, g, beta, state, valid_length, inverse)
     output = nl.ndarray((S, V), dtype=value.dtype, buffer=nl.shared_hbm)
     final_state = nl.ndarray((K, V), dtype=nl.float32, buffer=nl.shared_hbm)
     o, final = output.reshape((1, S, 1, V)), final_state.reshape((1, 1, K, V))
-    delta_rule(q, k, v, g, beta, state, valid_length, o, final, CHUNK)
+    delta_rule(q, k, v, g, beta, state, valid_length, o, final, CHUNK, inverse)
     return output, final_state

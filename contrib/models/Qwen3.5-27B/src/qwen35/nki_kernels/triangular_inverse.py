@@ -10,6 +10,10 @@ equal keys lose no precision. One level computes, in transposes, which are what 
 
 and nothing else. Diagonal blocks of 32 are packed as [C, heads, 32] and multiplied on sub-arrays
 (nki/api/nki/isa/__init__.py, nc_matmul, Tiling mode). The specification is `_inverse` of `qwen35.ops.gated_delta_rule`.
+
+No page shows two uses that this makes of the Tensor engine: sub-arrays whose first row and first column are both not 0,
+and sums over several row tiles in one element of PSUM while another sum is open in the bank. `plain_inverse` does
+without both.
 """
 
 from typing import Any
@@ -22,6 +26,10 @@ BLOCK_SHIFT = ((0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2), (0, 1, 2, 3), (0, 1, 2,
 """[level][head % 4]: in each level the blocks of a head move from partition block p to p xor this. A matmul of block p
 into block p' runs on sub-array (p, p'), so four heads with different shifts use all sixteen at once. The shifts are
 multiples 1, w, w^2, 1, 1 of the head in GF(4): for each head they sum to 0, that is, blocks end where they began."""
+
+XOR = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))
+"""[a][b]: a xor b, as a table because the language guide shows no operators on bits (nki/get-started/
+nki-language-guide.rst, NKI Values)."""
 
 
 def block_slice(p: int) -> slice:
@@ -43,14 +51,14 @@ def block_matmul(dst: Tensor, stationary: Tensor, moving: Tensor, row: int, colu
 
 def head_shift(C: int, level: int, r: int) -> int:
     """How far the blocks of head r of a unit move in a level, within the C / 32 blocks there are."""
-    return BLOCK_SHIFT[level][r % 4] & (C // BLOCK - 1)
+    return BLOCK_SHIFT[level][r % 4] % (C // BLOCK)
 
 
 def place_of(C: int, level: int, r: int, p: int) -> int:
     """Partition block that holds diagonal block p of head r before a level."""
     at = p
     for i in range(level):
-        at = at ^ head_shift(C, i, r)
+        at = XOR[at][head_shift(C, i, r)]
     return at
 
 
@@ -102,7 +110,7 @@ def merge_small(shape: Shape, consts: Constants, w: Work, level: int) -> None:
         for r in range(R):
             for p in range(C // BLOCK):
                 at = place_of(C, level, r, p)
-                to = at ^ head_shift(C, level, r)
+                to = XOR[at][head_shift(C, level, r)]
                 rows, out = block_slice(at), block_slice(to)
                 step = w.step[rows, r]
                 if level == 0:  # X = I and N = A

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nki_emulator
-from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_fwd, deltanet_fused_chunked_layer
+from qwen35.nki_kernels.chunk_pieces import PLAIN, TILED
+from qwen35.nki_kernels.fused_chunked import (
+    deltanet_fused_chunked_fwd,
+    deltanet_fused_chunked_layer,
+    deltanet_fused_chunked_layer_ragged,
+    deltanet_fused_chunked_layer_state,
+)
 from qwen35.nki_kernels.nki_seam import EMULATED
 from support.compare import assert_close
 from support.kernel_cases import TOLERANCE, TOLERANCE_EQUAL_KEYS, Case, check, make_case, naive
@@ -19,27 +25,44 @@ from support.kernel_cases import TOLERANCE, TOLERANCE_EQUAL_KEYS, Case, check, m
 pytestmark = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+INVERSES = pytest.mark.parametrize("inverse", [TILED, PLAIN])
+KERNELS = [
+    deltanet_fused_chunked_fwd,
+    deltanet_fused_chunked_layer,
+    deltanet_fused_chunked_layer_ragged,
+    deltanet_fused_chunked_layer_state,
+]
 
 
-def run_layer(case: Case, lengths: Tensor | None = None, grid: int | None = None) -> tuple[Tensor, Tensor]:
-    result = nki_emulator.emulate(
-        deltanet_fused_chunked_layer, *case.tensors, case.state, lengths, grid=grid, timed=False
-    )
-    return result.outputs
+def run_layer(
+    case: Case, lengths: Tensor | None = None, grid: int | None = None, inverse: str = TILED
+) -> tuple[Tensor, Tensor]:
+    """By the kernel for what there is: a state, valid lengths, or neither."""
+    kernel, arguments = deltanet_fused_chunked_layer, [*case.tensors]
+    if case.state is not None:
+        kernel, arguments = deltanet_fused_chunked_layer_state, [*arguments, case.state]
+    if lengths is not None:
+        assert case.state is not None, "the ragged kernel takes a state"
+        kernel, arguments = deltanet_fused_chunked_layer_ragged, [*arguments, lengths]
+    return nki_emulator.emulate(kernel, *arguments, grid=grid, timed=False, inverse=inverse).outputs
 
 
 @DTYPES
+@INVERSES
 @pytest.mark.parametrize("gates", ["none", "mild", "strong", "extreme", "rare"])
-def test_the_layer_is_the_recurrence_for_any_decay(gates: str, dtype: torch.dtype) -> None:
+def test_the_layer_is_the_recurrence_for_any_decay(gates: str, inverse: str, dtype: torch.dtype) -> None:
     case = make_case(dtype=dtype, gates=gates, state=True)
-    check(run_layer(case), naive(case), TOLERANCE[dtype])
+    check(run_layer(case, inverse=inverse), naive(case), TOLERANCE[dtype])
 
 
 @DTYPES
+@INVERSES
 @pytest.mark.parametrize("keys", ["equal", "alike"])
-def test_equal_and_correlated_keys_with_beta_near_one_stay_accurate(keys: str, dtype: torch.dtype) -> None:
+def test_equal_and_correlated_keys_with_beta_near_one_stay_accurate(
+    keys: str, inverse: str, dtype: torch.dtype
+) -> None:
     case = make_case(dtype=dtype, gates="weak", keys=keys, K=128, V=64)
-    check(run_layer(case), naive(case), TOLERANCE_EQUAL_KEYS[dtype])
+    check(run_layer(case, inverse=inverse), naive(case), TOLERANCE_EQUAL_KEYS[dtype])
 
 
 def test_small_decays_after_large_ones_are_exact() -> None:
@@ -76,10 +99,12 @@ def test_head_groups_and_dimensions_of_the_family_are_taken(Hk: int, R: int, K: 
     check(run_layer(case), naive(case), TOLERANCE[torch.float32])
 
 
+@INVERSES
 @pytest.mark.parametrize(("Hk", "R"), [(2, 3), (1, 3), (1, 1)], ids=["even", "group split", "one core idle"])
-def test_two_cores_give_what_one_gives(Hk: int, R: int) -> None:
+def test_two_cores_give_what_one_gives(Hk: int, R: int, inverse: str) -> None:
     case = make_case(B=2, S=140, Hk=Hk, R=R, K=16, V=16, state=True)
-    for one, two in zip(run_layer(case), run_layer(case, grid=2), strict=True):
+    results = (run_layer(case, grid=grid, inverse=inverse) for grid in (None, 2))
+    for one, two in zip(*results, strict=True):
         # The host's matrix products of other widths differ in the last bit.
         assert_close(two, one, atol=1e-6 * one.abs().max().item(), label="two cores")
 
@@ -123,22 +148,26 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         run_layer(case)
     with pytest.raises(AssertionError, match=r"q, k, v are .* one type"):
         run_layer(Case(*(x.bfloat16() if i == 2 else x for i, x in enumerate(make_case(S=8).tensors))))
+    with pytest.raises(AssertionError, match="inverse is exact: tiled or plain is needed"):
+        run_layer(make_case(S=8), inverse="exact")
+    with pytest.raises(AssertionError, match="valid_lengths is int16: int32 is needed"):
+        run_layer(make_case(S=8, state=True), torch.tensor([8], dtype=torch.int16))
 
 
 # --- One head --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("state", [False, True], ids=["from zero", "from a state"])
-def test_the_single_head_kernel_is_the_layer_with_one_head(state: bool) -> None:
-    case = make_case(S=150, R=1, K=128, V=128, state=state)
+@pytest.mark.parametrize("grid", [None, 2])
+def test_the_single_head_kernel_is_the_layer_with_one_head(grid: int | None) -> None:
+    case = make_case(S=150, R=1, K=128, V=128, state=True)
+    assert case.state is not None
     head = [x[0, :, 0] for x in (case.q, case.k, case.v)] + [x[0] for x in (case.g, case.beta)]
-    initial = None if case.state is None else case.state[0, 0]
-    length = torch.tensor([140], dtype=torch.int32)
-    output, final = nki_emulator.emulate(deltanet_fused_chunked_fwd, *head, initial, length, timed=False).outputs
+    arguments = (*head, case.state[0, 0], torch.tensor([140], dtype=torch.int32))
+    output, final = nki_emulator.emulate(deltanet_fused_chunked_fwd, *arguments, grid=grid, timed=False).outputs
     expected_o, expected_state = naive(case, [140])
     check((output[:140], final), (expected_o[0, :140, 0], expected_state[0, 0]), TOLERANCE[torch.float32])
 
 
 # --- The 27B model on the machine ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kernel", [deltanet_fused_chunked_fwd, deltanet_fused_chunked_layer])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_are_written_in_the_language_that_the_compiler_takes(kernel: object) -> None:
     assert not nki_emulator.lint_kernel(kernel)
 

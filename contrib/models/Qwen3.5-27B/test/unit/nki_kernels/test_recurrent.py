@@ -38,12 +38,13 @@ def naive_head(inputs: list[Tensor], S: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs), S
 
 
+@pytest.mark.parametrize("grid", [None, 2], ids=["one core", "two cores"])
 @pytest.mark.parametrize("g", [-0.01, -3.0, -200.0])
 @pytest.mark.parametrize(("S", "dtype"), [(1, torch.float32), (40, torch.float32), (40, torch.bfloat16)], ids=str)
-def test_one_head_is_the_recurrence(S: int, dtype: torch.dtype, g: float) -> None:
+def test_one_head_is_the_recurrence(S: int, dtype: torch.dtype, g: float, grid: int | None) -> None:
     inputs = head_inputs(S, dtype, g)
     initial = torch.randn(D, D)
-    output, state = nki_emulator.emulate(deltanet_recurrent_fwd_state, *inputs, initial, timed=False).outputs
+    output, state = nki_emulator.emulate(deltanet_recurrent_fwd_state, *inputs, initial, grid=grid, timed=False).outputs
     expected, expected_state = naive_head(inputs, initial)
     assert output.dtype == dtype
     assert_near(output, expected, TOLERANCE[dtype], "output")

@@ -10,33 +10,26 @@ import numpy as np
 import pytest
 
 import nki_emulator
-from qwen35.nki_kernels import triangular_inverse as inverse
-from qwen35.nki_kernels.chunk_pieces import BLOCK, SMALL_LEVELS, Shape, Unit, Work, make_constants
+import nki_emulator.isa
+from qwen35.nki_kernels.chunk_pieces import PLAIN, TILED, Shape, Unit, Work, make_constants
+from qwen35.nki_kernels.chunked import FIRST_INVERSE_STAGE, PREPARE_STAGES, prepare
 from qwen35.nki_kernels.nki_seam import EMULATED, nisa, nl
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
 
 
-def invert(transposed: Any) -> Any:
+def invert(transposed: Any, inverse: str) -> Any:
     """(I - A)^-T of A^T: [C, R, C] float32, by the stages in their order."""
     C, R, _ = transposed.shape
-    shape = Shape(C=C, K=C, V=C, heads=R, key_heads=1, h0=0, k0=0, dtype=nl.float32)
+    shape = Shape(C=C, K=C, V=C, heads=R, key_heads=1, h0=0, k0=0, dtype=nl.float32, inverse=inverse)
     work = Work(unit=Unit(key=0, first=0, R=R), segment=None, chunk=0)
     work.A = nl.ndarray((C, R, C), dtype=nl.float32, buffer=nl.sbuf)
     work.T = nl.ndarray((C, R, C), dtype=nl.float32, buffer=nl.sbuf)
     nisa.dma_copy(dst=work.A, src=transposed)
     nisa.memset(dst=work.T, value=0.0)
     constants = make_constants(shape)
-    inverse.start_inverse(shape, constants, work)
-    for level in range(SMALL_LEVELS):
-        inverse.merge_small(shape, constants, work, level)
-    if C > BLOCK:
-        inverse.start_pairs(shape, work)
-        inverse.merge_pairs(shape, work)
-    inverse.assemble_blocks(shape, work)
-    if C > 2 * BLOCK:
-        inverse.start_halves(shape, work)
-        inverse.merge_halves(shape, work)
+    for stage in range(FIRST_INVERSE_STAGE, PREPARE_STAGES):
+        prepare(shape, constants, work, stage)
     out = nl.ndarray((C, R, C), dtype=nl.float32, buffer=nl.shared_hbm)
     nisa.dma_copy(dst=out, src=work.T)
     return out
@@ -45,13 +38,14 @@ def invert(transposed: Any) -> Any:
 @pytest.mark.parametrize("kind", ["random", "equal keys"])
 @pytest.mark.parametrize("R", [1, 3, 4])
 @pytest.mark.parametrize("C", [32, 64, 128])
-def test_it_inverts_a_chunk_s_system(C: int, R: int, kind: str) -> None:
+@pytest.mark.parametrize("inverse", [TILED, PLAIN])
+def test_it_inverts_a_chunk_s_system(inverse: str, C: int, R: int, kind: str) -> None:
     if kind == "random":
         keys = np.random.default_rng(0).standard_normal((R, C, 128)) / np.sqrt(128)
         A = -np.tril(keys @ keys.transpose(0, 2, 1), -1)
     else:  # beta = 1, no decay: powers of A reach 1e37 at C = 128, the inverse has ones and minus ones
         A = -np.tril(np.ones((R, C, C)), -1)
-    out = nki_emulator.emulate(invert, A.transpose(2, 0, 1).astype(np.float32), timed=False).outputs
+    out = nki_emulator.emulate(invert, A.transpose(2, 0, 1).astype(np.float32), inverse, timed=False).outputs
     expected = np.linalg.inv(np.eye(C) - A.astype(np.float32).astype(np.float64))
     error = np.abs(out.transpose(1, 2, 0) - expected)
     worst = np.unravel_index(error.argmax(), error.shape)
@@ -59,3 +53,30 @@ def test_it_inverts_a_chunk_s_system(C: int, R: int, kind: str) -> None:
     assert error[worst] <= 1e-5 * np.abs(expected).max(), (
         f"at {worst}: off by {error[worst]:g} from {expected[worst]:g}"
     )
+
+
+def matmuls(inverse: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Keywords of every nc_matmul of one inversion."""
+    calls, nc_matmul = [], nki_emulator.isa.nc_matmul
+
+    def record(**keywords: Any) -> None:
+        calls.append(keywords)
+        nc_matmul(**keywords)
+
+    monkeypatch.setattr(nki_emulator.isa, "nc_matmul", record)
+    nki_emulator.emulate(invert, np.zeros((128, 3, 128), np.float32), inverse, timed=False)
+    return calls
+
+
+def test_the_plain_inverse_uses_the_whole_tensor_engine_and_ends_each_sum_before_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = matmuls(PLAIN, monkeypatch)
+    assert not any(call.get("tile_position") for call in calls)
+    for before, call in zip([{}, *calls[:-1]], calls, strict=True):
+        if call["accumulate"]:  # the matmul before it began the sum
+            assert not before["accumulate"] and str(before["dst"]) == str(call["dst"])
+
+
+def test_the_tiled_inverse_is_the_one_with_sub_arrays_off_the_corner(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(all(call.get("tile_position", (0, 0))) for call in matmuls(TILED, monkeypatch))
