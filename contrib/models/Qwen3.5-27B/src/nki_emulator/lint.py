@@ -1,20 +1,24 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Find Python in a kernel that the NKI compiler does not take.
+"""Find Python in a kernel that the NKI compiler does not take, and calls that a version of NKI does not have.
 
 The NKI language is a subset of Python that is compiled from source, while this emulator, like the official simulator,
 executes any Python. The linter reads the source of a kernel and of the plain helper functions it calls, and reports
 what lies outside the subset. Rules stated by a page cite it; the rest follows from the closed list of values,
-containers and statements of the language guide, and says so.
+containers and statements of the language guide, and says so. `nki_versions.json` has the names and parameters of each
+version, as `tools/record_nki_signatures.py` finds them in the documentation.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -24,9 +28,12 @@ _GUIDE = "nki/get-started/nki-language-guide.rst"
 _VALUES = f"{_GUIDE}, NKI Values"
 _FLOW = f"{_GUIDE}, Control Flow"
 _SUBSET = f"inferred: not among the constructs of {_GUIDE}"
-_UPDATE = "nki/deep-dives/nki-0-3-0-update-guide.rst, Language Restrictions"
+_UPDATE = "nki/migration/index.rst, Language restrictions"
+_UNSHOWN = f"no example in {_GUIDE}"
 _MIGRATION = "nki/deep-dives/nki-beta2-migration-guide.rst"
 _LOOPS = "nki/deep-dives/nki-dynamic-loops.rst"
+_API = "nki/api/nki/__init__.py and the stubs beside it"
+_PACKAGES = ("nki", "nki_emulator")
 
 #: Statements and expressions that are never part of the language: node type -> (rule, what to say, source).
 _FORBIDDEN: dict[type[ast.AST], tuple[str, str, str]] = {
@@ -47,6 +54,25 @@ _FORBIDDEN: dict[type[ast.AST], tuple[str, str, str]] = {
     ast.Set: ("set", "containers are tuples, lists, dictionaries with string keys, and NKIObject classes", _VALUES),
     ast.SetComp: ("set", "containers are tuples, lists, dictionaries with string keys, and NKIObject classes", _VALUES),
     ast.Match: ("match", "match is no NKI statement; use if", _FLOW),
+    ast.ListComp: ("comprehension", "comprehensions are not shown; append in a loop over a range", _UNSHOWN),
+    ast.DictComp: ("comprehension", "comprehensions are not shown; assign in a loop over a range", _UNSHOWN),
+    ast.BitAnd: ("bit-operator", "operators on bits are not shown; use arithmetic or a table", _UNSHOWN),
+    ast.BitOr: ("bit-operator", "operators on bits are not shown; use arithmetic or a table", _UNSHOWN),
+    ast.BitXor: ("bit-operator", "operators on bits are not shown; use arithmetic or a table", _UNSHOWN),
+    ast.LShift: ("bit-operator", "operators on bits are not shown; use arithmetic or a table", _UNSHOWN),
+    ast.RShift: ("bit-operator", "operators on bits are not shown; use arithmetic or a table", _UNSHOWN),
+    ast.Invert: ("bit-operator", "operators on bits are not shown; use arithmetic or a table", _UNSHOWN),
+}
+
+#: Methods of lists that the guide does not show; it has append, extend, index, remove and reverse.
+_UNSHOWN_LIST_METHODS = frozenset({"clear", "copy", "count", "insert", "pop", "sort"})
+
+#: Loops that a version's documentation deprecates: name -> (first such version, what to write instead).
+_DEPRECATED = {
+    "nki.language.affine_range": ("0.3.0", "range"),
+    "nki.language.sequential_range": ("0.3.0", "range"),
+    "nki.language.static_range": ("0.6.0", "range"),
+    "nki.language.dynamic_range": ("0.6.0", "nl.fori_loop"),
 }
 
 #: Calls of ``nki.language`` whose result is a tensor, for the rules about tensors.
@@ -79,22 +105,31 @@ class Finding:
         return f"{self.file}:{self.line}: {self.rule}: {self.message} ({self.source})"
 
 
-def lint_kernel(kernel: Any) -> list[Finding]:
+def nki_versions() -> list[str]:
+    """The versions of NKI that :func:`lint_kernel` knows, oldest first."""
+    return list(_recorded()["versions"])
+
+
+def lint_kernel(kernel: Any, version: str | None = None) -> list[Finding]:
     """Findings in a kernel and in the helper functions that it calls, by file and line.
 
     Args:
         kernel: a plain function or one decorated by ``nki.jit``. Helpers are found through the module globals of the
             function; functions of libraries and of this package are not followed.
+        version: one of :func:`nki_versions`: also check every name of ``nki.isa`` and ``nki.language`` and every call
+            against that version. An argument given by position is refused if another version has another one there.
 
     Raises:
         OSError: the source of the kernel is not available.
+        ValueError: the version is not recorded.
     """
     root = _function(kernel)
+    names = None if version is None else _names(version)
     findings: list[Finding] = []
     queue, seen = [(root, True)], {root}
     while queue:
         function, is_kernel = queue.pop(0)
-        visitor = _Visitor(function, is_kernel)
+        visitor = _Visitor(function, is_kernel, version, names)
         findings += visitor.run()
         for callee in visitor.callees:
             if callee not in seen:
@@ -115,6 +150,44 @@ def check_kernel(kernel: Any) -> None:
         raise NkiValidationError(f"{name}: {len(findings)} construct(s) outside NKI\n" + "\n".join(map(str, findings)))
 
 
+@functools.cache
+def _recorded() -> Any:
+    return json.loads(Path(__file__).with_name("nki_versions.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _names(version: str) -> dict[str, str]:
+    """{full name: parameters in parentheses, or nothing} of a version."""
+    if version not in nki_versions():
+        raise ValueError(f"version={version!r} is not recorded; use one of {', '.join(nki_versions())}")
+    older = nki_versions()[: nki_versions().index(version) + 1]
+    names = {}
+    for name, changes in _recorded()["names"].items():
+        current = [changes[v] for v in older if v in changes]
+        if current and current[-1] is not None:
+            names[name] = current[-1]
+    return names
+
+
+@functools.cache
+def _parameters(signature: str) -> ast.arguments:
+    """The parameters of a recorded "(a, b=1)"."""
+    definition = ast.parse(f"def f{signature}: ...").body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    return definition.args
+
+
+def _places(name: str) -> dict[str, list[str]]:
+    """Parameters of a function by position, by the versions that have it."""
+    found = {}
+    for version in nki_versions():
+        signature = _names(version).get(name)
+        if signature:
+            arguments = _parameters(signature)
+            found[version] = [p.arg for p in (*arguments.posonlyargs, *arguments.args)]
+    return found
+
+
 def _function(kernel: Any) -> FunctionType:
     function = inspect.unwrap(getattr(kernel, "function", kernel))
     if not isinstance(function, FunctionType):
@@ -125,9 +198,13 @@ def _function(kernel: Any) -> FunctionType:
 class _Visitor(ast.NodeVisitor):
     """Rules over the source of one function."""
 
-    def __init__(self, function: FunctionType, is_kernel: bool) -> None:
+    def __init__(
+        self, function: FunctionType, is_kernel: bool, version: str | None, names: dict[str, str] | None
+    ) -> None:
         self.function = function
         self.is_kernel = is_kernel
+        self.version = version
+        self.names = names
         self.file = inspect.getsourcefile(function) or "<unknown>"
         lines, self.first_line = inspect.getsourcelines(function)
         self.tree = ast.parse(textwrap.dedent("".join(lines)))
@@ -135,6 +212,7 @@ class _Visitor(ast.NodeVisitor):
         self.callees: list[FunctionType] = []
         self.tensors: set[str] = set()
         self.no_reorder = 0
+        self.loops = 0
 
     def run(self) -> list[Finding]:
         definition = self.tree.body[0]
@@ -205,12 +283,24 @@ class _Visitor(ast.NodeVisitor):
             self._report(node, "loop-else", "for ... else is no NKI statement", _SUBSET)
         if self.no_reorder and self._called(node.iter) == "dynamic_range":
             self._report(node, "dynamic-no-reorder", "dynamic_range does not work inside nl.no_reorder()", _LOOPS)
-        self.generic_visit(node)
+        if not isinstance(node.target, ast.Name):
+            self._report(node, "loop-target", "a loop has one name; unpack in an assignment of its own", _UNSHOWN)
+        self._visit_loop(node)
 
     def visit_While(self, node: ast.While) -> None:
         self._condition(node, node.test, "while")
         if node.orelse:
             self._report(node, "loop-else", "while ... else is no NKI statement", _SUBSET)
+        self._visit_loop(node)
+
+    def _visit_loop(self, node: ast.For | ast.While) -> None:
+        self.loops += 1
+        self.generic_visit(node)
+        self.loops -= 1
+
+    def visit_Return(self, node: ast.Return) -> None:
+        if self.loops:
+            self._report(node, "return-in-loop", "set a variable and return it after the loop", _UNSHOWN)
         self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
@@ -271,16 +361,50 @@ class _Visitor(ast.NodeVisitor):
                 self._report(node, "dict-key", f"key {key.value!r}: keys are strings", _VALUES)
         self.generic_visit(node)
 
-    def _visit_comprehension(self, node: ast.ListComp | ast.DictComp) -> None:
-        for generator in node.generators:
-            if self._base(generator.iter) in self.tensors:
-                self._report(node, "comprehension", "a comprehension cannot run over a tensor; use a range", _FLOW)
-        self.generic_visit(node)
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        path = self._nki_name(node)
+        if path is None or self.names is None:
+            self.generic_visit(node)
+        elif path not in self.names:
+            self._report(node, "version", f"{path} is not in NKI {self.version}", _API)
+        elif path in _DEPRECATED and _at_least(self.version, _DEPRECATED[path][0]):
+            since, instead = _DEPRECATED[path]
+            self._report(node, "deprecated", f"{path}: use {instead}, as NKI says from {since} on", _API)
 
-    visit_ListComp = _visit_comprehension
-    visit_DictComp = _visit_comprehension
+    def _check_call(self, node: ast.Call) -> None:
+        """Hold a call of NKI against the parameters of the version."""
+        path = self._nki_name(node.func)
+        signature = "" if path is None or self.names is None else self.names.get(path, "")
+        if path is None or not signature:
+            return
+        parameters = _parameters(signature)
+        places = [p.arg for p in (*parameters.posonlyargs, *parameters.args)]
+        known = {*places, *(p.arg for p in parameters.kwonlyargs)}
+        given = [k.arg for k in node.keywords if k.arg is not None]
+        for keyword in given:
+            if keyword not in known and parameters.kwarg is None:
+                self._report(node, "version", f"{path} of NKI {self.version} has no parameter {keyword}", _API)
+        if len(node.args) > len(places) and parameters.vararg is None:
+            self._report(node, "version", f"{path} of NKI {self.version} takes {len(places)} arguments", _API)
+        by_place = places[: len(node.args)]
+        required = places[: len(places) - len(parameters.defaults)]
+        missing = [name for name in required if name not in {*by_place, *given}]
+        if missing:
+            self._report(node, "version", f"{path} of NKI {self.version} needs {', '.join(missing)}", _API)
+        for place, name in enumerate(by_place):
+            names = {version: other[place] for version, other in _places(path).items() if place < len(other)}
+            if len({*names.values()}) > 1:
+                others = ", ".join(f"{other} in {version}" for version, other in names.items() if other != name)
+                message = f"{path}: argument {place + 1} is {name} in NKI {self.version}, {others}; give it by name"
+                self._report(node, "by-name", message, _API)
 
     def visit_Call(self, node: ast.Call) -> None:
+        self._check_call(node)
+        if isinstance(node.func, ast.Attribute) and not isinstance(self._resolve_root(node.func), ModuleType):
+            by_key = node.func.attr == "pop" and node.args and isinstance(node.args[0], ast.Constant)
+            if node.func.attr in _UNSHOWN_LIST_METHODS and not (by_key and isinstance(node.args[0].value, str)):
+                message = f".{node.func.attr}() of a list is not shown; build another list by append"
+                self._report(node, "list-method", message, _UNSHOWN)
         target = self._resolve(node.func)
         module = getattr(target, "__module__", "") or ""
         root = self._resolve_root(node.func)
@@ -311,6 +435,17 @@ class _Visitor(ast.NodeVisitor):
             owner = self._resolve(node.value)
             return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
         return None
+
+    def _nki_name(self, node: ast.expr) -> str | None:
+        """ "nki.isa.engine.vector" of an expression that names it through a module of NKI or of the emulator."""
+        attributes: list[str] = []
+        while isinstance(node, ast.Attribute):
+            attributes.insert(0, node.attr)
+            node = node.value
+        module = self._resolve_root(node)
+        if not attributes or not isinstance(module, ModuleType) or module.__name__.rpartition(".")[0] not in _PACKAGES:
+            return None
+        return ".".join(["nki", module.__name__.rpartition(".")[2], *attributes])
 
     def _called(self, node: ast.expr) -> str:
         if not isinstance(node, ast.Call):
@@ -348,10 +483,15 @@ class _Visitor(ast.NodeVisitor):
                     yield from self._tensor_values(side)
 
 
+def _at_least(version: str | None, since: str) -> bool:
+    versions = nki_versions()
+    return version is not None and versions.index(version) >= versions.index(since)
+
+
 def _is_standard(function: Callable[..., Any]) -> bool:
     """Whether a function belongs to the standard library or an installed package other than kernel libraries."""
     path = inspect.getsourcefile(function) or ""
     return "site-packages" in path or path.startswith(inspect.getsourcefile(ast).rsplit("/", 1)[0])  # type: ignore[union-attr]
 
 
-__all__ = ["Finding", "check_kernel", "lint_kernel"]
+__all__ = ["Finding", "check_kernel", "lint_kernel", "nki_versions"]

@@ -28,8 +28,8 @@ into block p' runs on sub-array (p, p'), so four heads with different shifts use
 multiples 1, w, w^2, 1, 1 of the head in GF(4): for each head they sum to 0, that is, blocks end where they began."""
 
 XOR = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))
-"""[a][b]: a xor b, as a table because the language guide shows no operators on bits (nki/get-started/
-nki-language-guide.rst, NKI Values)."""
+"""[a][b]: a xor b, as a table because the language guide shows no operators on bits
+(nki/get-started/nki-language-guide.rst)."""
 
 
 def block_slice(p: int) -> slice:

@@ -3,10 +3,11 @@
 """The linter accepts the NKI language and names what lies outside it."""
 
 # Each kernel below is a specimen of what the linter must flag or accept, so the usual style rules do not apply.
-# ruff: noqa: B006, B007, E711, E731, F841
+# ruff: noqa: B006, B007, B018, E711, E731, F841
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from nki_emulator import NkiValidationError, emulate, jit, lint_kernel
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
+from nki_emulator.lint import nki_versions
 
 STATE = 0
 TABLE = {"rows": 128}
@@ -48,7 +50,9 @@ def accepted(a: Any, bias: Any = None, scale: float = 1.0, flags: Any = (True, F
     assert a.shape[0] <= nl.tile_size.pmax, f"too many rows: {a.shape}"
     sizes = Sizes(a.shape[0])
     out = nl.ndarray(a.shape, a.dtype, buffer=nl.shared_hbm)
-    tiles = [nl.ndarray((sizes.rows, a.shape[1]), a.dtype) for _ in range(2)]
+    tiles = []
+    for _ in range(2):
+        tiles.append(nl.ndarray((sizes.rows, a.shape[1]), a.dtype))
     for i in nl.affine_range(2):
         nisa.dma_copy(dst=tiles[i], src=a)
         if i % 2 == 0 and flags[0]:
@@ -60,6 +64,7 @@ def accepted(a: Any, bias: Any = None, scale: float = 1.0, flags: Any = (True, F
         x += 1
     names = {"a": 1}
     names["b"] = min(x, 3) if x > 1 else 2
+    names.pop("a")
     with nl.no_reorder():
         nisa.tensor_tensor(tiles[0], tiles[0], tiles[1], nl.add)
     t = tiles[0]
@@ -166,6 +171,49 @@ def uses_tile_comprehension(a: Any) -> None:
     rows = [row for row in t]
 
 
+def uses_list_comprehension(a: Any) -> None:
+    columns = [2 * i for i in range(3)]
+
+
+def uses_dict_comprehension(a: Any) -> None:
+    columns = {f"column {i}": i for i in range(3)}
+
+
+def uses_pop(a: Any) -> None:
+    columns = [1, 2]
+    columns.pop(0)
+
+
+def uses_insert(a: Any) -> None:
+    columns = [1, 2]
+    columns.insert(0, 3)
+
+
+def uses_xor(a: Any) -> None:
+    x = a.shape[0] ^ 1
+
+
+def uses_shift(a: Any) -> None:
+    x = 1
+    x <<= 2
+
+
+def uses_invert(a: Any) -> None:
+    x = ~a.shape[0]
+
+
+def uses_loop_over_pairs(a: Any) -> None:
+    for i, j in ((0, 1), (2, 3)):
+        nl.load(a)
+
+
+def uses_return_in_loop(a: Any) -> Any:
+    for i in range(3):
+        if i == 1:
+            return i
+    return 0
+
+
 def uses_integer_keys(a: Any) -> None:
     d = {1: a}
 
@@ -240,7 +288,16 @@ REJECTED = {
     uses_data_dependent_while: ("data-dependent", "while depends on the content of tensor t"),
     uses_tile_arithmetic: ("tile-operator", "arithmetic on tensor t"),
     uses_tile_assignment: ("tile-assignment", "only an instruction with dst="),
-    uses_tile_comprehension: ("comprehension", "cannot run over a tensor"),
+    uses_tile_comprehension: ("comprehension", "not shown; append in a loop over a range"),
+    uses_list_comprehension: ("comprehension", "not shown; append in a loop over a range"),
+    uses_dict_comprehension: ("comprehension", "not shown; assign in a loop over a range"),
+    uses_pop: ("list-method", r"\.pop\(\) of a list is not shown"),
+    uses_insert: ("list-method", r"\.insert\(\) of a list is not shown"),
+    uses_xor: ("bit-operator", "use arithmetic or a table"),
+    uses_shift: ("bit-operator", "use arithmetic or a table"),
+    uses_invert: ("bit-operator", "use arithmetic or a table"),
+    uses_loop_over_pairs: ("loop-target", "unpack in an assignment of its own"),
+    uses_return_in_loop: ("return-in-loop", "return it after the loop"),
     uses_integer_keys: ("dict-key", "keys are strings"),
     uses_set: ("set", "containers are tuples, lists"),
     uses_class: ("class", "derived from NKIObject"),
@@ -284,4 +341,75 @@ def test_findings_name_file_line_and_source() -> None:
     finding = lint_kernel(uses_is)[0]
     assert finding.line == uses_is.__code__.co_firstlineno + 1
     assert finding.file.endswith("test_emulator_lint.py")
-    assert "nki/deep-dives/nki-0-3-0-update-guide.rst" in str(finding)
+    assert "nki/migration/index.rst" in str(finding)
+
+
+def calls_well(a: Any) -> Any:
+    t = nl.ndarray((4, 4), nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=t, src=a, engine=nisa.engine.sync)
+    nisa.tensor_scalar(t, t, nl.multiply, 2.0)
+    u = t.reshape((4, 4))
+    return u
+
+
+def uses_removed_name(a: Any) -> None:
+    nl.tile_size.psum_fmax_bytes
+
+
+def uses_new_name(a: Any) -> None:
+    nl.fori_loop(0, 4, helper)
+
+
+def uses_unknown_member(a: Any) -> None:
+    nisa.memset(a, 0.0, engine=nisa.engine.matrix)
+
+
+def uses_new_parameter(a: Any) -> None:
+    nisa.dma_copy(dst=a, src=a, priority=1)
+
+
+def uses_moved_place(a: Any) -> None:
+    nisa.dma_copy(a, a, nisa.oob_mode.error)
+
+
+def uses_too_few(a: Any) -> None:
+    nisa.tensor_scalar(a, a, op0=nl.multiply)
+
+
+def uses_too_many(a: Any) -> None:
+    nl.program_ndim(0)
+
+
+def uses_old_loop(a: Any) -> None:
+    for i in nl.static_range(2):
+        nisa.memset(a, 0.0)
+
+
+VERSIONS = nki_versions()
+BY_VERSION = {
+    calls_well: (None, VERSIONS),
+    uses_removed_name: (r"tile_size\.psum_fmax_bytes is not in NKI", ["0.3.0", "0.5.0", "0.6.0"]),
+    uses_new_name: (r"nki\.language\.fori_loop is not in NKI", ["0.3.0", "0.4.0", "0.5.0"]),
+    uses_unknown_member: (r"nki\.isa\.engine\.matrix is not in NKI", VERSIONS),
+    uses_new_parameter: ("has no parameter priority", ["0.3.0"]),
+    uses_moved_place: (r"argument 3 is (oob_mode in NKI 0.3.0, priority|priority in NKI 0.[456].0, oob_mode) in", VERSIONS),
+    uses_too_few: ("needs operand0", VERSIONS),
+    uses_too_many: ("takes 0 arguments", VERSIONS),
+    uses_old_loop: ("static_range: use range", ["0.6.0"]),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("kernel", BY_VERSION, ids=lambda k: k.__name__)
+def test_a_call_is_held_against_the_parameters_of_each_version(kernel: Any, version: str) -> None:
+    words, versions = BY_VERSION[kernel]
+    assert lint_kernel(kernel) == []  # without a version, only the language is checked
+    findings = lint_kernel(kernel, version=version)
+    assert [words is not None and re.search(words, f.message) is not None for f in findings] == (
+        [True] if version in versions and words else []
+    ), findings
+
+
+def test_an_unrecorded_version_is_an_error_that_lists_the_recorded() -> None:
+    with pytest.raises(ValueError, match=r"version='0\.7\.0' is not recorded; use one of 0\.3\.0, 0\.4\.0"):
+        lint_kernel(calls_well, version="0.7.0")

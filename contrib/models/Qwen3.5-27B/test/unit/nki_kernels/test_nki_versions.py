@@ -1,0 +1,25 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel of this package, in every version of NKI whose documentation is public."""
+
+from __future__ import annotations
+
+import pytest
+
+import nki_emulator
+from nki_emulator.lint import nki_versions
+from support.own_kernels import all_kernels
+
+
+@pytest.mark.parametrize("version", nki_versions())
+@pytest.mark.parametrize("name", all_kernels())
+def test_a_kernel_calls_nki_as_the_version_documents_it(name: str, version: str) -> None:
+    assert [str(finding) for finding in nki_emulator.lint_kernel(all_kernels()[name], version=version)] == []
+
+
+def test_the_versions_are_those_of_sdk_2_29_to_2_32() -> None:
+    assert nki_versions() == ["0.3.0", "0.4.0", "0.5.0", "0.6.0"]
+
+
+def test_every_kernel_is_found() -> None:
+    assert len(all_kernels()) == 9 and {name.split("_")[0] for name in all_kernels()} == {"attention", "deltanet"}
