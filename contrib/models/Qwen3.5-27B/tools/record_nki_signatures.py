@@ -28,7 +28,14 @@ RELEASES = {"0.3.0": "v2.29.0", "0.4.0": "v2.30.0", "0.5.0": "v2.31.1", "0.6.0":
 
 TILE_SIZE_PAGE = "nki/api/nki.language.tile_size.rst"
 MODULES = ("nki", "nki.isa", "nki.language")
-PAGE_FOLDERS = ("nki/", "about-neuron/arch/", "compiler/error-codes/", "release-notes/components/")
+PAGE_FOLDERS = (
+    "nki/",
+    "about-neuron/announcements/neuron2.x/",
+    "about-neuron/arch/",
+    "compiler/error-codes/",
+    "compiler/neuronx-cc/",
+    "release-notes/components/",
+)
 
 
 class Sdk:
@@ -38,7 +45,9 @@ class Sdk:
         self.clone, self.tag = clone, tag
 
     def _git(self, *arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(self.clone), *arguments], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(self.clone), *arguments], check=True, capture_output=True, text=True
+        ).stdout
 
     def commit(self) -> str:
         return self._git("rev-parse", f"{self.tag}^{{commit}}").strip()

@@ -401,8 +401,9 @@ class _Visitor(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         self._check_call(node)
         if isinstance(node.func, ast.Attribute) and not isinstance(self._resolve_root(node.func), ModuleType):
-            by_key = node.func.attr == "pop" and node.args and isinstance(node.args[0], ast.Constant)
-            if node.func.attr in _UNSHOWN_LIST_METHODS and not (by_key and isinstance(node.args[0].value, str)):
+            first = node.args[0] if node.args else None
+            by_key = node.func.attr == "pop" and isinstance(first, ast.Constant) and isinstance(first.value, str)
+            if node.func.attr in _UNSHOWN_LIST_METHODS and not by_key:
                 message = f".{node.func.attr}() of a list is not shown; build another list by append"
                 self._report(node, "list-method", message, _UNSHOWN)
         target = self._resolve(node.func)

@@ -52,8 +52,8 @@ def select_deltanet_kernel(config: Any) -> DeltaNetKernel:
 
 
 def select_deltanet_inverse(config: Any) -> DeltaNetInverse:
-    """How the kernels of a `Qwen35InferenceConfig` invert; a plain NeuronConfig, which has no such field, means TILED."""
-    return DeltaNetInverse(getattr(config.neuron_config, "deltanet_inverse", DeltaNetInverse.TILED))
+    """How the kernels of a `Qwen35InferenceConfig` invert the system of a chunk."""
+    return DeltaNetInverse(_configured_inverse(config))
 
 
 def kernel_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
@@ -61,9 +61,9 @@ def kernel_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
     override = _overrides()
     if len(override) > 1:
         yield f"{' and '.join(override)} are all set to 1; each names another kernel, set one"
-    inverse = getattr(config.neuron_config, "deltanet_inverse", DeltaNetInverse.TILED.value)
-    if inverse not in [choice.value for choice in DeltaNetInverse]:
-        yield f"deltanet_inverse={inverse!r} is unknown; set it to {', '.join(choice.value for choice in DeltaNetInverse)}"
+    inverse, inverses = _configured_inverse(config), [choice.value for choice in DeltaNetInverse]
+    if inverse not in inverses:
+        yield f"deltanet_inverse={inverse!r} is unknown; set it to {', '.join(inverses)}"
     chosen = _configured(config)
     if chosen not in [kernel.value for kernel in DeltaNetKernel]:
         yield f"deltanet_kernel={chosen!r} is unknown; set it to {', '.join(kernel.value for kernel in DeltaNetKernel)}"
@@ -82,3 +82,9 @@ def _configured(config: Any) -> str:
     """The configured kernel; a plain NeuronConfig, which has no such field, means auto."""
     kernel: str = getattr(config.neuron_config, "deltanet_kernel", DeltaNetKernel.AUTO.value)
     return kernel
+
+
+def _configured_inverse(config: Any) -> str:
+    """The configured inverse; a plain NeuronConfig, which has no such field, means tiled."""
+    inverse: str = getattr(config.neuron_config, "deltanet_inverse", DeltaNetInverse.TILED.value)
+    return inverse

@@ -62,8 +62,8 @@ class Launches:
     """Launches of kernels, and the programs that NKI compiles for them.
 
     compiled: one entry for each compilation of NKI 0.3.0. It keeps programs by their inputs' shapes and dtypes and by
-        compile-time values (nki/get-started/nki-language-guide.rst, Kernel Caching), and never finds that of a call with
-        a None among its arguments (release-notes/components/nki.rst, 0.4.0, Bug Fixes).
+        compile-time values (nki/get-started/nki-language-guide.rst, Kernel Caching), and never finds that of a call
+        with a None among its arguments (release-notes/components/nki.rst, 0.4.0, Bug Fixes).
     grids: the grid of each launch.
     """
 

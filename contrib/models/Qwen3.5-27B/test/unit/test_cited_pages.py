@@ -18,7 +18,7 @@ RECORDED: dict[str, list[str]] = json.loads((ROOT / "test" / "data" / "sdk_pages
 NEWEST = "v2.32.0"
 FOLDERS = "|".join(sorted({page.split("/")[0] for page in RECORDED}))
 CITED = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w")
-NAMES = "|".join(sorted({Path(page).stem for page in RECORDED if re.search(r"_arch|-guide|_guide", page)}))
+NAMES = "|".join(sorted({Path(page).stem for page in RECORDED if re.search("_arch|[-_]guide", Path(page).stem)}))
 BARE = re.compile(rf"(?<![\w./-])(?:{NAMES})(?:\.rst)?(?![\w./-])")
 SOURCES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.md"), *(ROOT / "docs").glob("*.md")]
 

@@ -11,7 +11,13 @@ import torch
 
 from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig, ops
 from qwen35.configuration_qwen35 import QWEN35_PRESETS
-from qwen35.kernel_selection import KERNEL_ENVIRONMENT, DeltaNetKernel, select_deltanet_kernel
+from qwen35.kernel_selection import (
+    KERNEL_ENVIRONMENT,
+    DeltaNetInverse,
+    DeltaNetKernel,
+    select_deltanet_inverse,
+    select_deltanet_kernel,
+)
 from qwen35.layers import gated_deltanet
 from qwen35.layers.cache import DeltaNetState
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
@@ -44,6 +50,19 @@ def test_a_configured_kernel_is_taken_and_survives_saving(kernel: DeltaNetKernel
         assert select_deltanet_kernel(Qwen35InferenceConfig.load(tmp_path)) is kernel
 
 
+@pytest.mark.parametrize("inverse", DeltaNetInverse)
+def test_a_configured_inverse_is_taken_and_survives_saving(inverse: DeltaNetInverse, tmp_path: Path) -> None:
+    for given in (inverse, inverse.value):
+        config(deltanet_inverse=given).save(tmp_path)
+        assert select_deltanet_inverse(Qwen35InferenceConfig.load(tmp_path)) is inverse
+    assert select_deltanet_inverse(config()) is DeltaNetInverse.TILED
+
+
+def test_an_unknown_inverse_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(Qwen35ConfigError, match=r"deltanet_inverse='exact' is unknown; set it to tiled, plain"):
+        config(deltanet_inverse="exact")
+
+
 @pytest.mark.parametrize(("name", "kernel"), KERNEL_ENVIRONMENT.items())
 def test_the_environment_overrides_the_configuration(
     name: str, kernel: DeltaNetKernel, monkeypatch: pytest.MonkeyPatch
@@ -72,18 +91,21 @@ def test_a_kernel_for_other_head_sizes_is_an_error(tmp_path: Path) -> None:
         load_neuron(tmp_path, deltanet_kernel="fused")
 
 
-def mini_tokens(kernel: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mini_tokens(kernel: str, steps: int, inverse: str = "tiled") -> tuple[torch.Tensor, torch.Tensor]:
     encoded = encode(load_tokenizer(MINI_CHECKPOINT), ["The capital of France is", "3 + 4 ="])
     prompts = [
         ids[: int(n)].tolist() for ids, n in zip(encoded["input_ids"], encoded["attention_mask"].sum(1), strict=True)
     ]
-    model = load_neuron(MINI_CHECKPOINT, batch_size=2, seq_len=16, deltanet_kernel=kernel)
+    model = load_neuron(MINI_CHECKPOINT, batch_size=2, seq_len=16, deltanet_kernel=kernel, deltanet_inverse=inverse)
     return neuron_greedy(model, prompts, steps)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "chunked", "recurrent"])
-def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str) -> None:
-    tokens, logits = mini_tokens(kernel, 3)
+@pytest.mark.parametrize(
+    ("kernel", "inverse"),
+    [("fused", "tiled"), ("fused", "plain"), ("chunked", "tiled"), ("chunked", "plain"), ("recurrent", "tiled")],
+)
+def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str, inverse: str) -> None:
+    tokens, logits = mini_tokens(kernel, 3, inverse)
     expected_tokens, expected_logits = mini_tokens("torch", 3)
     assert torch.equal(tokens, expected_tokens)
     # float32 kernels: 5e-7 of the largest output of a layer, through six of them.

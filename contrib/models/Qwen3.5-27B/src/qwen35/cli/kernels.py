@@ -170,7 +170,7 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
         KernelName.FUSED: deltanet_fused_chunked_layer,
     }[case.kernel]
     inputs = _make_inputs(case)
-    options = {} if case.kernel is KernelName.DECODE else {"inverse": case.inverse.value}
+    options: dict[str, Any] = {} if case.kernel is KernelName.DECODE else {"inverse": case.inverse.value}
     try:
         result = nki_emulator.emulate(kernel, *inputs, grid=case.cores, **options)
     except (AssertionError, nki_emulator.NkiValidationError) as error:

@@ -287,9 +287,7 @@ def make_constants(shape: Shape) -> Constants:
     for i in range(levels + 1):
         nisa.tensor_scalar(dst=at_least[:, i, :], data=differ_f, op0=nl.greater_equal, operand0=float(side))
         side = 2 * side
-    nisa.tensor_tensor(
-        dst=merge, data1=at_least[:, 0:levels, :], data2=at_least[:, 1 : levels + 1, :], op=nl.subtract
-    )
+    nisa.tensor_tensor(dst=merge, data1=at_least[:, 0:levels, :], data2=at_least[:, 1 : levels + 1, :], op=nl.subtract)
     every_level = blocks.ap(pattern=[[W, C], [0, levels], [1, W]])
     nisa.tensor_tensor(dst=merge, data1=merge, data2=every_level, op=nl.add)
     return Constants(

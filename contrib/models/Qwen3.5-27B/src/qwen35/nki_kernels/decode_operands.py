@@ -126,7 +126,10 @@ def convolve(taps: Tensor, weights: Tensor, box: Box, t0: int, some: int) -> tup
                 pattern=[[2 * columns, PARTITIONS], [heads, sequences], [nr, nk], [1, nr]], offset=which * columns
             ),
             op=nl.silu,
-            data=sums.ap(pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, nk], [0, nr]], offset=first_rows[which]),
+            data=sums.ap(
+                pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, nk], [0, nr]],
+                offset=first_rows[which],
+            ),
         )
     nisa.activation(
         dst=rk_v.ap(pattern=[[2 * columns, PARTITIONS], [heads, sequences], [1, heads]], offset=columns),

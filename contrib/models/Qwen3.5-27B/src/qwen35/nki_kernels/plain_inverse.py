@@ -31,9 +31,7 @@ def start_plain(shape: Shape, consts: Constants, w: Work) -> None:
     n = nl.ndarray((C, R, C), dtype=nl.float32, buffer=nl.psum)
     for r in range(R):
         nisa.nc_matmul(dst=n[:, r], stationary=consts.identity16, moving=consts.identity16, accumulate=False)
-        nisa.nc_matmul(
-            dst=n[:, r], stationary=w.A[:, r], moving=consts.blocks, is_moving_onezero=True, accumulate=True
-        )
+        nisa.nc_matmul(dst=n[:, r], stationary=w.A[:, r], moving=consts.blocks, is_moving_onezero=True, accumulate=True)
     mask_plain(shape, consts, w, n, 0)
     w.n_t = w.A
 
@@ -45,9 +43,7 @@ def merge_plain(shape: Shape, consts: Constants, w: Work, level: int) -> None:
     merged_t = nl.ndarray((C, R, C), dtype=nl.float32, buffer=nl.psum)
     if level == inverse_levels(shape) - 1:
         for r in range(R):
-            nisa.nc_matmul(
-                dst=merged_t[:, r], stationary=consts.identity16, moving=consts.identity16, accumulate=False
-            )
+            nisa.nc_matmul(dst=merged_t[:, r], stationary=consts.identity16, moving=consts.identity16, accumulate=False)
             nisa.nc_matmul(dst=merged_t[:, r], stationary=step[:, r], moving=n_t[:, r], accumulate=True)
         nisa.tensor_copy(dst=w.T, src=merged_t, engine=nisa.engine.scalar)
     else:

@@ -392,7 +392,10 @@ BY_VERSION = {
     uses_new_name: (r"nki\.language\.fori_loop is not in NKI", ["0.3.0", "0.4.0", "0.5.0"]),
     uses_unknown_member: (r"nki\.isa\.engine\.matrix is not in NKI", VERSIONS),
     uses_new_parameter: ("has no parameter priority", ["0.3.0"]),
-    uses_moved_place: (r"argument 3 is (oob_mode in NKI 0.3.0, priority|priority in NKI 0.[456].0, oob_mode) in", VERSIONS),
+    uses_moved_place: (
+        r"argument 3 is (oob_mode in NKI 0.3.0, priority|priority in NKI 0.[456].0, oob_mode) in",
+        VERSIONS,
+    ),
     uses_too_few: ("needs operand0", VERSIONS),
     uses_too_many: ("takes 0 arguments", VERSIONS),
     uses_old_loop: ("static_range: use range", ["0.6.0"]),
