@@ -257,8 +257,8 @@ def write_outputs(shape: Shape, consts: Constants, w: Work, o: Tensor) -> None:
     """O = diag(1/|q| K^-0.5) ((Q K^T * D) U' + diag(d) Q S)."""
     C, V, R, s, c, key = shape.C, shape.V, w.unit.R, w.segment, w.chunk, w.unit.key
     out = nl.ndarray((C, R, V), dtype=nl.float32, buffer=nl.psum)
-    nisa.nc_matmul(dst=out, stationary=consts.identity, moving=w.q_state, accumulate=False)
     for r in range(R):
+        nisa.nc_matmul(dst=out[:, r], stationary=consts.identity, moving=w.q_state[:, r], accumulate=False)
         nisa.nc_matmul(dst=out[:, r], stationary=w.P[:, r], moving=w.u[:, r], accumulate=True)
     nisa.activation(dst=o[:, slice_heads(w.unit)], op=nl.copy, data=out, scale=s.q_scale[:, c, key : key + 1])
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import nki_emulator
-import nki_emulator.isa
 from qwen35.nki_kernels.chunk_pieces import PLAIN, TILED, Shape, Unit, Work, make_constants
 from qwen35.nki_kernels.chunked import FIRST_INVERSE_STAGE, PREPARE_STAGES, prepare
 from qwen35.nki_kernels.nki_seam import EMULATED, nisa, nl
@@ -53,30 +52,3 @@ def test_it_inverts_a_chunk_s_system(inverse: str, C: int, R: int, kind: str) ->
     assert error[worst] <= 1e-5 * np.abs(expected).max(), (
         f"at {worst}: off by {error[worst]:g} from {expected[worst]:g}"
     )
-
-
-def matmuls(inverse: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Keywords of every nc_matmul of one inversion."""
-    calls, nc_matmul = [], nki_emulator.isa.nc_matmul
-
-    def record(**keywords: Any) -> None:
-        calls.append(keywords)
-        nc_matmul(**keywords)
-
-    monkeypatch.setattr(nki_emulator.isa, "nc_matmul", record)
-    nki_emulator.emulate(invert, np.zeros((128, 3, 128), np.float32), inverse, timed=False)
-    return calls
-
-
-def test_the_plain_inverse_uses_the_whole_tensor_engine_and_ends_each_sum_before_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = matmuls(PLAIN, monkeypatch)
-    assert not any(call.get("tile_position") for call in calls)
-    for before, call in zip([{}, *calls[:-1]], calls, strict=True):
-        if call["accumulate"]:  # the matmul before it began the sum
-            assert not before["accumulate"] and str(before["dst"]) == str(call["dst"])
-
-
-def test_the_tiled_inverse_is_the_one_with_sub_arrays_off_the_corner(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert any(all(call.get("tile_position", (0, 0))) for call in matmuls(TILED, monkeypatch))
