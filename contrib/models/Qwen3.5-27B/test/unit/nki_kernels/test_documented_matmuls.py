@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -56,5 +57,5 @@ def test_a_sum_is_complete_before_another_begins(name: str, monkeypatch: pytest.
 def test_the_tiled_inverse_has_sub_arrays_off_the_corner_and_open_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = matmuls("deltanet_fused_chunked_layer", TILED, monkeypatch)
     assert any(all(call.get("tile_position", (0, 0))) for call in calls)
-    continued = [(a, b) for a, b in zip(calls[:-1], calls[1:], strict=True) if b.get("accumulate")]
+    continued = [(a, b) for a, b in pairwise(calls) if b.get("accumulate")]
     assert any(place(before) != place(call) for before, call in continued)
