@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the DeltaNet operators of `qwen35.ops` against those of transformers on this CPU, in float32.
 
-The two run in turn (ours, theirs, ours, ...), each ratio is that of a neighbouring pair, and the median of the ratios
-is printed, so that other work on the machine falls on both. Where threads have to share cores with other processes, set
+The two run in turn (ours, theirs, ours, ...) and each ratio is that of a neighbouring pair, so that other work on the
+machine falls on both. Where threads have to share cores with other processes, set
 OMP_WAIT_POLICY=passive: spinning threads otherwise measure the scheduler.
 """
 
@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
+
+from paired import HEADER, PAIRS, Paired
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -35,38 +37,30 @@ DECODE_STEPS = 50
 Operator = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One comparison; times are medians in milliseconds per call."""
+class Row(NamedTuple):
+    """One comparison; times per call."""
 
     name: str
-    ours_ms: float
-    transformers_ms: float
-    ratio: float
+    threads: int
+    times: Paired
     max_difference: float
 
 
-def compare(name: str, ours: Operator, other: Operator, calls: int, repeats: int) -> Row:
-    """Times `calls` calls of each in turn, `repeats` times, after one call of each to warm up and to compare."""
+def compare(name: str, ours: Operator, other: Operator, calls: int, threads: int) -> Row:
+    """Times `calls` calls of each in turn, after one call of each to warm up and to compare."""
+    torch.set_num_threads(threads)
 
-    def milliseconds(operator: Operator) -> float:
+    def seconds(operator: Operator) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             operator()
-        return (time.perf_counter() - start) * 1e3 / calls
+        return (time.perf_counter() - start) / calls
 
     difference = max((a - b).abs().max().item() for a, b in zip(ours(), other(), strict=True))
-    pairs = [(milliseconds(ours), milliseconds(other)) for _ in range(repeats)]
-    return Row(
-        name,
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(b / a for a, b in pairs),
-        difference,
-    )
+    return Row(name, threads, Paired.of([(seconds(ours), seconds(other)) for _ in range(PAIRS)]), difference)
 
 
-def delta_rule(args: argparse.Namespace, tokens: int) -> Row:
+def delta_rule(args: argparse.Namespace, tokens: int, threads: int) -> Row:
     """The chunked form for a prompt, the recurrent one for a single token."""
     rng = torch.Generator().manual_seed(0)
     B, H, Hk, D = args.batch, args.heads, args.key_heads, args.head_dim
@@ -80,7 +74,7 @@ def delta_rule(args: argparse.Namespace, tokens: int) -> Row:
             lambda: chunk_gated_delta_rule(*x),
             lambda: theirs.torch_chunk_gated_delta_rule(*x, initial_state=None, **options),
             1,
-            args.repeats,
+            threads,
         )
     state = torch.randn(B, H, D, D, generator=rng)
     return compare(
@@ -88,11 +82,11 @@ def delta_rule(args: argparse.Namespace, tokens: int) -> Row:
         lambda: recurrent_gated_delta_rule(*x, state),
         lambda: theirs.torch_recurrent_gated_delta_rule(*x, initial_state=state, **options),
         DECODE_STEPS,
-        args.repeats,
+        threads,
     )
 
 
-def convolution(args: argparse.Namespace, tokens: int) -> Row:
+def convolution(args: argparse.Namespace, tokens: int, threads: int) -> Row:
     """Both from [B, S, Ch] to [B, S, Ch] with the new state, transposes of transformers' layout included."""
     rng = torch.Generator().manual_seed(0)
     channels = (2 * args.key_heads + args.heads) * args.head_dim
@@ -113,7 +107,7 @@ def convolution(args: argparse.Namespace, tokens: int) -> Row:
 
     name = f"causal conv, {tokens} tokens" if tokens > 1 else "causal conv, decode step"
     other, calls = (prefill, 1) if tokens > 1 else (step, DECODE_STEPS)
-    return compare(name, lambda: causal_conv(x, weight, state), other, calls, args.repeats)
+    return compare(name, lambda: causal_conv(x, weight, state), other, calls, threads)
 
 
 def main() -> None:
@@ -123,31 +117,32 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128, help="of keys and of values")
     parser.add_argument("--tokens", type=int, default=1024, help="prompt length, above 1")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7, help="pairs timed for each row")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
 
-    torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()  # it warns that it runs in plain PyTorch, which is what is compared
     with torch.inference_mode():
-        rows = [measure(args, tokens) for measure in (delta_rule, convolution) for tokens in (args.tokens, 1)]
+        rows = [
+            measure(args, tokens, threads)
+            for measure in (delta_rule, convolution)
+            for tokens in (args.tokens, 1)
+            for threads in args.threads
+        ]
 
     if args.json:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        print(json.dumps({**vars(args), **versions, "load": os.getloadavg(), "rows": [asdict(row) for row in rows]}))
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "load": os.getloadavg()}
+        listed = [{**row._asdict(), "times": asdict(row.times)} for row in rows]
+        print(json.dumps({**vars(args), **versions, "rows": listed}))
         return
     print(
-        f"{args.heads} value heads, {args.key_heads} key heads, head_dim {args.head_dim}, batch {args.batch}, float32, "
-        f"{args.threads} threads\ntorch {torch.__version__}, transformers {transformers.__version__}, "
-        f"load average {os.getloadavg()[0]:.1f}, median of {args.repeats} pairs\n"
+        f"{args.heads} value heads, {args.key_heads} key heads, head_dim {args.head_dim}, batch {args.batch}, float32\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, load average {os.getloadavg()[0]:.1f}, "
+        f"{PAIRS} pairs\n"
     )
-    print(f"{'':28}{'ours':>12}{'transformers':>16}{'ratio':>9}{'max |difference|':>20}")
+    print(f"{'':28}{'threads':>7}{HEADER}  max |difference|")
     for row in rows:
-        print(
-            f"{row.name:28}{row.ours_ms:>9.3f} ms{row.transformers_ms:>13.3f} ms{row.ratio:>8.2f}x"
-            f"{row.max_difference:>20.1e}"
-        )
+        print(f"{row.name:28}{row.threads:>7}{row.times}{row.max_difference:>10.1e}")
 
 
 if __name__ == "__main__":

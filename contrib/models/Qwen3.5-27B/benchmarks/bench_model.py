@@ -3,18 +3,17 @@
 """Whole-model speed on this CPU, ours against transformers', on the same weights, threads and tokens.
 
 Prefill is one forward pass over the prompt that fills the caches and gives the last token's logits; decoding is one
-pass a token from there. The two sides run in turn, so that a busy machine slows both; the ratio is the median of the
-pairs.
+pass a token from there. The two sides run in turn, ten times, so that a busy machine slows both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
+from paired import HEADER, PAIRS, Paired
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.serving.loading import MINI_CHECKPOINT
 
-# About 100 M parameters with the head ratios of 27B: 3 value heads a key head, 6 query heads a KV head.
+# About 100 M parameters with the head ratios of 27B: 3 value heads per key head, 6 query heads per KV head.
 CONFIG_100M = dict(
     vocab_size=8192,
     hidden_size=512,
@@ -96,66 +96,57 @@ def time_decoding(side: Side, position: int, token: int, steps: int) -> tuple[fl
 
 
 @torch.inference_mode()
-def compare(name: str, path: Path, reference: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(name: str, path: Path, reference: Any, threads: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(threads)
     vocabulary = reference.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     sides = (ours(path, args.tokens, args.steps), transformers_side(reference))
-    prefills, decodings = [], []
-    for _ in tqdm(range(args.repeats + 1), desc=name):
+    prefills, decodings, same = [], [], True
+    for _ in tqdm(range(PAIRS + 1), desc=f"{name}, {threads} threads"):
         filled = [time_prefill(side, ids) for side in sides]
         decoded = [
             time_decoding(side, args.tokens, token, args.steps) for side, (_, token) in zip(sides, filled, strict=True)
         ]
-        prefills.append([seconds for seconds, _ in filled])
-        decodings.append(decoded)
-    same = all(mine == theirs for (_, mine), (_, theirs) in decodings)
-    rows = []
-    # The first pair warms both sides up.
-    for what, pairs in (
-        (f"prefill of {args.tokens} tokens", prefills[1:]),
-        ("decoding, per token", [[seconds for seconds, _ in pair] for pair in decodings[1:]]),
-    ):
-        rows.append(
-            {
-                "model": name,
-                "what": what,
-                "ours_ms": 1e3 * statistics.median(mine for mine, _ in pairs),
-                "transformers_ms": 1e3 * statistics.median(theirs for _, theirs in pairs),
-                "ratio": statistics.median(theirs / mine for mine, theirs in pairs),
-                "same_tokens": same,
-            }
-        )
-    return rows
+        prefills.append((filled[0][0], filled[1][0]))
+        decodings.append((decoded[0][0], decoded[1][0]))
+        same = same and decoded[0][1] == decoded[1][1]
+    return [
+        {"model": name, "what": what, "threads": threads, "same_tokens": same, **asdict(Paired.of(pairs[1:]))}
+        for what, pairs in ((f"prefill of {args.tokens} tokens", prefills), ("decoding, per token", decodings))
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024, help="length of the prompt")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded after it")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     mini = Qwen3_5ForConditionalGeneration.from_pretrained(MINI_CHECKPOINT, dtype=torch.float32).eval()
-    rows = compare("mini", MINI_CHECKPOINT, mini, args)
+    random_model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**CONFIG_100M)).eval()
+    parameters = sum(p.numel() for p in random_model.parameters()) / 1e6
     with tempfile.TemporaryDirectory() as path:
-        random_model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**CONFIG_100M)).eval()
         random_model.save_pretrained(path)
-        parameters = sum(p.numel() for p in random_model.parameters()) / 1e6
-        rows += compare(f"random, {parameters:.0f} M", Path(path), random_model, args)
-
+        rows = [
+            row
+            for name, checkpoint, reference in (
+                ("mini", MINI_CHECKPOINT, mini),
+                (f"random, {parameters:.0f} M", Path(path), random_model),
+            )
+            for threads in args.threads
+            for row in compare(name, checkpoint, reference, threads, args)
+        ]
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{'model':<16} {'what':<24} {'ours':>10} {'transformers':>13} {'ratio':>7}  same greedy tokens")
+    print(f"{'model':<16} {'what':<24} {'threads':>7}{HEADER}")
     for row in rows:
-        print(
-            f"{row['model']:<16} {row['what']:<24} {row['ours_ms']:>7.2f} ms {row['transformers_ms']:>10.2f} ms "
-            f"{row['ratio']:>6.2f}x  {row['same_tokens']}"
-        )
+        figures = Paired(**{field.name: row[field.name] for field in fields(Paired)})
+        tokens = "same greedy tokens" if row["same_tokens"] else "OTHER TOKENS"
+        print(f"{row['model']:<16} {row['what']:<24} {row['threads']:>7}{figures}  {tokens}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "FinishReason": "serving.request",
-    "HuggingFaceGenerationAdapter": "nxdi",
+    "HuggingFaceGenerationAdapter": "serving.hf_adapter",
     "NeuronConfig": "nxdi",
     "NeuronGatedDeltaNet": "layers.gated_deltanet",
     "NeuronQwen35Attention": "layers.attention",
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from .layers.mlp import Qwen35MLP
     from .modeling_qwen35 import NeuronQwen35DecoderLayer, NeuronQwen35ForCausalLM, NeuronQwen35Model
     from .modeling_qwen35_vl import NeuronQwen35VLForCausalLM, NeuronQwen35VLModel
-    from .nxdi import HuggingFaceGenerationAdapter, NeuronConfig, OnDeviceSamplingConfig
+    from .nxdi import NeuronConfig, OnDeviceSamplingConfig
     from .serving.engine import Qwen35Engine
+    from .serving.hf_adapter import HuggingFaceGenerationAdapter
     from .serving.prefix_cache import PrefixCache
     from .serving.request import FinishReason, Request, StepOutput
     from .serving.sampling import SamplingOptions

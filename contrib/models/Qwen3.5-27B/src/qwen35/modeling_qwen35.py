@@ -36,7 +36,14 @@ from .memory.counting import RankBytes, count_bytes
 from .memory.fit import require_fits
 from .nxdi import ModelWrapper, NeuronBaseForCausalLM, NeuronBaseModel, as_rank
 from .phase import Phase, Submodel, phase_of, real_tokens
-from .submodels import ModelInputs, Qwen35ModelWrapper, cache_entries, require_float32, select_rows
+from .submodels import (
+    ModelInputs,
+    Qwen35ModelWrapper,
+    align_tokens,
+    cache_entries,
+    require_float32,
+    select_rows,
+)
 from .weights.checkpoint import CheckpointReader
 from .weights.sharding import StreamedSharding
 from .weights.text_rules import convert_checkpoint
@@ -267,27 +274,26 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
 
         input_ids [B, S] are prompts, when `position_ids` [B, S] start at 0; or the next token of each row; or, with
         `prefill_chunk_size`, the next tokens of prompts: position_ids then count on, 0 at padding, and attention_mask
-        [B, cached tokens] tells what is cached. Prompts longer than a chunk are cut here.
+        [B, cached tokens] tells what is cached. Prompts may be padded on either side, as attention_mask [B, S] tells;
+        those longer than a chunk are cut here.
 
         Args:
             phase: what the call does, by default what `phase_of` derives from position_ids: one next token per row is
                 then a decoding step, although it may be the last token of a prompt.
 
         Raises:
-            ValueError: an id is not that of a slot, or is given twice; a prompt is continued by more tokens than a
-                chunk, or without prefill_chunk_size; or some rows begin a prompt and others do not.
+            ValueError: an id is not that of a slot, or is given twice; there are more rows than slots; a prompt is
+                continued by more tokens than a chunk, or without prefill_chunk_size; some rows begin a prompt and
+                others do not; or the padding is not on one side of each prompt.
         """
-        phase = phase_of(position_ids) if phase is None else phase
-        if phase is Phase.TOKEN_GENERATION and attention_mask is not None:
-            # A step goes to the place after the cached tokens. NxDI's adapter takes the largest position of the prompt,
-            # which for a prompt of one token is that of its padding.
-            position_ids = attention_mask.sum(dim=1, keepdim=True)
+        phase = phase_of(position_ids, attention_mask) if phase is None else phase
+        assert position_ids is not None, "phase_of wants them, and who gives a phase has them"
+        input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
         if kwargs.get("sampling_params") is None:
             # NxDI's default has the rows of a decoding batch, a shape that other submodels were not compiled for.
             kwargs["sampling_params"] = self.default_sampling_params[:1].repeat(input_ids.shape[0], 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
-        if seq_ids is None:
-            return self._forward_in_order(phase, torch.arange(input_ids.shape[0]), **inputs)
+        seq_ids = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids
         slots, ids = self.neuron_config.kv_cache_batch_size, seq_ids.tolist()
         if len({*ids}) < len(ids) or min(ids) < 0 or max(ids) >= slots:
             raise ValueError(

@@ -25,7 +25,7 @@ from .configuration_qwen35_vl import MEDIA_TOKENS, Qwen35VLInferenceConfig
 from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model
 from .nxdi import ModelWrapper
 from .phase import Phase, Submodel, phase_of
-from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper
+from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper, align_tokens
 from .vision.encoder import NeuronQwen35VisionModel
 from .vision.positions import checked_grids
 from .vision.rope_index import get_rope_index
@@ -207,7 +207,9 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images goes on
                 without `placed`.
         """
-        phase = phase_of(position_ids) if phase is None else phase
+        phase = phase_of(position_ids, attention_mask) if phase is None else phase
+        assert position_ids is not None, "phase_of wants them, and who gives a phase has them"
+        input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
         slots = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
         begins = phase is Phase.CONTEXT_ENCODING
         if begins and placed is None and not (image_grid_thw is None and video_grid_thw is None):
@@ -223,9 +225,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         elif begins:
             self.rope_deltas[slots] = 0
         elif phase is Phase.TOKEN_GENERATION:
-            index = position_ids if attention_mask is None else attention_mask.sum(dim=1, keepdim=True)
-            assert index is not None, "the phase was told from it"
-            extra = media_arguments(index + self.rope_deltas[slots].unsqueeze(1))
+            extra = media_arguments(position_ids + self.rope_deltas[slots].unsqueeze(1))
         elif self.rope_deltas[slots].any():
             raise ValueError(
                 f"seq_ids={slots.tolist()} hold prompts with images, and placed is None: pass the next columns of what "

@@ -35,23 +35,35 @@ class Phase(Enum):
         return self is not Phase.CONTEXT_ENCODING
 
 
-def phase_of(position_ids: torch.Tensor | None) -> Phase:
-    """The phase of a call with positions [B, S]. Prompts begin at position 0; padding has it too, but comes last.
+def phase_of(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None) -> Phase:
+    """The phase of a call with positions [B, S]: prompts begin at position 0.
+
+    Where attention_mask is [B, S], too, it tells where the tokens of a left-padded prompt begin.
 
     Raises:
-        ValueError: there are none; or some rows begin a prompt and others do not, calls of different submodels.
+        ValueError: there are no positions; or some rows begin a prompt and others do not, calls of different submodels.
     """
     if position_ids is None:
         raise ValueError("position_ids is None: NxDI's forward needs them; the prompt's count from 0")
-    begins = position_ids[:, 0] == 0
+    first = position_ids[:, 0]
+    if attention_mask is not None and attention_mask.shape == position_ids.shape:
+        first_real = position_ids.gather(1, first_tokens(attention_mask)).squeeze(1)
+        no_token = (attention_mask == 0).all(dim=1)  # of a prompt, then; `align_tokens` refuses it
+        first = torch.where(no_token, 0, torch.minimum(first, first_real))
+    begins = first == 0
     if begins.any() and not begins.all():
         raise ValueError(
-            f"position_ids start at {position_ids[:, 0].tolist()}: rows that begin a prompt, at 0, and other rows are "
-            "for different submodels; pass them in calls of their own"
+            f"position_ids start at {first.tolist()}: rows that begin a prompt, at 0, and other rows are for different "
+            "submodels; pass them in calls of their own"
         )
     if begins.any():
         return Phase.CONTEXT_ENCODING
     return Phase.TOKEN_GENERATION if position_ids.shape[1] == 1 else Phase.CONTINUATION
+
+
+def first_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The column [B, 1] of the first real token of each row of attention_mask [B, S]."""
+    return (attention_mask > 0).int().argmax(dim=1, keepdim=True)
 
 
 def real_tokens(position_ids: torch.Tensor, phase: Phase) -> torch.Tensor | None:

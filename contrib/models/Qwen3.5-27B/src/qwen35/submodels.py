@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from .layers.cache import rows_are_slots
 from .nxdi import DecoderModelInstance, ModelWrapper, NeuronBaseModel
-from .phase import Phase, submodel_of
+from .phase import Phase, first_tokens, submodel_of
 
 FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
 """Endings of the names of parameters that are float32 whatever `torch_dtype` is."""
@@ -83,6 +83,52 @@ def select_rows(value: Any, rows: int, chosen: torch.Tensor | slice) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
         return value[chosen]
     return value
+
+
+class CallTokens(NamedTuple):
+    """The tokens of a call, padded on the right; shapes as in `ModelInputs`."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+
+
+def align_tokens(
+    phase: Phase, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+) -> CallTokens:
+    """A call as the submodels want it, of one that is padded on either side.
+
+    The state of a prompt is read after its last token, and its keys are in the cache from position 0 on: padding on the
+    left moves to the right, in the prompt and in the mask of what is cached. A decoding step goes to the place after
+    the cached tokens; NxDI's adapter takes the largest position of the prompt, which may be that of padding.
+
+    Raises:
+        ValueError: the mask of a prompt has another shape, no tokens in a row, or zeros between the tokens of a row.
+    """
+    if attention_mask is None or phase is Phase.CONTINUATION:
+        return CallTokens(input_ids, attention_mask, position_ids)
+    lengths = attention_mask.sum(dim=1, keepdim=True)
+    index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    aligned_mask = (index < lengths).to(attention_mask.dtype)
+    if phase is Phase.TOKEN_GENERATION:
+        return CallTokens(input_ids, aligned_mask, lengths)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}, input_ids of prompts {list(input_ids.shape)}: "
+            "pass one of the same shape, 1 at tokens and 0 at padding"
+        )
+    source = (first_tokens(attention_mask) + index).clamp(max=attention_mask.shape[1] - 1)
+    ill = ((attention_mask.gather(1, source) > 0) & (index < lengths)).sum(dim=1, keepdim=True) != lengths
+    if (ill | (lengths == 0)).any():
+        row = int((ill | (lengths == 0)).flatten().int().argmax())
+        what = "has zeros between its tokens" if lengths[row] else "has no token"
+        raise ValueError(
+            f"attention_mask {what} in row {row}: pad each prompt on one side, and give it a token at least"
+        )
+    real = aligned_mask > 0
+    return CallTokens(
+        torch.where(real, input_ids.gather(1, source), 0), aligned_mask, torch.where(real, index.expand_as(source), 0)
+    )
 
 
 def require_float32(module: NeuronBaseModel) -> None:

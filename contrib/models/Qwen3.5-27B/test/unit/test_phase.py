@@ -31,6 +31,8 @@ def decisions(source: str) -> list[str]:
 
 def _decides(node: ast.AST, counts: set[str]) -> bool:
     if isinstance(node, ast.Compare):
+        if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+            return False  # whether something is given at all
         operands = [node.left, *node.comparators]
         parts = [part for operand in operands for part in ast.walk(operand)]
         numbers = any(isinstance(operand, ast.Constant) or _name(operand).isupper() for operand in operands)

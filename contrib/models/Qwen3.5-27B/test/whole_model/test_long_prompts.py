@@ -186,7 +186,7 @@ def test_an_image_may_end_in_a_chunk_of_one_token(tmp_path: Path) -> None:
 
 def test_a_prompt_longer_than_the_context_is_refused_before_its_first_chunk(path: Path) -> None:
     model = load_neuron(path, seq_len=96, prefill_chunk_size=64)
-    with pytest.raises(ValueError, match=r"prompt of 97 tokens exceeds seq_len=96"):
+    with pytest.raises(ValueError, match=r"prompt of 97 tokens with 1 new ones exceeds seq_len=96"):
         neuron_greedy(model, random_prompts([97]), 1)
     state = model.models[0].model.kv_mgr.past_key_values
     assert not any(entry.any() for entry in state)

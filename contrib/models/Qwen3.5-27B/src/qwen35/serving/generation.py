@@ -20,8 +20,8 @@ from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
-from ..nxdi import HuggingFaceGenerationAdapter
 from ..vision.processing import VisionProcessor
+from .hf_adapter import HuggingFaceGenerationAdapter
 from .loading import load_generation_config
 from .prompts import Messages, encode, encode_chat, load_tokenizer
 from .sampling import GREEDY, SamplingOptions

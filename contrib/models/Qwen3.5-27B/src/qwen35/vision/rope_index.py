@@ -71,6 +71,36 @@ def get_rope_index(
     return position_ids, torch.tensor(deltas)
 
 
+def media_of_rows(
+    config: Qwen35VLInferenceConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    image_grid_thw: torch.Tensor | None,
+    video_grid_thw: torch.Tensor | None,
+) -> list[dict[str, list[int]]]:
+    """For each row, which images and which videos are its own: indices into image_grid_thw and video_grid_thw, by name.
+
+    Raises:
+        ValueError: as `get_rope_index`, whose arguments these are.
+    """
+    get_rope_index(config, input_ids, attention_mask, image_grid_thw, video_grid_thw)
+    ids = input_ids.masked_fill(attention_mask == 0, -1)
+    rows: list[dict[str, list[int]]] = [{} for _ in ids]
+    for name, token, grids in (
+        ("image_grid_thw", config.image_token_id, image_grid_thw),
+        ("video_grid_thw", config.video_token_id, video_grid_thw),
+    ):
+        assert token is not None, "the configuration was validated"
+        sizes = [] if grids is None else (grids.prod(dim=1) // config.vision.merge_unit).tolist()
+        first = 0
+        for row, left in zip(rows, ids.eq(token).sum(dim=1).tolist(), strict=True):
+            stop = first
+            while left > 0:
+                left, stop = left - sizes[stop], stop + 1
+            row[name], first = [*range(first, stop)], stop
+    return rows
+
+
 def _row_positions(row: int, tokens: list[int], media: dict[int, _Medium]) -> torch.Tensor:
     """Positions [3, S] of one prompt's tokens; the frames of its placeholders are taken from `media`.
 

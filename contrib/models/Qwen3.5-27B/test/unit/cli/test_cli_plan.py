@@ -82,4 +82,4 @@ class TestReport:
             write_png(of_27b_at_256k(), plan_of_256k(), tmp_path / "plan.png")
 
     def test_the_readme_shows_the_recommended_configurations_as_they_are(self) -> None:
-        assert recommended_as_markdown() in (MODEL_ROOT / "README.md").read_text()
+        assert recommended_as_markdown() in (MODEL_ROOT / "docs" / "what_fits.md").read_text()

@@ -1,0 +1,184 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' `generate` over the model: any number of rows, padded on either side; what cannot be right is refused.
+
+Letters: B rows, S tokens of the longest prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode
+
+from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from ..nxdi import HuggingFaceGenerationAdapter as NxDIGenerationAdapter
+from ..vision.rope_index import media_of_rows
+
+_RUNNABLE = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
+_MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+
+
+class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
+    """NxDI's adapter for `NeuronQwen35ForCausalLM` and `NeuronQwen35VLForCausalLM`, under its name.
+
+    More rows than the cache has slots run one group after the other.
+    """
+
+    neuron_model: NeuronQwen35ForCausalLM
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate`: greedy or sampled, with its logits processors and stopping criteria.
+
+        Args:
+            inputs: or input_ids, [B, S], padded on either side as attention_mask [B, S] tells; not padded without it.
+            generation_config: the model's own by default; options among kwargs win over it.
+            kwargs: as for transformers, with pixels and grids of images and videos as the processor gives them.
+
+        Raises:
+            ValueError: an option that the model has no form of (beams, assistants, guidance, hidden states), or
+                prompts that do not fit with their answers; each with its remedy, before anything has run.
+        """
+        ids = kwargs.setdefault("input_ids", inputs)
+        if ids is None:
+            raise ValueError("input_ids is None: give token ids [B, S], inputs_embeds alone are not enough")
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones_like(ids)
+        config = self._merged_config(generation_config, kwargs)
+        problems = [*self._problems(config, kwargs)]
+        if problems:
+            raise ValueError("generate cannot run this: " + "; ".join(problems))
+        if (streamer := kwargs.pop("streamer", None)) is not None:
+            streamer.put(ids.cpu())
+            criteria = [*(kwargs.get("stopping_criteria") or []), _Streaming(streamer)]
+            kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
+        with _without_padding_warning():
+            output = self._generate_in_groups(config, generation_config, kwargs)
+        if streamer is not None:
+            streamer.end()
+        return output
+
+    def _merged_config(self, given: GenerationConfig | None, kwargs: Mapping[str, Any]) -> GenerationConfig:
+        """What transformers makes of a generation_config and of the options among `kwargs`."""
+        options = {name: value for name, value in kwargs.items() if name in GenerationConfig().to_dict()}
+        config: GenerationConfig = self._prepare_generation_config(given, **options)[0]
+        return config
+
+    def _problems(self, config: GenerationConfig, kwargs: Mapping[str, Any]) -> Iterator[str]:
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        if mode not in _RUNNABLE:
+            yield f"{mode.value} needs to reorder or rewind the DeltaNet states: set num_beams=1 and no assistant"
+        if config.guidance_scale not in (None, 1, 1.0):
+            yield f"guidance_scale={config.guidance_scale} needs a second pass without the prompt: leave it out"
+        for name in ("output_hidden_states", "output_attentions"):
+            if config.return_dict_in_generate and getattr(config, name):
+                yield f"{name}=True: a compiled model returns logits only, set it to False"
+        for name in ("inputs_embeds", "past_key_values"):
+            if kwargs.get(name) is not None:
+                yield f"{name} is given: the model has its own embedding and cache, pass input_ids"
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        rows = ids.shape[0] * (config.num_return_sequences or 1)
+        slots = self.neuron_config.kv_cache_batch_size
+        if rows > slots and config.return_dict_in_generate and (config.output_scores or config.output_logits):
+            yield (
+                f"output_scores or output_logits of {rows} sequences, in groups of kv_cache_batch_size={slots} which "
+                "may end at different steps: pass fewer rows, or raise kv_cache_batch_size"
+            )
+        if rows > slots and kwargs.get("streamer") is not None:
+            yield f"streamer of {rows} sequences, with kv_cache_batch_size={slots}: stream one prompt at a time"
+        longest, seq_len = int(mask.sum(dim=1).max()), self.neuron_config.seq_len
+        new = config.max_length - ids.shape[1] if config.max_new_tokens is None else config.max_new_tokens
+        if new > 0 and longest + new - 1 > seq_len:  # the last new token is not taken in
+            yield (
+                f"a prompt of {longest} tokens with {new} new ones exceeds seq_len={seq_len}: shorten the prompt, "
+                "lower max_new_tokens, or compile for a longer seq_len"
+            )
+
+    def _generate_in_groups(
+        self, config: GenerationConfig, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> Any:
+        """NxDI's generate for as many sequences at a time as there are slots.
+
+        A group that ends earlier is padded like a row that does. Copies of a row (num_return_sequences) are made here,
+        since transformers would copy single patches of its images.
+        """
+        rows = torch.arange(kwargs["input_ids"].shape[0])
+        groups = rows.repeat_interleave(config.num_return_sequences or 1).split(self.neuron_config.kv_cache_batch_size)
+        if len(groups) == 1 and torch.equal(groups[0], rows):
+            return super().generate(generation_config=generation_config, **kwargs)
+        outputs = []
+        for group in groups:
+            options = {**kwargs, **self._rows_of(group, kwargs), "num_return_sequences": 1}
+            outputs.append(super().generate(generation_config=generation_config, **options))
+        if len(groups) == 1:
+            return outputs[0]
+        sequences = [output.sequences if config.return_dict_in_generate else output for output in outputs]
+        length = max(group.shape[1] for group in sequences)
+        padded = [F.pad(group, (0, length - group.shape[1]), value=_pad_token(config)) for group in sequences]
+        if not config.return_dict_in_generate:
+            return torch.cat(padded)
+        outputs[-1].sequences = torch.cat(padded)
+        return outputs[-1]
+
+    def _rows_of(self, group: torch.Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of some rows, with the images and videos that are theirs."""
+        total = kwargs["input_ids"].shape[0]
+        chosen: dict[str, Any] = {
+            name: value[group]
+            for name, value in kwargs.items()
+            if isinstance(value, torch.Tensor) and value.shape[:1] == (total,) and name not in sum(_MEDIA, ())
+        }
+        if any(kwargs.get(grids) is not None for _, grids in _MEDIA):
+            assert isinstance(self.neuron_model, NeuronQwen35VLForCausalLM), "the model takes media"
+            grids = {name: kwargs.get(name) for _, name in _MEDIA}
+            of_rows = media_of_rows(self.neuron_model.config, kwargs["input_ids"], kwargs["attention_mask"], **grids)
+            for pixels_name, grids_name in _MEDIA:
+                if kwargs.get(grids_name) is None:
+                    continue
+                index = [i for row in group.tolist() for i in of_rows[row][grids_name]]
+                media = kwargs[pixels_name].split(kwargs[grids_name].prod(dim=1).tolist())
+                empty = kwargs[pixels_name][:0]
+                chosen[pixels_name] = torch.cat([empty, *(media[i] for i in index)]) if index else None
+                chosen[grids_name] = kwargs[grids_name][index] if index else None
+        return chosen
+
+
+def _pad_token(config: GenerationConfig) -> int:
+    eos = config.eos_token_id
+    first = eos[0] if isinstance(eos, (list, tuple)) else eos
+    return next((token for token in (config.pad_token_id, first) if token is not None), 0)
+
+
+class _Streaming(StoppingCriteria):
+    """Never stops anything: it hands the token of each step to a streamer, which NxDI's loop does not know."""
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.streamer.put(input_ids[:, -1].cpu())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@contextmanager
+def _without_padding_warning() -> Iterator[None]:
+    """Without transformers' advice to pad on the left, which is for models that cannot do else."""
+    logger = logging.getLogger("transformers.generation.utils")
+
+    def relevant(record: logging.LogRecord) -> bool:
+        return "right-padding was detected" not in record.getMessage()
+
+    logger.addFilter(relevant)
+    try:
+        yield
+    finally:
+        logger.removeFilter(relevant)

@@ -1,0 +1,211 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' generate over our model: padding, numbers of rows, copies and media as transformers has them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, TextStreamer
+
+from qwen35 import HuggingFaceGenerationAdapter, NeuronQwen35ForCausalLM
+from support.models import load_neuron, random_prompts
+from support.oracle import reference_greedy, save_reference, transformers_model, vl_reference_greedy
+from support.vl_cases import EXAMPLE, load, media, options, save_vl_checkpoint
+
+STEPS, SEQ_LEN, SLOTS = 6, 64, 3
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    save_reference(path, seed=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(path: Path) -> Any:
+    return transformers_model(path)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> NeuronQwen35ForCausalLM:
+    return load_neuron(path, batch_size=SLOTS, seq_len=SEQ_LEN)
+
+
+def padded(prompts: list[list[int]], sides: list[str], extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask with padding of 7, a real id, on the side named for each row."""
+    length = max(map(len, prompts)) + extra
+    ids, mask = [], []
+    for prompt, side in zip(prompts, sides, strict=True):
+        blank = [7] * (length - len(prompt))
+        ids.append(blank + prompt if side == "left" else prompt + blank)
+        mask.append([0] * len(blank) + [1] * len(prompt) if side == "left" else [1] * len(prompt) + [0] * len(blank))
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def greedy(**more: Any) -> GenerationConfig:
+    return GenerationConfig(do_sample=False, max_new_tokens=STEPS, pad_token_id=0, eos_token_id=None, **more)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_rows_padded_on_either_side_give_what_they_give_alone(chunk: int | None, path: Path, reference: Any) -> None:
+    adapter = HuggingFaceGenerationAdapter(
+        load_neuron(path, batch_size=SLOTS, seq_len=SEQ_LEN, prefill_chunk_size=chunk)
+    )
+
+    @settings(max_examples=15)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=2 * SLOTS))
+        prompts = random_prompts(lengths, seed=data.draw(st.integers(0, 99)))
+        sides = data.draw(st.lists(st.sampled_from(("left", "right")), min_size=len(lengths), max_size=len(lengths)))
+        ids, mask = padded(prompts, sides, data.draw(st.integers(0, 3)))
+        output = adapter.generate(ids, attention_mask=mask, generation_config=greedy())
+        assert torch.equal(output[:, : ids.shape[1]], ids)
+        assert torch.equal(output[:, ids.shape[1] :], reference_greedy(reference, prompts, STEPS)[0])
+
+    run()
+
+
+@pytest.mark.parametrize("positions", ["counted from the first token", "counted over the columns"])
+def test_a_left_padded_call_of_the_model_gives_the_logits_of_a_right_padded_one(
+    positions: str, model: NeuronQwen35ForCausalLM
+) -> None:
+    prompts = random_prompts([3, 9, 5])
+    (left, left_mask), (right, right_mask) = padded(prompts, ["left"] * 3), padded(prompts, ["right"] * 3)
+    counted = (left_mask.cumsum(1) - 1).masked_fill(left_mask == 0, 1)
+    columns = torch.arange(left.shape[1]).repeat(3, 1)
+    expected = model(right, attention_mask=right_mask, position_ids=columns).logits
+    given_positions = counted if positions == "counted from the first token" else columns
+    assert torch.equal(model(left, attention_mask=left_mask, position_ids=given_positions).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"), [([1, 0, 1], "has zeros between its tokens"), ([0, 0, 0], "has no token")], ids=["hole", "empty"]
+)
+def test_a_mask_that_is_no_padding_is_refused(row: list[int], what: str, model: NeuronQwen35ForCausalLM) -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(ValueError, match=f"attention_mask {what} in row 1"):
+        HuggingFaceGenerationAdapter(model).generate(
+            ids, attention_mask=torch.tensor([[1, 1, 1], row]), generation_config=greedy()
+        )
+
+
+def test_more_rows_than_slots_in_a_call_of_the_model_are_refused(model: NeuronQwen35ForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"seq_ids=\[0, 1, 2, 3\].*raise kv_cache_batch_size=3"):
+        model(torch.ones(4, 2, dtype=torch.long), position_ids=torch.arange(2).repeat(4, 1))
+
+
+def test_a_group_that_ends_earlier_is_padded_like_a_row_that_does(
+    model: NeuronQwen35ForCausalLM, reference: Any
+) -> None:
+    prompts = random_prompts([4] * 4, seed=8)
+    alone, _ = reference_greedy(reference, prompts, STEPS)
+    eos = int(alone[3, 1])  # of the second group; the first has the row that goes on longest
+    output = HuggingFaceGenerationAdapter(model).generate(
+        torch.tensor(prompts),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=STEPS, pad_token_id=0, eos_token_id=eos),
+    )
+    for tokens, row in zip(alone.tolist(), output[:, 4:].tolist(), strict=True):
+        end = tokens.index(eos) + 1 if eos in tokens else STEPS
+        assert row == tokens[:end] + [0] * (len(row) - end)
+
+
+def test_copies_of_a_row_come_next_to_it(model: NeuronQwen35ForCausalLM, reference: Any) -> None:
+    prompts = random_prompts([4, 4], seed=2)
+    output = HuggingFaceGenerationAdapter(model).generate(
+        torch.tensor(prompts),
+        do_sample=True,
+        top_k=1,
+        num_return_sequences=2,
+        max_new_tokens=STEPS,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert torch.equal(output[:, 4:], reference_greedy(reference, prompts, STEPS)[0].repeat_interleave(2, dim=0))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(num_beams=2), "beam_search needs"),
+        (dict(num_beams=2, do_sample=True), "beam_sample needs"),
+        (dict(prompt_lookup_num_tokens=2), "assisted_generation needs"),
+        (dict(guidance_scale=1.5), "guidance_scale=1.5"),
+        (dict(return_dict_in_generate=True, output_hidden_states=True), "output_hidden_states=True"),
+        (dict(return_dict_in_generate=True, output_attentions=True), "output_attentions=True"),
+        (dict(max_new_tokens=SEQ_LEN), f"prompt of 5 tokens with {SEQ_LEN} new ones exceeds seq_len={SEQ_LEN}"),
+        (dict(max_new_tokens=None, max_length=SEQ_LEN + 2), f"with {SEQ_LEN - 3} new ones exceeds seq_len={SEQ_LEN}"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("as_config", [True, False])
+def test_what_cannot_be_right_is_refused_before_anything_runs(
+    given: dict[str, Any], message: str, as_config: bool, path: Path
+) -> None:
+    model = load_neuron(path, batch_size=SLOTS, seq_len=SEQ_LEN)
+    ids = torch.tensor(random_prompts([5]))
+    chosen = {"max_new_tokens": 4, "pad_token_id": 0, **given}
+    with pytest.raises(ValueError, match=message):
+        if as_config:
+            HuggingFaceGenerationAdapter(model).generate(ids, generation_config=GenerationConfig(**chosen))
+        else:
+            HuggingFaceGenerationAdapter(model).generate(ids, **chosen)
+    assert not any(entry.any() for entries in model.cache_entries() for entry in entries)
+
+
+def test_an_answer_may_fill_the_context_to_the_last_token(model: NeuronQwen35ForCausalLM) -> None:
+    ids, mask = padded(random_prompts([5, 40]), ["left", "right"])
+    output = HuggingFaceGenerationAdapter(model).generate(
+        ids, attention_mask=mask, max_new_tokens=SEQ_LEN - 39, eos_token_id=None, pad_token_id=0, do_sample=False
+    )
+    assert output.shape == (2, SEQ_LEN + 1)
+
+
+def test_nobody_is_told_to_pad_on_the_left(model: NeuronQwen35ForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    ids, mask = torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    logger = logging.getLogger("transformers.generation.utils")
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        logger.addHandler(caplog.handler)
+        HuggingFaceGenerationAdapter(model).generate(ids, attention_mask=mask, generation_config=greedy())
+        logger.removeHandler(caplog.handler)
+    assert "padding" not in caplog.text
+
+
+def test_a_streamer_gets_the_prompt_and_each_token(model: NeuronQwen35ForCausalLM) -> None:
+    class Recorder(TextStreamer):
+        def __init__(self) -> None:
+            self.got: list[list[int]] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.got.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.got.append([])
+
+    recorder, ids = Recorder(), torch.tensor(random_prompts([5]))
+    output = HuggingFaceGenerationAdapter(model).generate(ids, generation_config=greedy(), streamer=recorder)
+    assert recorder.got == [ids[0].tolist(), *([token] for token in output[0, 5:].tolist()), []]
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 1, 0, 0, 2, 1, 1]], ids=["fewer than slots", "more than slots"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_with_images_padded_on_either_side_equal_transformers(rows: list[int], side: str, tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    model, reference = load(str(tmp_path)), transformers_model(tmp_path)
+    chosen = [EXAMPLE[i % len(EXAMPLE)] for i in rows]
+    ids, mask = padded([row.ids for row in chosen], [side] * len(chosen))
+    config = options(4)
+    config.return_dict_in_generate = config.output_logits = False
+    tokens = HuggingFaceGenerationAdapter(model).generate(
+        ids, attention_mask=mask, generation_config=config, **media(chosen)
+    )[:, ids.shape[1] :]
+    for row, answer in zip(chosen, tokens, strict=True):
+        assert torch.equal(answer, vl_reference_greedy(reference, row, 4)[0])
