@@ -73,7 +73,7 @@ class NeuronApplicationBase(nn.Module):
         return None
 
     def get_builder(self, debug: bool = False) -> ModelBuilder:
-        """The builder that all submodels are traced by, with what each gives it."""
+        """The builder that traces the submodels, each added with its instance and sample inputs."""
         if self._builder is None:
             self._builder = ModelBuilder(
                 router=None,
@@ -140,7 +140,7 @@ class NeuronApplicationBase(nn.Module):
         if neuron_config.tp_degree > 1 and not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) != neuron_config.tp_degree:
                 raise RuntimeError(
-                    f"tp_degree={neuron_config.tp_degree} needs one process a rank on a CPU: start the script with "
+                    f"tp_degree={neuron_config.tp_degree} needs one process per rank on a CPU: start the script with "
                     f"'torchrun --nproc-per-node {neuron_config.tp_degree}'"
                 )
             dist.init_process_group("gloo")

@@ -36,7 +36,7 @@ class NeuronQwen35VLModel(NeuronQwen35Model):
 
     def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
         if self.phase is Phase.CONTINUATION and kwargs.get("vision_embeddings") is not None:
-            # NxDI places them in first chunks only.
+            # NxDI places them in the first chunk of a prompt only.
             kwargs["inputs_embeds"] = self.encode_vision_to_input(
                 self.embed_tokens(kwargs["input_ids"]), kwargs.pop("vision_embeddings"), kwargs.pop("vision_mask")
             )
@@ -50,7 +50,7 @@ class NeuronQwen35VLModel(NeuronQwen35Model):
 
 
 class Qwen35VLModelWrapper(Qwen35ModelWrapper):
-    """The wrapper of each submodel, with the inputs that images add."""
+    """The text decoder's wrapper, with the inputs that images add."""
 
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
         """One tuple of sample inputs per bucket.
@@ -204,11 +204,11 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
                 a caller that gives prompts in pieces.
 
         Raises:
-            ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images goes on
-                without `placed`.
+            ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images is
+                continued without `placed`.
         """
         phase = phase_of(position_ids, attention_mask) if phase is None else phase
-        assert position_ids is not None, "phase_of wants them, and who gives a phase has them"
+        assert position_ids is not None, "phase_of requires them, and so must a caller that gives the phase"
         input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
         slots = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
         begins = phase is Phase.CONTEXT_ENCODING

@@ -1,10 +1,10 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""A loaded model as the host sees it on a device, on a CPU.
+"""A simulated device: a loaded model as the host sees it on a device, computed on a CPU.
 
 NxD's loaded model (`trace/spmd.py` at NxD 2.29) is a script module. It keeps the caches of every local rank in
 `nxd_model.state`, by the name of the parameter, and its programs update them in place. It finds the program of a call
-by the shapes of the inputs, and returns the outputs that are no caches, of the first rank, a single one bare.
+by the shapes of the inputs, and returns the first rank's outputs without the caches: a list, or a lone tensor.
 """
 
 # No annotations from __future__: TorchScript reads them.
@@ -31,7 +31,7 @@ class _NxDModel(torch.nn.Module):
 
 
 class _LoadedModel(torch.jit.ScriptModule):  # type: ignore[no-untyped-call]
-    """All programs, which `run` chooses from."""
+    """The programs of all submodels and buckets; `run` calls that of the inputs' shapes."""
 
     def __init__(self, nxd_model: Any, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -66,9 +66,10 @@ class _Program:
 
 
 def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForCausalLM:
-    """The first model, loaded on a CPU before, on a device whose ranks hold the modules of all these models.
+    """The first model, moved to a simulated device whose ranks have the modules of all these models.
 
-    They need not be shards of one checkpoint: with weights of its own each rank has caches of its own.
+    All are loaded on a CPU before. They need not be shards of one checkpoint: ranks with weights of their own have
+    caches of their own.
     """
     state = [
         {
@@ -96,7 +97,7 @@ def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForC
 
 
 def kept(model: NeuronQwen35ForCausalLM) -> list[list[torch.Tensor]]:
-    """What each rank of a model, on a device or not, keeps between steps: two tensors a layer."""
+    """What each rank of a model, on the simulated device or on a CPU, keeps between steps: two tensors per layer."""
     loaded: Any = model.context_encoding_model.model
     if model.context_encoding_model.is_neuron():
         return [[*state.values()] for state in loaded.nxd_model.state]
