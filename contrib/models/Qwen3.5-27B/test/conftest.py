@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that several folders share.
+"""Fixtures that several folders share, and how many processes run the tests.
 
 Where the sources of NxDI are on the path, the tests run on them instead of on the stand-ins.
 """
@@ -19,6 +19,12 @@ from qwen35.nxdi import NXDI_AVAILABLE  # noqa: E402
 from qwen35.serving.loading import MINI_CHECKPOINT  # noqa: E402
 from support.models import NO_NXDI, load_neuron  # noqa: E402
 from support.ranks import RankPool  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One process where NxDI is importable: a model takes all of a device. Else xdist's default, one per core."""
+    return 0 if NXDI_AVAILABLE else None
 
 
 @pytest.fixture(
