@@ -155,12 +155,13 @@ class Qwen35VisionModelWrapper(ModelWrapper):
         ]
 
     def get_target_bucket(self, *args: torch.Tensor, strategy: str = "first_fit") -> int:
-        """The smallest bucket that holds the patches of args[0].
+        """The smallest bucket that holds the patches of pixel_values, the first of the inputs.
 
         Raises:
             ValueError: there are more patches than in the largest bucket.
         """
-        patches, buckets = args[0].shape[0], self.neuron_config.buckets
+        pixel_values, *_ = args
+        patches, buckets = pixel_values.shape[0], self.neuron_config.buckets
         fitting = [bucket for bucket in buckets if patches <= bucket]
         if not fitting:
             raise ValueError(
