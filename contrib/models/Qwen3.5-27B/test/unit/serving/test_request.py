@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen35 import Request
-from qwen35.serving.request import ModelLimits, check_request
+from qwen35.serving.request import ModelLimits, checked_request
 
 LIMITS = ModelLimits(vocab_size=160, seq_len=64)
 
@@ -30,17 +30,17 @@ LIMITS = ModelLimits(vocab_size=160, seq_len=64)
 )
 def test_a_request_beyond_the_limits_is_refused(request_: Request, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_request(request_, LIMITS)
+        checked_request(request_, LIMITS)
 
 
 def test_a_request_at_the_limits_can_run() -> None:
-    check_request(Request([0, 159] * 31, 2, eos_token_ids=[159]), LIMITS)
+    checked_request(Request([0, 159] * 31, 2, eos_token_ids=[159]), LIMITS)
 
 
 def test_the_length_of_prompts_in_one_piece_is_a_limit_of_its_own() -> None:
-    check_request(Request([1] * 32, 1), replace(LIMITS, max_prompt_tokens=32))
+    checked_request(Request([1] * 32, 1), replace(LIMITS, max_prompt_tokens=32))
     with pytest.raises(ValueError, match=r"33 tokens exceeds max_context_length=32: raise it, or set prefill_chunk"):
-        check_request(Request([1] * 33, 1), replace(LIMITS, max_prompt_tokens=32))
+        checked_request(Request([1] * 33, 1), replace(LIMITS, max_prompt_tokens=32))
 
 
 def test_media_are_checked_against_the_prompt_by_the_model() -> None:
@@ -53,7 +53,7 @@ def test_media_are_checked_against_the_prompt_by_the_model() -> None:
     limits = replace(LIMITS, media_names=["pixel_values"], check_media=check_media)
     pixels = torch.zeros(1, 1)
     with pytest.raises(ValueError, match=r"this request cannot run: max_new_tokens=0.*; media: one image too many"):
-        check_request(Request([1, 2], 0, media={"pixel_values": pixels}), limits)
+        checked_request(Request([1, 2], 0, media={"pixel_values": pixels}), limits)
     assert seen == [{"input_ids": [[1, 2]], "pixel_values": pixels}]
     with pytest.raises(ValueError, match=r"media has sound, which this model does not take: pass pixel_values"):
-        check_request(Request([1, 2], 1, media={"sound": pixels}), limits)
+        checked_request(Request([1, 2], 1, media={"sound": pixels}), limits)
