@@ -135,7 +135,7 @@ def out_of_vocabulary(token: int, name: str, vocab_size: int) -> str:
 
 
 def _token_ids(name: str, given: Any, limits: ModelLimits, problems: list[str]) -> list[int]:
-    """Ids as ints, as far as they are ids; what is wrong with them is added to `problems`."""
+    """Ids as ints; none when some are wrong, which is added to `problems`."""
     values = given.tolist() if isinstance(given, torch.Tensor) or hasattr(given, "tolist") else given
     if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
         problems.append(f"{name} is {_a(given)}: pass a list of token ids")
@@ -145,10 +145,10 @@ def _token_ids(name: str, given: Any, limits: ModelLimits, problems: list[str]) 
         token = whole_number(value)
         if token is None:
             problems.append(f"{name}[{i}] is {_a(value)}: pass token ids, which are ints")
-            return ids
+            return []
         if not 0 <= token < limits.vocab_size:
             problems.append(out_of_vocabulary(token, "prompt or eos_token_ids", limits.vocab_size))
-            return ids
+            return []
         ids.append(token)
     if name == "prompt" and not ids:
         problems.append("prompt is empty: give at least one token to continue")

@@ -277,7 +277,7 @@ _TRANSFORMERS_TOP_K = 50
 """What transformers' `generate` takes where a generation_config.json has no top_k."""
 
 
-def checkpoint_sampling(model_path: Path, seed: int | None = None) -> SamplingOptions:
+def checkpoint_sampling(model_path: Path) -> SamplingOptions:
     """The sampling that a checkpoint's generation_config.json asks for, as transformers' `generate` reads it.
 
     Without `do_sample` it is greedy; else temperature and top_p are 1 and top_k is 50 where the file has none.
@@ -307,7 +307,7 @@ def checkpoint_sampling(model_path: Path, seed: int | None = None) -> SamplingOp
     names = ["repetition_penalty", *(["temperature", "top_p", "top_k", "min_p"] if do_sample is True else [])]
     defaults = {"temperature": 1.0, "top_k": _TRANSFORMERS_TOP_K} if do_sample is True else {}
     try:
-        options = SamplingOptions(**{**defaults, **{n: fields[n] for n in names if n in fields}, "seed": seed})
+        options = SamplingOptions(**{**defaults, **{n: fields[n] for n in names if n in fields}})
     except ValueError as error:
         problems.append(str(error))
     if problems:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen35 import SamplingOptions
 from qwen35.cli import main
 from qwen35.cli.options import AnswerOptions, dtype_named, options_from, write_whole
 
@@ -36,11 +37,11 @@ def test_options_are_the_arguments_of_their_names_and_cannot_change() -> None:
     class Options(AnswerOptions):
         dtype: torch.dtype
 
-    args = argparse.Namespace(
-        run=main, max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=7, seed=1, dtype=dtype_named("bfloat16")
-    )
-    options = options_from(Options, args)
-    assert options == Options(3, 0.5, 0.9, 7, 1, torch.bfloat16)
+    penalties = dict(presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.1)
+    chosen = dict(max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=7, seed=1, min_p=0.1, **penalties, sampling=None)
+    options = options_from(Options, argparse.Namespace(run=main, **chosen, dtype=dtype_named("bfloat16")))
+    assert options == Options(3, 0.5, 0.9, 7, 1, 0.1, *penalties.values(), None, torch.bfloat16)
+    assert options.sampling_of(Path("no-such-checkpoint")) == SamplingOptions(0.5, 0.9, 7, 1, 0.1, 1.1, 1.5, 0.5)
     with pytest.raises(AttributeError):
         options.seed = 2  # type: ignore[misc]
 
