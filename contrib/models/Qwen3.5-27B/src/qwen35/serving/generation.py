@@ -67,8 +67,11 @@ class _Penalties(LogitsProcessor):
         self.logits = torch.empty(0)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        for row in scores:
-            require_finite(row)
+        for i, row in enumerate(scores):
+            try:
+                require_finite(row)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from error
         self.logits = scores
         if not self.options.has_penalties:
             return scores
