@@ -162,7 +162,9 @@ def _generate_rank(
     generator = TextGenerator.load(model_path, config, options.compiled)
     streams = prints and len(prompts) == options.n == 1 and not options.json
     on_token = _Streamer(generator, "" if options.in_chat else prompts[0]) if streams else None
-    result = generator.complete(inputs, options.max_new_tokens, sampling, on_token, options.n, options.logprobs)
+    result = generator.complete(
+        inputs, options.max_new_tokens, sampling, on_token, n=options.n, logprobs=options.logprobs
+    )
     if not prints:
         return
     rows = [prompt for prompt in prompts for _ in range(options.n)]

@@ -130,11 +130,14 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        *,
         n: int = 1,
         logprobs: int | None = None,
     ) -> Generation:
         """Complete all prompts as one right-padded batch; further arguments as of `complete`."""
-        return self.complete(encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token, n, logprobs)
+        return self.complete(
+            encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token, n=n, logprobs=logprobs
+        )
 
     def chat(
         self,
@@ -142,6 +145,7 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        *,
         n: int = 1,
         logprobs: int | None = None,
     ) -> Generation:
@@ -151,7 +155,7 @@ class TextGenerator:
             VisionInputError: an image or a video cannot be used; all are listed, before the model runs.
         """
         inputs = encode_chat(self.tokenizer, VisionProcessor.from_pretrained(self.model_path), conversations)
-        return self.complete(inputs, max_new_tokens, sampling, on_token, n, logprobs)
+        return self.complete(inputs, max_new_tokens, sampling, on_token, n=n, logprobs=logprobs)
 
     def complete(
         self,
@@ -159,6 +163,7 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        *,
         n: int = 1,
         logprobs: int | None = None,
     ) -> Generation:
