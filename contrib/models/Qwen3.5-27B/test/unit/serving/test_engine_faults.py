@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase as HypothesisPhase
@@ -381,3 +382,117 @@ def test_a_picture_that_fails_in_the_encoder_ends_its_request_alone(
         outputs = run(engine)
     assert len(hits) == 1 and [*failed(outputs)] == [2]
     others_are_as_alone(outputs, expected)
+
+
+@pytest.fixture(scope="module")
+def vl_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("vision-language")
+    save_vl_checkpoint(path)
+    return load(str(path), batch_size=2, ctx_batch_size=1, is_continuous_batching=True, prefill_chunk_size=8)
+
+
+ROW = EXAMPLE[0]
+IDS = st.lists(st.integers(-2, 170), max_size=12)
+PROMPT_LIKE = st.one_of(
+    st.just(ROW.ids),
+    st.just(np.array(ROW.ids, dtype=np.int32)),
+    st.just(torch.tensor(ROW.ids)),
+    st.just(ROW.ids[:-3]),
+    IDS,
+    IDS.map(np.array),
+    st.lists(st.one_of(st.integers(), st.floats(), st.none(), st.booleans(), st.text(max_size=2)), max_size=4),
+    st.sampled_from([None, "text", b"bytes", 3, {}, [[1]], torch.zeros(2, 2)]),
+)
+NUMBER_LIKE = st.one_of(
+    st.sampled_from([1, 2, 3, np.int64(2), None, True, "3", 2.0, torch.tensor(2), 10**9]),
+    st.integers(-1, 9),
+    st.floats(),
+)
+GRID_LIKE = st.one_of(
+    st.lists(st.tuples(*[st.integers(-1, 8)] * 3), max_size=3).map(lambda grids: torch.tensor(grids).reshape(-1, 3)),
+    st.sampled_from([None, torch.tensor([[10**9, 2, 2]]), torch.ones(3), torch.ones(1, 3), "grid", [[1, 4, 6]]]),
+)
+PIXELS = media([ROW])["pixel_values"]
+PIXEL_LIKE = st.sampled_from(
+    [
+        *(
+            PIXELS,
+            PIXELS.half(),
+            PIXELS.double(),
+            PIXELS.bfloat16(),
+            PIXELS[1:],
+            PIXELS[:, 1:],
+            PIXELS[0],
+            PIXELS * 1e30,
+        ),
+        *(PIXELS.int(), PIXELS / 0, PIXELS.clone().requires_grad_(), PIXELS.t(), PIXELS.t().contiguous().t()),
+        *(PIXELS[:0], PIXELS.numpy(), None, "pixels", PIXELS.to("meta"), PIXELS.to_sparse(), PIXELS.cfloat()),
+    ]
+)
+MEDIA_LIKE = st.one_of(
+    st.just(media([ROW])),
+    st.just({}),
+    st.fixed_dictionaries({"pixel_values": PIXEL_LIKE, "image_grid_thw": st.just(media([ROW])["image_grid_thw"])}),
+    st.fixed_dictionaries({"pixel_values": st.just(PIXELS), "image_grid_thw": GRID_LIKE}),
+    st.dictionaries(
+        st.sampled_from(["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "sound", 3]),
+        st.one_of(PIXEL_LIKE, GRID_LIKE),
+        max_size=3,
+    ),
+    st.sampled_from([None, [], "media"]),
+)
+FIELDS = {
+    "prompt": PROMPT_LIKE,
+    "max_new_tokens": NUMBER_LIKE,
+    "sampling": st.sampled_from([GREEDY, SAMPLING[1], SAMPLING[3], None, {}, 0.5]),
+    "eos_token_ids": st.one_of(st.just(()), PROMPT_LIKE),
+    "media": MEDIA_LIKE,
+    "n": st.one_of(st.just(1), NUMBER_LIKE),
+    "logprobs": st.one_of(st.none(), NUMBER_LIKE),
+}
+VALID: dict[str, Any] = dict(prompt=ROW.ids, max_new_tokens=3, media=media([ROW]))
+
+
+def anything_is_refused_or_ends(model: Any, expected: list[int], fields: dict[str, Any], cached: bool) -> None:
+    engine = Qwen35Engine(model, PrefixCache(model, 1 << 20) if cached else None)
+    neighbour = engine.add(Request(EXAMPLE[2].ids, STEPS, media=media([EXAMPLE[2]])))
+    outputs = {neighbour: engine.step()}
+    try:
+        engine.add(Request(**{**VALID, **fields}))
+    except ValueError as error:
+        assert str(error).startswith("this request cannot run: ") and "\n" not in str(error) and len(str(error)) < 1000
+    for request_id, later in run(engine, rounds=1000).items():
+        outputs.setdefault(request_id, []).extend(later)
+    assert tokens_of(outputs[neighbour]) == expected
+    for request_id, error in failed({i: [o for o in each if o.index == 0] for i, each in outputs.items()}).items():
+        assert request_id != neighbour and "logits are nan or infinite" in error, error
+
+
+@pytest.fixture(scope="module")
+def expected(vl_model: Any) -> list[int]:
+    engine = Qwen35Engine(vl_model)
+    return tokens_of([*engine.stream(engine.add(Request(EXAMPLE[2].ids, STEPS, media=media([EXAMPLE[2]]))))])
+
+
+FIELD_CHANGES = st.lists(st.sampled_from([*FIELDS]), min_size=1, max_size=2, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
+)
+
+
+def test_a_request_of_anything_is_refused_in_a_line_or_ends(vl_model: Any, expected: list[int]) -> None:
+    @settings(max_examples=100, phases=WITHOUT_SHRINKING)
+    @given(FIELD_CHANGES, st.booleans())
+    def check(fields: dict[str, Any], cached: bool) -> None:
+        anything_is_refused_or_ends(vl_model, expected, fields, cached)
+
+    check()
+
+
+@pytest.mark.slow
+def test_1000_requests_of_anything_are_refused_in_a_line_or_end(vl_model: Any, expected: list[int]) -> None:
+    @settings(max_examples=1000, phases=WITHOUT_SHRINKING)
+    @given(FIELD_CHANGES, st.booleans())
+    def check(fields: dict[str, Any], cached: bool) -> None:
+        anything_is_refused_or_ends(vl_model, expected, fields, cached)
+
+    check()
