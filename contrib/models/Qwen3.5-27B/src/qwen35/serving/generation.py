@@ -66,7 +66,7 @@ class _Penalties(LogitsProcessor):
         self.width, self.options = input_ids.shape[1], options
         self.logits = torch.empty(0)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for i, row in enumerate(scores):
             try:
                 require_finite(row)

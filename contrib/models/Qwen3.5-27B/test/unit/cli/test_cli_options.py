@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from qwen35 import SamplingOptions
 from qwen35.cli import main
-from qwen35.cli.options import AnswerOptions, dtype_named, options_from, write_whole
+from qwen35.cli.options import AnswerOptions, add_answer_options, dtype_named, options_from, write_whole
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,19 @@ def test_a_directory_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_text() == "whole"
     with pytest.raises(FileExistsError, match="exists already"):
         write_whole(tmp_path / "out", write)
+
+
+def test_sampling_of_the_checkpoint_fills_in_what_is_not_given(tmp_path: Path) -> None:
+    fields = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    parser = argparse.ArgumentParser()
+    add_answer_options(parser)
+
+    def sampling(*arguments: str) -> SamplingOptions:
+        return options_from(AnswerOptions, parser.parse_args(arguments)).sampling_of(tmp_path)
+
+    assert sampling() == SamplingOptions()
+    of_checkpoint = SamplingOptions(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05)
+    assert sampling("--sampling", "checkpoint") == of_checkpoint
+    given = sampling("--sampling", "checkpoint", "--temperature", "0", "--min-p", "0.1", "--seed", "3")
+    assert given == replace(of_checkpoint, temperature=0.0, min_p=0.1, seed=3)
