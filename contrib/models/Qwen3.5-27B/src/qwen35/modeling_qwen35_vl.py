@@ -131,7 +131,8 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
 
     `HuggingFaceGenerationAdapter(model).generate(**inputs)` takes what the checkpoint's processor gives;
     `generation.TextGenerator.chat` takes messages with paths, images and frames. Every prompt
-    starts anew: a slot keeps the offset between token index and position of its prompt until it gets another.
+    starts anew: for a caller that does not pass `rope_deltas`, a slot keeps the offset between token index and position
+    of its prompt until it gets another.
     """
 
     _model_cls = NeuronQwen35VLModel
@@ -140,7 +141,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vision: NeuronQwen35VisionModel | None = None
-        # By slot of the cache, set when a prompt enters it.
+        # By slot of the cache: of the prompt that entered it last, or what a caller passed.
         self.rope_deltas = torch.zeros(self.neuron_config.kv_cache_batch_size, dtype=torch.long)
 
     @classmethod
@@ -191,6 +192,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         placed: PlacedMedia | None = None,
+        rope_deltas: torch.Tensor | None = None,
         phase: Phase | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -202,6 +204,8 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             mm_token_type_ids: what transformers 5's processor adds; the placeholders say the same.
             placed: instead of these, the columns of what `place` gave for whole prompts that belong to input_ids: for
                 a caller that gives prompts in pieces.
+            rope_deltas: [B] int64, of the prompt of each row: for a caller that moves prompts between slots, or
+                restores them. By default those of the prompts that entered the slots last.
 
         Raises:
             ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images is
@@ -217,13 +221,16 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
                 input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
             )
         extra: Sequence[torch.Tensor] = []
-        if placed is not None:
+        if rope_deltas is not None:
+            self.rope_deltas[slots] = rope_deltas
+        elif placed is not None:
             self.rope_deltas[slots] = placed.rope_deltas
+        elif begins:
+            self.rope_deltas[slots] = 0
+        if placed is not None:
             extra = media_arguments(
                 placed.positions, vision_embeddings=placed.embeddings, vision_mask=placed.mask.int().unsqueeze(-1)
             )
-        elif begins:
-            self.rope_deltas[slots] = 0
         elif phase is Phase.TOKEN_GENERATION:
             extra = media_arguments(position_ids + self.rope_deltas[slots].unsqueeze(1))
         elif self.rope_deltas[slots].any():
@@ -269,13 +276,12 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         Raises:
             ValueError: placeholders, grids and pixels do not match.
         """
-        get_rope_index(self.config, input_ids, torch.ones_like(input_ids), image_grid_thw, video_grid_thw)
-        for name, pixels, grids in (
-            ("image", pixel_values, image_grid_thw),
-            ("video", pixel_values_videos, video_grid_thw),
-        ):
+        media = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
+        for name, pixels, grids in media:
             if (pixels is None) != (grids is None):
                 raise ValueError(f"{name}s have only one of pixels and grid_thw; pass both as the processor gave them")
+        get_rope_index(self.config, input_ids, torch.ones_like(input_ids), image_grid_thw, video_grid_thw)
+        for _, pixels, grids in media:
             if pixels is not None and grids is not None:
                 checked_grids(pixels, grids, self.config.vision)
 

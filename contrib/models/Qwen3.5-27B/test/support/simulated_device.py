@@ -8,7 +8,8 @@ by the shapes of the inputs, and returns the first rank's outputs without the ca
 """
 
 # No annotations from __future__: TorchScript reads them.
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +91,47 @@ def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForC
                 dtypes=[tensor.dtype for tensor in samples],
             )
     loaded = _LoadedModel(nxd_model, lambda *inputs: programs[shapes_of(inputs)](nxd_model.state, inputs))
+    loaded.__dict__["phase_of"] = lambda inputs: programs[shapes_of(inputs)].phase
     for wrapper in ranks[0].models:
         wrapper.model = loaded
     assert all(submodel.is_neuron() for submodel in ranks[0].models)
     return ranks[0]
+
+
+Fault = Callable[[Phase, list[int], torch.Tensor], None]
+"""Gets the phase of a call, the slots of its rows, -1 of those that pad it, and its logits [B, 1, V]."""
+
+
+@contextmanager
+def faults(model: NeuronQwen35ForCausalLM, fault: Fault) -> Iterator[None]:
+    """Let `fault` see each call of a program once it has run: it may change the logits, or raise what the call raises.
+
+    The caches have been updated by then, so that nobody can go on from them. On a CPU it is the module that is called,
+    which has written keys and values in place, and whose new states are lost when the call fails.
+    """
+    if model.context_encoding_model.is_neuron():
+        loaded = model.context_encoding_model.model
+        run = loaded.__dict__["run"]
+
+        def run_with_fault(*inputs: torch.Tensor) -> Any:
+            outputs = run(*inputs)
+            logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            fault(loaded.__dict__["phase_of"](inputs), inputs[3].tolist(), logits)
+            return outputs
+
+        loaded.__dict__["run"] = run_with_fault
+        try:
+            yield
+        finally:
+            loaded.__dict__["run"] = run
+        return
+    with ExitStack() as hooks:
+        for module in {id(submodel.model): submodel.model for submodel in model.models}.values():
+            handle = module.register_forward_hook(
+                lambda module, inputs, outputs: fault(module.phase, inputs[3].tolist(), outputs[0])
+            )
+            hooks.callback(handle.remove)
+        yield
 
 
 def kept(model: NeuronQwen35ForCausalLM) -> list[list[torch.Tensor]]:

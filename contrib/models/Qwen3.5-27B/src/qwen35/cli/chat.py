@@ -61,9 +61,10 @@ def _conversation(options: ChatOptions) -> Conversation:
     from ..serving.chat import Conversation
     from ..serving.generation import TextGenerator
 
-    sampling = options.sampling
     config = _config(options)
-    generator = TextGenerator.load(options.model or Path(config._name_or_path), config, options.compiled)
+    model_path = options.model or Path(config._name_or_path)
+    sampling = options.sampling_of(model_path)
+    generator = TextGenerator.load(model_path, config, options.compiled)
     return Conversation(generator, options.max_new_tokens, sampling, int(options.cache_gb * 1e9))
 
 

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from .options import (
     add_model_options,
     existing,
     options_from,
+    positive,
     run_on_every_rank,
 )
 
@@ -43,6 +44,8 @@ class GenerateOptions(AnswerOptions, ModelOptions):
     video: list[str]
     chat: bool
     json: bool
+    n: int
+    logprobs: int | None
     compiled: Path | None
 
     @property
@@ -73,6 +76,10 @@ def add_parser(commands: Commands) -> None:
     add_model_options(parser)
     add_answer_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("-n", type=positive, default=1, metavar="N", help="continuations of each prompt (1)")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="K", help="with --json: log-probabilities of each token and the K likeliest"
+    )
     parser.add_argument(
         "--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron there must be one"
     )
@@ -80,6 +87,7 @@ def add_parser(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from ..serving.loading import checkpoint_of
+    from ..serving.sampling import continuation_problems
 
     options = options_from(GenerateOptions, args)
     prompts = _prompts(options)
@@ -89,7 +97,11 @@ def _run(args: argparse.Namespace) -> None:
         model_path = options.checkpoint
     # Everything a configuration can have wrong is said here, before processes start and weights are read.
     inputs = _encode(options, model_path, prompts)
-    sampling = options.sampling
+    sampling = options.sampling_of(model_path)
+    if problems := [*continuation_problems(options.n, options.logprobs, sampling)]:
+        raise ValueError("; ".join(problems))
+    if options.logprobs is not None and not options.json:
+        raise ValueError(f"--logprobs {options.logprobs} without --json: text has no place for them; add --json")
     config = _config(options, model_path, inputs["input_ids"].shape[1] + options.max_new_tokens, len(prompts))
     run_on_every_rank(config.neuron_config, _generate_rank, options, model_path, config, prompts, inputs, sampling)
 
@@ -148,18 +160,21 @@ def _generate_rank(
 
     prints = int(os.environ.get("RANK", "0")) == 0
     generator = TextGenerator.load(model_path, config, options.compiled)
-    streams = prints and len(prompts) == 1 and not options.json
+    streams = prints and len(prompts) == options.n == 1 and not options.json
     on_token = _Streamer(generator, "" if options.in_chat else prompts[0]) if streams else None
-    result = generator.complete(inputs, options.max_new_tokens, sampling, on_token)
+    result = generator.complete(
+        inputs, options.max_new_tokens, sampling, on_token, n=options.n, logprobs=options.logprobs
+    )
     if not prints:
         return
+    rows = [prompt for prompt in prompts for _ in range(options.n)]
     if options.json:
-        print(json.dumps(_as_json(model_path, config, prompts, result), ensure_ascii=False))
+        print(json.dumps(_as_json(model_path, config, rows, result), ensure_ascii=False))
         return
     if streams:
         print()
     else:
-        for prompt, text in zip(prompts, result.texts, strict=True):
+        for prompt, text in zip(rows, result.texts, strict=True):
             print(f"{prompt}\n  -> {text.strip()}" if options.in_chat else f"{prompt}{text}")
     print(_timing(result), file=sys.stderr)
 
@@ -194,7 +209,12 @@ def _as_json(model_path: Path, config: Qwen35InferenceConfig, prompts: list[str]
         "ttft_s": result.time_to_first_token,
         "tpot_s": result.time_per_output_token,
         "generations": [
-            {"prompt": prompt, "text": text, "tokens": tokens}
-            for prompt, text, tokens in zip(prompts, result.texts, result.tokens, strict=True)
+            {"prompt": prompt, "text": text, "tokens": tokens, **_logprobs_of_row(result, row)}
+            for row, (prompt, text, tokens) in enumerate(zip(prompts, result.texts, result.tokens, strict=True))
         ],
     }
+
+
+def _logprobs_of_row(result: Generation, row: int) -> dict[str, Any]:
+    """A field for the JSON of a row, when log-probabilities were asked for."""
+    return {} if result.logprobs is None else {"logprobs": [asdict(step) for step in result.logprobs[row]]}

@@ -8,7 +8,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,35 +89,56 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+SAMPLING = {
+    "temperature": (float, "0, the default, is greedy"),
+    "top_p": (float, "sample from the likeliest tokens that sum to P (1)"),
+    "top_k": (int, "sample from the K likeliest tokens (0: from all)"),
+    "min_p": (float, "sample from tokens at least P times as likely as the likeliest (0)"),
+    "presence_penalty": (float, "taken from the logits of tokens of the answer (0)"),
+    "frequency_penalty": (float, "the same, for each time that the answer has the token (0)"),
+    "repetition_penalty": (float, "divides the logits of tokens of prompt and answer (1)"),
+}
+"""Options of the names of fields of `SamplingOptions`: the type and what is said of each."""
+
+
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How tokens are chosen, and how many: the options of `add_answer_options`."""
+    """How tokens are chosen, and how many: the options of `add_answer_options`. None is for what was not given."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
     seed: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    sampling: str | None
 
-    @property
-    def sampling(self) -> SamplingOptions:
-        """The same for `serving`.
+    def sampling_of(self, checkpoint: Path) -> SamplingOptions:
+        """The same for `serving`; under `--sampling checkpoint` what was not given is as that of `checkpoint`.
 
         Raises:
-            ValueError: a number is out of its range.
+            FileNotFoundError, ValueError: a number is out of its range, or the checkpoint has no usable values.
         """
-        from ..serving.sampling import SamplingOptions
+        from ..serving.sampling import GREEDY, checkpoint_sampling
 
-        return SamplingOptions(self.temperature, self.top_p, self.top_k, self.seed)
+        given = {name: value for name in (*SAMPLING, "seed") if (value := getattr(self, name)) is not None}
+        return replace(checkpoint_sampling(checkpoint) if self.sampling == "checkpoint" else GREEDY, **given)
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `AnswerOptions`."""
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="most to generate (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that sum to P (1)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens (0: from all)")
+    for name, (kind, words) in SAMPLING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument(
+        "--sampling",
+        choices=["checkpoint"],
+        help="take what is not given here from the checkpoint's generation_config.json",
+    )
 
 
 def existing(path: Path) -> Path:

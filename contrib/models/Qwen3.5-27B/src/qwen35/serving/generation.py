@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
@@ -24,7 +24,16 @@ from ..vision.processing import VisionProcessor
 from .hf_adapter import HuggingFaceGenerationAdapter
 from .loading import load_generation_config
 from .prompts import Messages, encode, encode_chat, load_tokenizer
-from .sampling import GREEDY, SamplingOptions
+from .request import out_of_vocabulary
+from .sampling import (
+    GREEDY,
+    SamplingOptions,
+    TokenLogprobs,
+    continuation_problems,
+    logprobs_of,
+    penalized,
+    require_finite,
+)
 
 OnToken = Callable[[torch.Tensor], None]
 """Gets the tokens [B] of each step."""
@@ -32,26 +41,60 @@ OnToken = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """Generated tokens and texts, a row a prompt, without prompt and padding; times in seconds."""
+    """Generated tokens and texts without prompt and padding; times in seconds.
+
+    A row is a continuation: those of the first prompt come first, then those of the second.
+    """
 
     tokens: list[list[int]]
     texts: list[str]
     time_to_first_token: float
     time_per_output_token: float | None
     """Mean over the steps after the first; None when one step was enough."""
+    logprobs: list[list[TokenLogprobs]] | None = None
+    """Of each token, when they were asked for."""
+
+
+class _Penalties(LogitsProcessor):
+    """Penalties of each row for its own tokens, whatever pads it; keeps the logits [B, V] that they were applied to.
+
+    transformers' own penalty would count padding as said.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, options: SamplingOptions) -> None:
+        self.prompts = [ids[mask.bool()].unique() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        self.width, self.options = input_ids.shape[1], options
+        self.logits = torch.empty(0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for i, row in enumerate(scores):
+            try:
+                require_finite(row)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from error
+        self.logits = scores
+        if not self.options.has_penalties:
+            return scores
+        rows = zip(scores, self.prompts, input_ids[:, self.width :].long(), strict=True)
+        return torch.stack([penalized(row, prompt, generated, self.options) for row, prompt, generated in rows])
 
 
 class _TokenClock(StoppingCriteria):
     """Never stops anything: `generate` calls it after every step, on NxDI too, which has no streamers."""
 
-    def __init__(self, on_token: OnToken | None) -> None:
-        self.on_token = on_token
+    def __init__(self, on_token: OnToken | None, penalties: _Penalties, logprobs: int | None) -> None:
+        self.on_token, self.penalties, self.count = on_token, penalties, logprobs
         self.times: list[float] = []
+        self.logprobs: list[list[TokenLogprobs]] = []  # of each step, a row each
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
+        tokens = input_ids[:, -1]
         if self.on_token is not None:
-            self.on_token(input_ids[:, -1])
+            self.on_token(tokens)
+        if self.count is not None:
+            rows = zip(self.penalties.logits, tokens.tolist(), strict=True)
+            self.logprobs.append([logprobs_of(logits, token, self.count) for logits, token in rows])
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
@@ -87,9 +130,14 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        *,
+        n: int = 1,
+        logprobs: int | None = None,
     ) -> Generation:
-        """Complete all prompts as one right-padded batch; `on_token` gets the tokens [B] of each step as they come."""
-        return self.complete(encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token)
+        """Complete all prompts as one right-padded batch; further arguments as of `complete`."""
+        return self.complete(
+            encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token, n=n, logprobs=logprobs
+        )
 
     def chat(
         self,
@@ -97,6 +145,9 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        *,
+        n: int = 1,
+        logprobs: int | None = None,
     ) -> Generation:
         """Answer conversations whose messages may hold images and videos (`encode_chat`), as one batch.
 
@@ -104,7 +155,7 @@ class TextGenerator:
             VisionInputError: an image or a video cannot be used; all are listed, before the model runs.
         """
         inputs = encode_chat(self.tokenizer, VisionProcessor.from_pretrained(self.model_path), conversations)
-        return self.complete(inputs, max_new_tokens, sampling, on_token)
+        return self.complete(inputs, max_new_tokens, sampling, on_token, n=n, logprobs=logprobs)
 
     def complete(
         self,
@@ -112,15 +163,73 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        *,
+        n: int = 1,
+        logprobs: int | None = None,
     ) -> Generation:
-        """Complete encoded prompts: input_ids and attention_mask [B, S], and pixels and grids as a processor gives."""
+        """Complete encoded prompts: input_ids and attention_mask [B, S], and pixels and grids as a processor gives.
+
+        Args:
+            inputs: the prompts.
+            max_new_tokens: tokens to give at most.
+            sampling: how they are chosen.
+            on_token: gets the tokens [B] of each step as they come.
+            n: continuations of each prompt; the batch runs as often, with further random numbers.
+            logprobs: as in `Request`.
+
+        Raises:
+            ValueError: a token is not in the vocabulary, an option is wrong, or the model gave logits that are nan or
+                infinite.
+        """
+        self._check(inputs, sampling, n, logprobs)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        chosen: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
-            chosen = {"do_sample": True, **{k: v for k, v in asdict(sampling).items() if k != "seed"}}
-        clock = _TokenClock(on_token)
         start = time.perf_counter()
+        runs = [self._run(inputs, max_new_tokens, sampling, on_token, logprobs) for _ in range(n)]
+        rows = [(tokens[row], clock, row) for row in range(len(inputs["input_ids"])) for tokens, clock in runs]
+        steps = sum(len(clock.times) - 1 for _, clock in runs)
+        stepping = sum(clock.times[-1] - clock.times[0] for _, clock in runs)
+        return Generation(
+            tokens=[tokens for tokens, _, _ in rows],
+            texts=[self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rows],
+            time_to_first_token=runs[0][1].times[0] - start,
+            time_per_output_token=stepping / steps if steps else None,
+            logprobs=None
+            if logprobs is None
+            else [[clock.logprobs[step][row] for step in range(len(tokens))] for tokens, clock, row in rows],
+        )
+
+    def _check(self, inputs: dict[str, torch.Tensor], sampling: SamplingOptions, n: int, logprobs: int | None) -> None:
+        problems = [*continuation_problems(n, logprobs, sampling)]
+        vocab_size = self.model.config.vocab_size
+        for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+            beyond = ids[mask.bool() & ((ids < 0) | (ids >= vocab_size))].tolist()
+            if beyond:
+                problems.append(out_of_vocabulary(beyond[0], f"prompt {i}", vocab_size))
+        on_device = self.model.neuron_config.on_device_sampling_config is not None
+        if on_device and (sampling.has_penalties or sampling.min_p or logprobs is not None):
+            problems.append(
+                "penalties, min_p and logprobs with on_device_sampling_config: the device chooses tokens without them; "
+                "set on_device_sampling_config=None"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _run(
+        self,
+        inputs: dict[str, torch.Tensor],
+        max_new_tokens: int,
+        sampling: SamplingOptions,
+        on_token: OnToken | None,
+        logprobs: int | None,
+    ) -> tuple[list[list[int]], _TokenClock]:
+        """The tokens of each row of one batch, and when each step of it ended."""
+        chosen: dict[str, Any] = {"do_sample": False}
+        if not sampling.is_greedy:
+            chosen = {"do_sample": True, "min_p": sampling.min_p or None}
+            chosen |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")}
+        penalties = _Penalties(inputs["input_ids"], inputs["attention_mask"], sampling)
+        clock = _TokenClock(on_token, penalties, logprobs)
         sequences = self.adapter.generate(
             **inputs,
             generation_config=GenerationConfig(
@@ -129,16 +238,10 @@ class TextGenerator:
                 eos_token_id=self.generation_config.eos_token_id,
                 pad_token_id=self.pad_token_id,
             ),
+            logits_processor=[penalties],
             stopping_criteria=[clock],
         )
-        tokens = [self._until_eos(row) for row in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
-        steps = len(clock.times) - 1
-        return Generation(
-            tokens=tokens,
-            texts=[self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens],
-            time_to_first_token=clock.times[0] - start,
-            time_per_output_token=(clock.times[-1] - clock.times[0]) / steps if steps else None,
-        )
+        return [self._until_eos(row) for row in sequences[:, inputs["input_ids"].shape[1] :].tolist()], clock
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -77,6 +77,28 @@ def test_top_k_1_is_greedy_at_any_temperature(run_json: Callable[..., dict[str, 
     assert greedy["generations"] == sampled["generations"]
 
 
+def test_continuations_and_log_probabilities_are_in_the_json(run_json: Callable[..., dict[str, Any]]) -> None:
+    options = ("--temperature", "3", "--seed", "1", "-n", "2", "--logprobs", "3", "--max-new-tokens", "5")
+    generations = run_json("generate", PROMPT, "--batch", "3 + 4 =", *options)["generations"]
+    assert [generation["prompt"] for generation in generations] == [PROMPT, PROMPT, "3 + 4 =", "3 + 4 ="]
+    for generation in generations:
+        assert len(generation["logprobs"]) == len(generation["tokens"])
+        for step in generation["logprobs"]:
+            assert step["chosen"] <= step["top"][0][1] and len(step["top"]) == 3
+    assert generations[0]["tokens"] != generations[1]["tokens"]
+
+
+def test_penalties_and_min_p_change_the_answer(run_json: Callable[..., dict[str, Any]]) -> None:
+    def tokens(*options: str) -> list[int]:
+        found: list[int] = run_json("generate", "3", "--max-new-tokens", "40", *options)["generations"][0]["tokens"]
+        return found
+
+    plain, hot = tokens(), ("--temperature", "3", "--seed", "2")
+    changed = [tokens(*hot, f"--{name}-penalty", "2") for name in ("presence", "frequency", "repetition")]
+    assert tokens(*hot) not in changed
+    assert tokens(*hot, "--min-p", "1") == plain == tokens("--sampling", "checkpoint")
+
+
 @pytest.mark.parametrize("tp_degree", [2, 4])
 def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> None:
     # A process of its own, since the ranks are children of the command.
@@ -96,6 +118,14 @@ def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> Non
         (["generate", ""], ["empty"]),
         (["generate", "x", "--temperature", "-1"], ["temperature=-1"]),
         (["generate", "x", "--top-p", "0"], ["top_p=0"]),
+        (["generate", "x", "--temperature", "nan"], ["temperature=nan: must be 0 (greedy) or positive"]),
+        (
+            ["generate", "x", "--min-p", "2", "--presence-penalty", "3"],
+            ["min_p=2.0", "presence_penalty=3.0", "[-2, 2]"],
+        ),
+        (["generate", "x", "--seed", str(2**64)], [f"seed={2**64}"]),
+        (["generate", "x", "-n", "2"], ["n=2 with temperature=0.0", "set a temperature"]),
+        (["generate", "x", "--logprobs", "2"], ["--logprobs 2 without --json", "add --json"]),
         (["generate", "x", "--tp", "2", "--dtype", "bfloat16"], ["bfloat16", "float32"]),
     ],
 )
