@@ -21,7 +21,7 @@ import qwen35
 SRC = Path(qwen35.__file__).parents[1]
 
 FLOORS: tuple[tuple[set[str], ...], ...] = (
-    ({"hardware", "phase"}, {"ops"}),
+    ({"hardware", "json_files", "phase"}, {"ops"}),
     ({"nxdi"}, {"nki_kernels"}),
     ({"kernel_selection", "configuration_qwen35", "configuration_qwen35_vl"},),
     ({"weights"},),
