@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .hardware import INSTANCES
-from .json_files import first_three, read_json, shown
+from .json_files import first_three, one_line, read_json, shown
 from .kernel_selection import DeltaNetKernel, kernel_problems
 from .nxdi import InferenceConfig, NeuronConfig
 
@@ -128,8 +128,10 @@ class Qwen35ConfigError(ValueError):
     """A configuration that cannot run; `problems` holds one line for each reason."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("this Qwen3.5 configuration cannot run:\n" + "\n".join(f"  - {line}" for line in problems))
+        self.problems = [*map(one_line, problems)]
+        super().__init__(
+            "this Qwen3.5 configuration cannot run:\n" + "\n".join(f"  - {line}" for line in self.problems)
+        )
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -489,8 +491,8 @@ def _quantisation_problem(config: Qwen35InferenceConfig) -> str | None:
                 method = "MLX"
             elif value.keys() & {"load_in_4bit", "load_in_8bit"}:
                 method = "bitsandbytes"
-        with_method = f"with {_QUANTISERS.get(str(method), shown(method).strip(chr(39)))}, and " if method else ""
-        return f"{name}={shown(value)}: {with_method}quantised checkpoints are not read; use the bf16 checkpoint"
+        form = f"quantised with {_QUANTISERS.get(str(method), method)}" if method else "quantised"
+        return f"{name}={shown(value)}: the checkpoint is {form}, which is not read; use the bf16 checkpoint"
     return None
 
 

@@ -275,9 +275,12 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
 
         Raises:
             ValueError: an id is not that of a slot, or is given twice; a prompt is continued by more tokens than a
-                chunk, or without prefill_chunk_size; or some rows begin a prompt and others do not.
+                chunk, or without prefill_chunk_size; some rows begin a prompt and others do not; or a prompt has a
+                token beyond the vocabulary.
         """
         phase = phase_of(position_ids) if phase is None else phase
+        if phase.encodes_prompts:  # what a step decodes comes from the head, and may still be on the device
+            self._require_in_vocabulary(input_ids)
         if phase is Phase.TOKEN_GENERATION and attention_mask is not None:
             # A step goes to the place after the cached tokens. NxDI's adapter takes the largest position of the prompt,
             # which for a prompt of one token is that of its padding.
@@ -304,6 +307,16 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         for name in ("logits", "tokens", "hidden_states"):
             setattr(outputs, name, select_rows(getattr(outputs, name, None), len(ids), back))
         return outputs
+
+    def _require_in_vocabulary(self, input_ids: torch.Tensor) -> None:
+        """Refuse ids that have no embedding: a CPU raises IndexError for them, a device reads what it finds."""
+        vocab_size = self.config.vocab_size
+        outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+        if len(outside):
+            raise ValueError(
+                f"input_ids has token {int(outside[0])}, which is not in 0..{vocab_size - 1}, the model's vocabulary: "
+                "use the checkpoint's own tokenizer, without tokens added to it"
+            )
 
     def _is_prefill(self, position_ids: torch.Tensor) -> bool:
         return self._phase is Phase.CONTEXT_ENCODING

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..json_files import first_three, parse_json, read_json, require_regular, shown
+from ..json_files import first_three, one_line, parse_json, require_regular, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,8 +56,9 @@ class CheckpointError(ValueError):
     """A checkpoint on disk that cannot be read; lists every problem found, each with file and remedy."""
 
     def __init__(self, directory: Path, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__(f"cannot read the checkpoint {directory}:\n" + "\n".join(f"  - {line}" for line in problems))
+        self.problems = [*map(one_line, problems)]
+        lines = "\n".join(f"  - {line}" for line in self.problems)
+        super().__init__(f"cannot read the checkpoint {directory}:\n{lines}")
 
 
 def is_mtp(name: str) -> bool:
@@ -184,9 +185,12 @@ def _weight_map(path: Path) -> dict[str, str]:
         FileNotFoundError: there is no index.
         ValueError: it is no JSON, or does not map names to files beside it.
     """
+    require_regular(path)
     corrupt = f"{path.name} is corrupt (%s); download it again"
     try:
-        index = read_json(path)
+        index = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror}); correct its permissions") from error
     except ValueError as error:
         raise ValueError(corrupt % error) from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -195,7 +199,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_inside(file):
             raise ValueError(corrupt % f"weight_map puts {shown(name)} in {shown(file)}, which is no file beside it")
-    return weight_map
+    return {name: str(PurePosixPath(file)) for name, file in weight_map.items()}
 
 
 def _is_inside(file: str) -> bool:

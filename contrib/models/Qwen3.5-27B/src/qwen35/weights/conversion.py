@@ -18,7 +18,7 @@ from itertools import takewhile
 
 import torch
 
-from ..json_files import first_three
+from ..json_files import first_three, one_line
 from .checkpoint import INDEX_FILE, CheckpointReader, TensorSpec
 from .foreign import QUANTISED, foreign_form, maker_beside
 
@@ -40,10 +40,10 @@ class ConversionError(ValueError):
     """A checkpoint whose tensors are not those of the configuration; of each kind of difference, the first three."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
+        self.problems = [*map(one_line, problems)]
         super().__init__(
             "the checkpoint does not fit its configuration:\n"
-            + "\n".join(f"  - {line}" for line in problems)
+            + "\n".join(f"  - {line}" for line in self.problems)
             + "\n  check that config.json and the weights are of the same checkpoint"
         )
 

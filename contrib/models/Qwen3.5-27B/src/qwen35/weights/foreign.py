@@ -11,7 +11,7 @@ from ..json_files import first_three, read_json
 
 QUANTISED = "quantised checkpoints are not read, use the unquantised checkpoint"
 
-# (maker, last parts of tensor names, of which one tells). The first that fits is named: GPTQ has AWQ's and one more.
+# (maker, last parts of tensor names, of which one tells). The first that fits is named: some have others' parts too.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("bitsandbytes", ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format")),
     ("GPTQ", ("g_idx",)),
@@ -19,7 +19,6 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("compressed-tensors", ("weight_packed", "weight_zero_point", "weight_g_idx")),
     ("NVIDIA ModelOpt", ("weight_scale_2", "weight_quantizer", "input_quantizer")),
     ("fp8", ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")),
-    ("MLX", ("scales", "biases")),
     ("MXFP4", ("weight_blocks", "weight_scales")),
     ("HQQ", ("W_q",)),
     ("AQLM", ("codebooks", "codes")),
@@ -27,6 +26,7 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("EXL3", ("trellis", "suh", "svh")),
     ("QuIP", ("Qidxs",)),
     ("quanto", ("_data", "_scale")),
+    ("MLX", ("scales", "biases")),
 )
 _BITSANDBYTES_STATE = "quant_state.bitsandbytes__"
 _ADAPTER_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "base_layer")
