@@ -7,6 +7,7 @@ Letters: D hidden, H value heads, Hk key heads, K key head dim, V value head dim
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -283,6 +284,9 @@ class Qwen35InferenceConfig(InferenceConfig):
             self.rope_type = unsupported[0]
         if tied:
             self.tie_word_embeddings = next((flag for flag in tied if not isinstance(flag, bool)), any(tied))
+        for name in _QUANTISATIONS:
+            if name in fields and fields[name] is None:
+                del fields[name]  # transformers 4 takes a field that is there for a quantisation
         vision = as_dict(fields.pop("vision_config", None), "vision_config")
         if vision:
             self.vision_config = vision
@@ -394,7 +398,7 @@ class Qwen35InferenceConfig(InferenceConfig):
 _SIZES = [name for name, kind in Qwen35InferenceConfig.__annotations__.items() if kind == "int"]
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields in `path`/config.json.
 
     Raises:
@@ -466,16 +470,24 @@ def _take_rope(place: dict[str, Any]) -> dict[str, Any]:
     it does not use: who wrote it wanted it.
 
     Raises:
-        Qwen35ConfigError: one of the two is no object.
+        Qwen35ConfigError: one of the two is no object; or `rope_scaling` leaves rope_theta to `rope_parameters`, where
+            transformers would take 10000 instead.
     """
     older, newer = (as_dict(place.pop(name, None), name) for name in ("rope_scaling", "rope_parameters"))
     plain = {name: place.pop(name) for name in _ROPE_FIELDS if name in place}
     types = [of.get("rope_type", of.get("type", "default")) for of in (older, newer) if of]
     types = types or [plain.get("rope_type", "default")]
+    kind = next((kind for kind in types if kind not in _DEFAULT_ROPE_TYPES), "default")
     chosen = older or newer
+    if kind != "default":
+        chosen = newer | older  # the type is refused, and should not be blamed for what the other has
     rope = plain | {name: chosen[name] for name in _ROPE_FIELDS if name in chosen}
+    if "rope_theta" in newer and "rope_theta" not in rope:
+        raise Qwen35ConfigError(
+            ["rope_scaling has no rope_theta and takes the place of rope_parameters, which has one; move it there"]
+        )
     if rope or chosen:
-        rope["rope_type"] = next((kind for kind in types if kind not in _DEFAULT_ROPE_TYPES), "default")
+        rope["rope_type"] = kind
     return rope
 
 

@@ -221,7 +221,9 @@ def unwrapped(name: str) -> str:
 
 def _summed_up(kind: str, lines: list[str]) -> list[str]:
     """The first three lines, and how many more there are."""
-    return [*lines[:3], *([f"{len(lines) - 3} more tensors are {kind}"] if len(lines) > 3 else [])]
+    more = len(lines) - 3
+    rest = f"{more} more tensor{' is' if more == 1 else 's are'} {kind}"
+    return lines[:3] + [rest] * (more > 0)
 
 
 def _unknown_prefix(missing: Collection[str], names: Collection[str]) -> str | None:

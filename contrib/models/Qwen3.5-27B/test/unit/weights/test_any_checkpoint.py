@@ -161,15 +161,22 @@ def test_rope_settings_at_the_top_serve_a_text_config_without_any(settings: Fiel
     assert config.rope_theta == 500.0
 
 
+def test_a_theta_that_rope_scaling_leaves_to_rope_parameters_is_refused() -> None:
+    with pytest.raises(Qwen35ConfigError) as caught:
+        Qwen35InferenceConfig(Qwen35NeuronConfig(), **TINY, rope_scaling={"type": "default"})
+    assert caught.value.problems[0].startswith("rope_scaling has no rope_theta and takes the place of rope_parameters")
+
+
 @pytest.mark.parametrize("name", ["rope_type", "type"])
 @pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "llama3", "proportional", "axial", "ntk", 7])
-@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling", "text_config", "top", "both"])
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling", "sparse", "text_config", "top", "both"])
 def test_a_rope_type_that_is_not_implemented_is_refused_wherever_it_stands(kind: Any, name: str, place: str) -> None:
     scaled = {**BARE, name: kind, "factor": 4.0}
     text = {name: value for name, value in TINY.items() if name != "rope_parameters"}
     fields: Fields = {
         "rope_parameters": {**text, "rope_parameters": scaled},
         "rope_scaling": {**text, "rope_parameters": ROPE, "rope_scaling": scaled},
+        "sparse": {**text, "rope_parameters": ROPE, "rope_scaling": {name: kind, "factor": 4.0}},
         "text_config": around({**text, "rope_parameters": ROPE, "rope_scaling": scaled}),
         "top": around({**text, "rope_parameters": ROPE}, rope_scaling=scaled),
         "both": {**text, "rope_parameters": scaled, "rope_scaling": ROPE},
