@@ -145,13 +145,14 @@ class NeuronApplicationBase(nn.Module):
                 )
             dist.init_process_group("gloo")
         initialize_model_parallel(tensor_model_parallel_size=neuron_config.tp_degree)
-        module = self.models[0].model_cls(self.config)
         rank = get_tensor_model_parallel_rank()
         checkpoint: MutableMapping[str, torch.Tensor]
         if sharded_path is not None:
             checkpoint = load_file(Path(sharded_path, "weights", f"tp{rank}_sharded_checkpoint.safetensors"))
         else:
             checkpoint = self.checkpoint_loader_fn()
+        module = self.models[0].model_cls(self.config)  # after the checkpoint was held against the configuration
+        if sharded_path is None:
             get_sharded_checkpoint(checkpoint, module, rank, neuron_config.tp_degree)
         _assign_weights(module, checkpoint)
         for wrapper in self.models:

@@ -283,11 +283,13 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         Raises:
             ValueError: an id names no slot, or is given twice; there are more rows than slots; a prompt is
                 continued by more tokens than a chunk, or without prefill_chunk_size; some rows begin a prompt and
-                others do not; or the padding is not on one side of each prompt.
+                others do not; the padding is not on one side of each prompt; or a token is beyond the vocabulary.
         """
         phase = phase_of(position_ids, attention_mask) if phase is None else phase
         assert position_ids is not None, "phase_of requires them, and so must a caller that gives the phase"
         input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
+        if phase.encodes_prompts:  # what a step decodes comes from the head, and may still be on the device
+            self._require_in_vocabulary(input_ids)
         if kwargs.get("sampling_params") is None:
             # NxDI's default has the rows of a decoding batch, a shape that other submodels were not compiled for.
             kwargs["sampling_params"] = self.default_sampling_params[:1].repeat(input_ids.shape[0], 1)
@@ -309,6 +311,16 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         for name in ("logits", "tokens", "hidden_states"):
             setattr(outputs, name, select_rows(getattr(outputs, name, None), len(ids), back))
         return outputs
+
+    def _require_in_vocabulary(self, input_ids: torch.Tensor) -> None:
+        """Refuse ids that have no embedding: a CPU raises IndexError for them, a device reads what it finds."""
+        vocab_size = self.config.vocab_size
+        outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+        if len(outside):
+            raise ValueError(
+                f"input_ids has token {int(outside[0])}, which is not in 0..{vocab_size - 1}, the model's vocabulary: "
+                "use the checkpoint's own tokenizer, without tokens added to it"
+            )
 
     def _is_prefill(self, position_ids: torch.Tensor) -> bool:
         return self._phase is Phase.CONTEXT_ENCODING

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .configuration_qwen35 import Qwen35InferenceConfig
 from .configuration_qwen35_vl import MEDIA_TOKENS, Qwen35VLInferenceConfig
 from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model
 from .nxdi import ModelWrapper
@@ -29,6 +30,9 @@ from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper, align_t
 from .vision.encoder import NeuronQwen35VisionModel
 from .vision.positions import checked_grids
 from .vision.rope_index import get_rope_index
+from .weights.checkpoint import CheckpointReader
+from .weights.conversion import unchanged
+from .weights.vision_rules import convert_vision_checkpoint
 
 
 class NeuronQwen35VLModel(NeuronQwen35Model):
@@ -175,6 +179,20 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         path = getattr(self.config, "_name_or_path", None)
         path = path if path and Path(path).exists() else self.model_path
         self.vision = NeuronQwen35VisionModel.from_pretrained(path, self.neuron_config.torch_dtype)
+
+    @classmethod
+    def get_state_dict(
+        cls, model_name_or_path: str | os.PathLike[str], config: Qwen35InferenceConfig
+    ) -> MutableMapping[str, torch.Tensor]:
+        """The decoder's tensors; those of the vision encoder, which `load` reads, are held against the configuration.
+
+        Raises:
+            CheckpointError, ConversionError: as for text, and where the vision encoder's tensors do not fit.
+        """
+        assert isinstance(config, Qwen35VLInferenceConfig)
+        with CheckpointReader(model_name_or_path) as reader:
+            convert_vision_checkpoint(reader, config.vision, config.neuron_config.torch_dtype, unchanged)
+        return super().get_state_dict(model_name_or_path, config)
 
     def get_required_kwargs(self) -> list[str]:
         return ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"]

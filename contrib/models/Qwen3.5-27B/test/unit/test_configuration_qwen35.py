@@ -176,9 +176,9 @@ def test_rope_settings_are_found_in_all_three_places() -> None:
         assert {name: getattr(config, name) for name in ROPE} == ROPE
 
 
-def test_rope_parameters_win_over_rope_scaling_and_older_fields() -> None:
-    config = make(rope_scaling={"rope_theta": 2.0}, rope_theta=3.0)
-    assert config.rope_theta == ROPE["rope_theta"]
+def test_rope_scaling_wins_over_rope_parameters_and_older_fields_as_in_transformers() -> None:
+    assert make(rope_scaling={"rope_theta": 2.0}, rope_theta=3.0).rope_theta == 2.0
+    assert make(rope_theta=3.0).rope_theta == ROPE["rope_theta"]
 
 
 def test_the_older_rope_type_mrope_means_the_default_frequencies() -> None:
