@@ -183,21 +183,27 @@ class AccessTimes:
             start -= first * pitch
             if tensor.has_partition_axis:
                 shape, strides = shape[1:], strides[1:]
-        dims = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s != 0]
-        dims.sort(key=lambda dim: -dim[1])
-        run = array.itemsize
-        while dims and dims[-1][1] == run:
-            run *= dims.pop()[0]
+        offsets, run = contiguous_runs(shape, strides, array.itemsize)
         g = self.granule
-        if not dims:
+        if offsets.size == 1:
             return groups, slice(start // g, -(-(start + run) // g))
-        offsets = np.zeros(1, dtype=np.int64)
-        for count, stride in dims:
-            offsets = (offsets[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
         first_entry = (offsets + start) // g
         length = int((-(-(offsets + start + run) // g) - first_entry).max())
         entries = (first_entry[:, None] + np.arange(length)).reshape(-1)
         return groups, np.minimum(entries, self.row - 1)
+
+
+def contiguous_runs(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[np.ndarray, int]:
+    """Contiguous runs of bytes of a strided array: offset of each from the first element, and the length of each."""
+    dims = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s != 0]
+    dims.sort(key=lambda dim: -dim[1])
+    run = itemsize
+    while dims and dims[-1][1] == run:
+        run *= dims.pop()[0]
+    offsets = np.zeros(1, dtype=np.int64)
+    for count, stride in dims:
+        offsets = (offsets[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
+    return offsets, run
 
 
 def _latest(wait: Wait, at: np.ndarray, by: np.ndarray, ignore: int | None) -> None:

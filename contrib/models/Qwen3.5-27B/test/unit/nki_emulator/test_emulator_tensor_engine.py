@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nki_emulator import emulate
+from nki_emulator import NkiWarning, emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
 from support.onchip import BF16, F32_SUM, assert_close, data, f64, run, store, tile
@@ -105,3 +105,42 @@ def test_sub_array_tiles_compute_the_same_product() -> None:
         out_buffer=nl.psum,
     )
     assert_close(y, f64(w).T @ f64(x), F32_SUM)
+
+
+def groups(order: str, *, bank_each: bool = False) -> tuple[str, ...]:
+    """Warnings of matmuls into two destinations A and B, of one bank or of two; lower case starts a group anew."""
+
+    def kernel() -> None:
+        t = nl.ndarray((64, 64), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        both = nl.ndarray((64, 2, 512 if bank_each else 64), nl.float32, buffer=nl.psum)
+        for step in order:
+            nisa.nc_matmul(both[:, "AB".index(step.upper()), 0:64], t, t, accumulate=step.isupper())
+
+    return emulate(kernel).report.warnings
+
+
+@pytest.mark.parametrize("order", ["aAbB", "aAAbBB", "abab", "aAbaA", "abB", "aAbBaAbB"])
+def test_groups_one_after_the_other_may_share_a_bank(order: str) -> None:
+    assert groups(order) == ()
+
+
+@pytest.mark.parametrize("order", ["abA", "abAB", "aAbA", "abBA"])
+def test_a_group_that_goes_on_after_another_in_its_bank_is_warned_of(order: str) -> None:
+    with pytest.warns(NkiWarning, match=r"nc_matmul: dst .* while another group of PSUM bank 0 .* is open"):
+        warned = groups(order)
+    assert len(warned) >= 1
+    assert groups(order, bank_each=True) == ()
+
+
+def test_groups_in_other_partitions_of_a_bank_share_it() -> None:
+    def kernel() -> None:
+        t = nl.ndarray((64, 32), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        p = nl.ndarray((64, 32), nl.float32, buffer=nl.psum, address=(0, 2048))
+        for accumulate in (False, True):
+            for row in (0, 32):
+                nisa.nc_matmul(p[row : row + 32], t, t, accumulate=accumulate)
+
+    with pytest.warns(NkiWarning, match="bank 1 of physical_psum is open"):
+        emulate(kernel)
