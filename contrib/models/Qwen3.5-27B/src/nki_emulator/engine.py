@@ -39,6 +39,8 @@ class Instruction:
         occupied_ns: how long it keeps the part of the engine that it uses.
         busy_ns: the same as a share of the whole engine; a tiled matmul or a small DMA uses a part.
         cost_ns: what it would take alone.
+        chain_ns: when it would end if engines and memories were always free and the Tensor engine warm: what is left
+            are the times of the instructions whose data it needs, one after the other.
         cause: core and index of the instruction that it waited for last, None if there is none.
         cause_kind: ``data``, ``engine``, ``memory``, ``barrier`` or ``none``.
         bytes_hbm_read, bytes_hbm_written: DMA payload on the HBM side.
@@ -54,6 +56,7 @@ class Instruction:
     busy_ns: float
     end_ns: float
     cost_ns: float
+    chain_ns: float
     cause: tuple[int, int] | None
     cause_kind: str
     bytes_hbm_read: int = 0
@@ -185,8 +188,7 @@ class Timeline:
             arrivals: what each core waited for when it came to this meeting of the cores.
         """
         wait = self._data_wait(on, reads, writes)
-        for arrival in arrivals:
-            wait.until(arrival.time, arrival.cause, "barrier")
+        self._meet(wait, arrivals)
         free, user = self._free.get(on, (0.0, -1))
         share, occupied = 1.0, cost.busy_ns
         if on is engine.tensor:
@@ -202,7 +204,8 @@ class Timeline:
         mark = self._mark_of(on, len(self.instructions))
         busy_until = wait.time + occupied
         end = busy_until + cost.latency_ns
-        item = self._append(call, on, label, wait, occupied, share, end, occupied + cost.latency_ns)
+        chain = wait.chain_ns + cost.busy_ns + cost.latency_ns
+        item = self._append(call, on, label, wait, occupied, share, end, occupied + cost.latency_ns, chain)
         self._free[on] = (busy_until, mark)
         if on is engine.tensor:
             self._cells[where] = busy_until
@@ -234,8 +237,7 @@ class Timeline:
             descriptors: the instruction that writes the descriptors of the transfer.
         """
         wait = self._data_wait(engine.dma, reads, writes)
-        for arrival in arrivals:
-            wait.until(arrival.time, arrival.cause, "barrier")
+        self._meet(wait, arrivals)
         if descriptors is not None:
             wait.until(descriptors.end_ns, self._mark_of(descriptors.engine, descriptors.index), "data")
         trigger = wait.time
@@ -247,13 +249,28 @@ class Timeline:
         _, last = self._dma.place(trigger + costs.DMA_START_NS, per_engine_ns, engines)
         share = engines / costs.DMA_ENGINES
         end = float(last + costs.DMA_COMPLETE_NS)
-        item = self._append(call, engine.dma, label, wait, per_engine_ns, share, end, cost)
+        item = self._append(call, engine.dma, label, wait, per_engine_ns, share, end, cost, wait.chain_ns + cost)
         item.bytes_hbm_read, item.bytes_hbm_written = hbm_read, hbm_written
         self._mark(item, reads, writes)
         return item
 
+    @staticmethod
+    def _meet(wait: Wait, arrivals: Iterable[Wait]) -> None:
+        for arrival in arrivals:
+            wait.until(arrival.time, arrival.cause, "barrier")
+            wait.chain_ns = max(wait.chain_ns, arrival.chain_ns)
+
     def _append(
-        self, call: str, on: engine, label: str, wait: Wait, occupied: float, share: float, end: float, cost: float
+        self,
+        call: str,
+        on: engine,
+        label: str,
+        wait: Wait,
+        occupied: float,
+        share: float,
+        end: float,
+        cost: float,
+        chain: float,
     ) -> Instruction:
         item = Instruction(
             core=self.core,
@@ -266,6 +283,7 @@ class Timeline:
             busy_ns=occupied * share,
             end_ns=end,
             cost_ns=cost,
+            chain_ns=chain,
             cause=divmod(wait.cause // ENGINE_CODES, _INDEX_LIMIT) if wait.cause >= 0 else None,
             cause_kind=wait.kind,
         )
@@ -295,7 +313,7 @@ class Timeline:
         for tensor in reads:
             _times(tensor.storage).mark_read(tensor, item.end_ns, by)
         for tensor in writes:
-            _times(tensor.storage).mark_write(tensor, item.end_ns, by)
+            _times(tensor.storage).mark_write(tensor, item.end_ns, by, item.chain_ns)
 
 
 def _times(storage: Storage) -> AccessTimes:

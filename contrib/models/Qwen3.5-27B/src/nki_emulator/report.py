@@ -103,6 +103,14 @@ class Report:
         """Time on the device of the kernel launched by itself, modelled."""
         return self.launch_ns + self.makespan_ns
 
+    @property
+    def latency_bound_ns(self) -> float:
+        """What loads, stores and the longest chain of instructions that need each other's data take at least, modelled.
+
+        No order of the same instructions on any number of engines takes less.
+        """
+        return max((i.chain_ns for items in self.instructions for i in items), default=0.0)
+
     def critical_path(self, core: int = 0) -> list[Instruction]:
         """The chain of instructions, first to last, each of which waited for the one before it.
 
@@ -157,6 +165,7 @@ class Report:
                 "makespan_ns": self.makespan_ns,
                 "launch_ns": self.launch_ns,
                 "device_ns": self.device_ns,
+                "latency_bound_ns": self.latency_bound_ns,
                 "warnings": self.warnings,
                 "cores": [asdict(core) for core in self.cores],
                 "critical_path": [

@@ -53,6 +53,8 @@ def test_timeline_invariants(steps: list[tuple[str, int, int]]) -> None:
     core, instructions = report.cores[0], items(report)
     assert core.makespan_ns >= max(use.busy_ns for use in core.engines.values()) - 1e-6
     assert core.makespan_ns <= sum(i.cost_ns for i in instructions) + 1e-6
+    assert max(i.cost_ns for i in instructions) / costs.TENSOR_COLD_FACTOR <= report.latency_bound_ns
+    assert report.latency_bound_ns <= core.makespan_ns + 1e-6
     assert all(use.utilisation <= 1 + 1e-9 for use in core.engines.values())
     slots: dict[int, Instruction] = {}
     readers: dict[int, list[Instruction]] = {}

@@ -68,6 +68,42 @@ def test_the_launch_is_told_apart_from_the_kernel(grid: int | None, launch: floa
     )
 
 
+def test_the_latency_bound_is_the_longest_chain_of_data() -> None:
+    def kernel(x: Any, independent: int) -> Any:
+        t = tile(x)
+        for _ in range(3):
+            nisa.tensor_scalar(dst=t, data=t, op0=nl.add, operand0=1.0, engine=nisa.engine.vector)
+        for _ in range(independent):
+            nisa.memset(nl.ndarray((128, 512), nl.float32), 0.0)
+        return store(t)
+
+    x = np.zeros((128, 512), np.float32)
+    plain, busy = (emulate(kernel, x, n).report for n in (0, 100))
+    load, *adds, final = plain.instructions[0]
+    assert plain.latency_bound_ns == pytest.approx(load.cost_ns + sum(i.cost_ns for i in adds) + final.cost_ns)
+    assert plain.latency_bound_ns == pytest.approx(plain.makespan_ns)
+    assert busy.latency_bound_ns == plain.latency_bound_ns < busy.makespan_ns
+    assert json.loads(busy.to_json())["latency_bound_ns"] == busy.latency_bound_ns
+
+
+@pytest.mark.parametrize("how", ["barrier", "sendrecv"])
+def test_the_chain_of_data_crosses_from_core_to_core(how: str) -> None:
+    def kernel(steps: int) -> None:
+        me = nl.program_id(0)
+        shared = nl.ndarray((2, 128, 512), nl.float32, buffer=nl.shared_hbm)
+        t = nl.ndarray((128, 512), nl.float32)
+        nisa.memset(t, 1.0)
+        for _ in range(steps if me == 0 else 0):
+            nisa.tensor_scalar(dst=t, data=t, op0=nl.multiply, operand0=1.0)
+        nisa.dma_copy(dst=shared[me], src=t)
+        meeting(me, how, shared, t)
+        nisa.dma_copy(dst=shared[me], src=t)
+
+    few, many = (emulate(kernel, n, grid=2).report for n in (1, 51))
+    step = next(i for i in few.instructions[0] if i.call == "tensor_scalar").cost_ns
+    assert many.latency_bound_ns - few.latency_bound_ns == pytest.approx(50 * step)
+
+
 def meeting(me: int, how: str, shared: Any, t: Any) -> None:
     if how == "barrier":
         nisa.core_barrier(data=shared, cores=(0, 1))
