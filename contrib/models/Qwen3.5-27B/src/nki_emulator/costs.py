@@ -72,8 +72,8 @@ PSUM_BANK_BYTES = Constant(2048, "B", f"{_TRN1} (near-memory accumulation in PSU
 # --- Launch ----------------------------------------------------------------------------------------------------------
 # Loading, the first instruction fetches and the final synchronisation of a kernel that is launched by itself. Profiles
 # show the same: 13 + 4 us around the work with one core (fused_mamba.rst), 27 + 2 us with LNC=2 (design-rmsnorm-quant).
-LAUNCH_LNC1_NS = Constant(18_000, "ns", "benchmarks/bench_library_kernels.py, rows with LNC=1", _FITTED)
-LAUNCH_LNC2_NS = Constant(30_000, "ns", "benchmarks/bench_library_kernels.py, rows with LNC=2", _FITTED)
+LAUNCH_LNC1_NS = Constant(20_000, "ns", "benchmarks/bench_library_kernels.py, rows with LNC=1", _FITTED)
+LAUNCH_LNC2_NS = Constant(29_000, "ns", "benchmarks/bench_library_kernels.py, rows with LNC=2", _FITTED)
 
 # --- Clocks ----------------------------------------------------------------------------------------------------------
 TENSOR_GHZ = Constant(2.4, "GHz", f"{_TRN2} (compute engine specifications)", _DOCUMENTED)
@@ -99,8 +99,11 @@ TENSOR_WARM_WINDOW_NS = Constant(3000, "ns", f"{_THROTTLING}: less than half in 
 # --- Vector, Scalar, GpSimd engines ----------------------------------------------------------------------------------
 MIN_ISSUE_CYCLES = Constant(64, "cycles", f"{_SHARED} (MIN_II)", _DOCUMENTED)
 ACCESS_LATENCY_CYCLES = Constant(60, "cycles", f"{_TRN1} (tensor access overhead, given for v2)", _DOCUMENTED)
-VECTOR_LATENCY_CYCLES = Constant(
-    100, "cycles", f"{_TRN1} (Vector engine cost model: static overhead of dependent instructions)", _DOCUMENTED
+VECTOR_OVERHEAD_CYCLES = Constant(
+    122,
+    "cycles",
+    f"{_RMS_PROFILE}: a scalar_tensor_tensor of 512 elements every 660 ns; {_TRN1} (Vector cost model) says about 100",
+    _MEASURED,
 )
 SCALAR_LATENCY_CYCLES = Constant(
     200, "cycles", f"{_PERFORMANCE}, Opt #5a: 264 cycles between dependent instructions, less MIN_II", _MEASURED
@@ -116,11 +119,8 @@ VECTOR_WIDE_SPEEDUP = Constant(
 )
 VECTOR_FAST_SPEEDUP = Constant(4, "x", f"{_TRN2} (Vector performance mode, 1)", _DOCUMENTED)
 VECTOR_HALF_FAST_SPEEDUP = Constant(2, "x", f"{_TRN2} (Vector performance mode, 2x)", _DOCUMENTED)
-VECTOR_TWO_INPUTS_HALVES = Constant(
-    1, "x", f"{_TRN2} (Vector performance mode, 2x of the 2N cycles of {_TRN1})", _DOCUMENTED
-)
 VECTOR_TWO_INPUTS = Constant(
-    1.24, "x", f"{_RMS_PROFILE}: a scalar_tensor_tensor of 512 elements every 660 ns; v2 took 2N ({_TRN1})", _MEASURED
+    1, "x", f"{_RMS_PROFILE}: N cycles and the overhead; v2 took 2N ({_TRN1}), or N for bf16 by {_TRN2}", _MEASURED
 )
 VECTOR_RECIPROCAL_FACTOR = Constant(8, "x", f"{_SHARED} (engine selection for reciprocal)", _DOCUMENTED)
 SCALAR_READ_REDUCE_CYCLES = Constant(64, "cycles", f"{_TRN1} (ActReadAccumulator)", _DOCUMENTED)
@@ -135,18 +135,17 @@ PARTITION_REDUCE_FACTOR = Constant(16, "x", "16 partitions share one GpSimd proc
 DMA_ENGINES = Constant(16, "engines", _DMA, _DOCUMENTED)
 DMA_PARTITIONS_PER_ENGINE = Constant(8, "partitions", f"{_DMA_TOUR} (128 partitions over 16 engines)", _DOCUMENTED)
 DMA_ENGINE_BYTES_PER_NS = Constant(
-    25,
+    27.2,
     "B/ns",
-    f"{_RMS_PROFILE}: eight rows of 32 KiB in 10.5 us on one engine; documented are 23 ({_DMA}) and at most 27.2 "
-    f"({_DMA_TOUR})",
-    _MEASURED,
+    f"{_DMA_TOUR}; 27.1 in the store of its example 1, 26.7 in {_RMS_PROFILE}; {_DMA} gives 23 with all in use",
+    _DOCUMENTED,
 )
 DMA_START_NS = Constant(1300, "ns", f"{_DMA} (semaphore to start)", _DOCUMENTED)
 DMA_COMPLETE_NS = Constant(
     300, "ns", f"{_DMA_TOUR}, profiles of examples 1 and 2: last byte to the start of the instruction on it", _MEASURED
 )
 DMA_RUN_NS = Constant(
-    16, "ns", f"per contiguous run, so that 256 B reach 39%, 2 KiB 84% and 4 KiB 91% as {_DMA} describes"
+    16, "ns", f"per contiguous run, so that 256 B reach 37%, 2 KiB 82% and 4 KiB 90% as {_DMA} describes"
 )
 DMA_ELEMENT_NS = Constant(
     2.6,
@@ -163,7 +162,11 @@ SWDGE_CYCLES = Constant(
     1000, "cycles", f"GpSimd writes the descriptors; 0.9 us in the profile of example 2 of {_DMA_TOUR}"
 )
 HBM_BYTES_PER_NS = Constant(
-    362.5, "B/ns", "about-neuron/arch/neuron-hardware/trainium2.rst (2.9 TB/s over 8 cores)", _DOCUMENTED
+    362.5,
+    "B/ns",
+    "of a core whose neighbour reads as much: about-neuron/arch/neuron-hardware/trainium2.rst (2.9 TB/s over 8 cores), "
+    "neuron-runtime/explore/device-memory.rst (two cores share an HBM)",
+    _DOCUMENTED,
 )
 
 # --- Exchange between the two cores of LNC=2 -------------------------------------------------------------------------
@@ -177,8 +180,15 @@ CLOCK_GHZ: dict[engine, Constant] = {
     engine.sync: SYNC_GHZ,
 }
 
+#: Of every instruction, before it streams.
+OVERHEAD_CYCLES: dict[engine, Constant] = {
+    engine.vector: VECTOR_OVERHEAD_CYCLES,
+    engine.gpsimd: GPSIMD_START_CYCLES,
+}
+
+#: From the end of the stream until the next instruction may read what it wrote.
 LATENCY_CYCLES: dict[engine, Constant] = {
-    engine.vector: VECTOR_LATENCY_CYCLES,
+    engine.vector: ACCESS_LATENCY_CYCLES,
     engine.scalar: SCALAR_LATENCY_CYCLES,
     engine.gpsimd: ACCESS_LATENCY_CYCLES,
 }
@@ -227,8 +237,8 @@ def tensor_transpose(rows: int, dtype: str) -> Cost:
 def elementwise(on: engine, cycles: float, extra_cycles: float = 0.0) -> Cost:
     """An instruction of the Vector, Scalar or GpSimd engine that streams for ``cycles``."""
     clock = CLOCK_GHZ[on]
-    start = GPSIMD_START_CYCLES if on is engine.gpsimd else 0.0
-    return Cost((max(cycles, MIN_ISSUE_CYCLES) + start + extra_cycles) / clock, LATENCY_CYCLES[on] / clock)
+    cycles = max(cycles + OVERHEAD_CYCLES.get(on, 0.0), MIN_ISSUE_CYCLES)
+    return Cost((cycles + extra_cycles) / clock, LATENCY_CYCLES[on] / clock)
 
 
 @dataclass(frozen=True)
@@ -263,11 +273,9 @@ def vector_single_input(dst: Tile, src: Tile, *, fast_capable: bool) -> float:
 
 
 def vector_two_inputs(dst: Tile, left: Tile, right: Tile) -> float:
-    """Cycles of tensor_tensor and its relatives; fewer when all is bf16/fp16 and both inputs are in SBUF."""
-    cycles = strided(max(dst.elements, left.elements, right.elements), dst, left, right)
-    if all(tile.dtype in HALVES for tile in (dst, left, right)) and not (left.in_psum or right.in_psum):
-        return cycles * VECTOR_TWO_INPUTS_HALVES
-    return cycles * VECTOR_TWO_INPUTS
+    """Cycles of tensor_tensor and its relatives."""
+    elements = max(dst.elements, left.elements, right.elements)
+    return strided(elements, dst, left, right) * VECTOR_TWO_INPUTS
 
 
 def strided(cycles: float, *tiles: Tile) -> float:
@@ -275,8 +283,18 @@ def strided(cycles: float, *tiles: Tile) -> float:
     return cycles * STRIDE_FACTOR if any(tile.stride_bytes > STRIDE_LIMIT_BYTES for tile in tiles) else cycles
 
 
+def dma_bytes_per_ns(engines: int, cores: int, *, hbm: bool) -> float:
+    """Peak rate of each of ``engines`` DMA engines of a core; with two cores it has half of the HBM they share."""
+    rate = float(DMA_ENGINE_BYTES_PER_NS)
+    return min(rate, HBM_BYTES_PER_NS / engines) if hbm and cores > 1 else rate
+
+
 def dma_engine_ns(
-    total_bytes: int, run_bytes: int, engines: int, efficiency: float = 1.0, element_bytes: int | None = None
+    total_bytes: int,
+    run_bytes: int,
+    engines: int,
+    bytes_per_ns: float = DMA_ENGINE_BYTES_PER_NS,
+    element_bytes: int | None = None,
 ) -> float:
     """Time that each of ``engines`` DMA engines spends on its share of a transfer.
 
@@ -284,10 +302,10 @@ def dma_engine_ns(
         total_bytes: payload of the whole transfer.
         run_bytes: contiguous bytes at a time, the smaller of both sides.
         engines: engines that share the transfer.
-        efficiency: fraction of the peak that this kind of transfer reaches.
+        bytes_per_ns: rate that an engine reaches in this kind of transfer.
         element_bytes: of one element; a run of few elements costs what they cost one by one, if that is less.
     """
     run_bytes = max(run_bytes, 1)
     elements = run_bytes / element_bytes if element_bytes else float("inf")
     overhead = min(float(DMA_RUN_NS), elements * DMA_ELEMENT_NS)
-    return (total_bytes / (DMA_ENGINE_BYTES_PER_NS * efficiency) + total_bytes / run_bytes * overhead) / engines
+    return (total_bytes / bytes_per_ns + total_bytes / run_bytes * overhead) / engines

@@ -356,7 +356,9 @@ def _record(
     if all(t.buffer in HBM for t in operands):
         engines = max(1, min(engines, out.size * out.itemsize // max(run, 1)))
     element = min(t.itemsize for t in operands)
-    share = costs.dma_engine_ns(max(size, written), run, engines, efficiency, element)
+    in_hbm = any(t.buffer in HBM for t in operands)
+    rate = efficiency * costs.dma_bytes_per_ns(engines, core.shared.exchange.programs, hbm=in_hbm)
+    share = costs.dma_engine_ns(max(size, written), run, engines, rate, element)
     label = name or describe(sources, [out])
     descriptors = None
     if mode is DgeMode.swdge or any(t.is_indirect for t in operands):
