@@ -118,15 +118,14 @@ class Shared:
         exchange: where programs meet.
         hbm: shared_hbm tensors in order of allocation.
         warnings: what the programs rely on and nothing promises, each once.
+        races: who accessed which bytes of the shared memory.
     """
 
     grid: tuple[int, ...]
     exchange: Exchange
     hbm: list[NkiTensor] = field(default_factory=list)
     warnings: dict[str, None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.races = RaceDetector(self.exchange.programs)
+    races: RaceDetector = field(default_factory=RaceDetector)
 
     def warn(self, call: str, what: str, rule: str, source: str) -> None:
         """Note something that nothing promises, in the form of :func:`errors.fail`."""

@@ -34,19 +34,23 @@ class Conflict:
 
 @dataclass
 class _History:
-    """Per core and piece of one storage, the last meeting after which it was accessed; -1 if never."""
+    """What was accessed of one storage.
+
+    Attributes:
+        piece_bytes: bytes of one entry.
+        last: by (core, writing), for each piece the last meeting after which it was accessed; -1 if never.
+        found: kinds of conflict that were reported: core, whether it writes, whether the other one does.
+    """
 
     piece_bytes: int
-    written: list[np.ndarray]
-    read: list[np.ndarray]
+    last: dict[tuple[int, bool], np.ndarray] = field(default_factory=dict)
     found: set[tuple[int, bool, bool]] = field(default_factory=set)
 
 
 class RaceDetector:
     """Remembers which core accessed which bytes of shared HBM since the cores last met."""
 
-    def __init__(self, programs: int) -> None:
-        self.programs = programs
+    def __init__(self) -> None:
         # Storages are kept alive by the launch, so that their identity is unique.
         self._histories: dict[int, tuple[Storage, _History]] = {}
 
@@ -61,28 +65,25 @@ class RaceDetector:
         """
         history = self._history(tensor.storage)
         where = _pieces(tensor, history.piece_bytes)
-        mine = history.written if writing else history.read
-        mine[core][where] = meeting
-        for other in range(self.programs):
-            if other == core:
+        if (core, writing) not in history.last:
+            pieces = -(-tensor.storage.raw.size // history.piece_bytes)
+            history.last[core, writing] = np.full(pieces, -1, dtype=np.int32)
+        history.last[core, writing][where] = meeting
+        for (other, other_writes), last in history.last.items():
+            kind = (core, writing, other_writes)
+            if other == core or not (writing or other_writes) or kind in history.found:
                 continue
-            for theirs, other_writes in ((history.written, True), (history.read, False)):
-                if not (writing or other_writes) or not bool((theirs[other][where] == meeting).any()):
-                    continue
-                kind = (core, writing, other_writes)
-                if kind not in history.found:
-                    history.found.add(kind)
-                    return Conflict(other, other_writes)
+            if bool((last[where] == meeting).any()):
+                history.found.add(kind)
+                return Conflict(other, other_writes)
         return None
 
     def _history(self, storage: Storage) -> _History:
         if id(storage) not in self._histories:
-            total, piece = storage.raw.size, storage.granule
-            while total // piece > _MAX_ENTRIES:
+            piece = storage.granule
+            while storage.raw.size // piece > _MAX_ENTRIES:
                 piece *= 2
-            count = -(-total // piece)
-            written, read = ([np.full(count, -1, dtype=np.int32) for _ in range(self.programs)] for _ in range(2))
-            self._histories[id(storage)] = (storage, _History(piece, written, read))
+            self._histories[id(storage)] = (storage, _History(piece))
         return self._histories[id(storage)][1]
 
 
