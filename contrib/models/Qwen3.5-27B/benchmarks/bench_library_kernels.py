@@ -22,14 +22,15 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -259,34 +260,35 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def measure(library: Library, case: Case, limit: int) -> Result:
-    """Run one row in the emulator, for ``limit`` seconds at most."""
+    """Run one row in the emulator, in a process of its own that ends after ``limit`` seconds."""
     start = time.monotonic()
-    kernel_us, failure = None, ""
-    try:
-        with _deadline(limit), contextlib.redirect_stdout(io.StringIO()):
-            launch = library.builders[case.family](case)
-            grid = case.cores if case.cores > 1 else None
-            report = nki_emulator.emulate(
-                launch.kernel, *launch.arguments, grid=grid, strict=False, **launch.options
-            ).report
-        kernel_us = report.makespan_ns / 1e3
-    except Exception as error:  # any failure is a row of the table
-        failure = f"{type(error).__name__}: {error}"
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(library, case, sender))
+    process.start()
+    sender.close()
+    kernel_us: float | None = None
+    failure = f"more than {limit} s"
+    if receiver.poll(limit):
+        try:
+            kernel_us, failure = receiver.recv()
+        except EOFError:
+            failure = "the process ended without a result"
+    process.kill()
+    process.join()
     return Result(case, kernel_us, failure, time.monotonic() - start)
 
 
-@contextlib.contextmanager
-def _deadline(seconds: int) -> Iterator[None]:
-    def expire(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
+def _run(library: Library, case: Case, sender: Connection) -> None:
+    """Send the modelled microseconds of a row, or None and why it failed."""
     try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        with contextlib.redirect_stdout(io.StringIO()):
+            launch = library.builders[case.family](case)
+            grid = case.cores if case.cores > 1 else None
+            result = nki_emulator.emulate(launch.kernel, *launch.arguments, grid=grid, strict=False, **launch.options)
+        sender.send((result.report.makespan_ns / 1e3, ""))
+    except Exception as error:  # any failure is a row of the table
+        sender.send((None, f"{type(error).__name__}: {error}"))
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
