@@ -10,9 +10,9 @@ The library is not part of this repository: fetch it at the tag of the data file
 
 A row of ``nki_library_times.json`` is a label and microseconds. The label names the family, the cores (``lnc2``) and
 the shape, in letters: B batch, S tokens, H hidden size, I intermediate (or projected) size. The device time of a launch
-by itself is modelled as the time of the kernel and that of the launch, the one fitted part (`nki_emulator.costs`). So
-the error is also given with the launch fitted to the rows of the other families. A row that fails or exceeds its time
-limit counts as an error of 100%.
+by itself is modelled as the time of the kernel and that of the launch (`nki_emulator.costs`). The launch is what such
+rows can fit, so the error is also given with the launch fitted to the rows of the other families. A row that fails or
+exceeds its time limit counts as an error of 100%.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 """Every constant of the timing model, each with its kind and source, and the formulas that use them.
 
 All times are *modelled*. Pages are of ``github:aws-neuron/aws-neuron-sdk``, SDK 2.29 (commit 539a73c5) unless another
-release is named. A figure read from a published profile (an image of a page) or from published device times is
-*measured*; the two that were adjusted until the modelled times of nki-library's kernels agreed with the device times
-that its tests publish (``benchmarks/bench_library_kernels.py``) are *fitted*. Units: nanoseconds, cycles, bytes.
+release is named. A figure read from a published profile (an image of a page) is *measured*; one that was adjusted until
+modelled times agree with published device times is *fitted*. Units: nanoseconds, cycles, bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Kind(Enum):
     """How a constant is known."""
 
     DOCUMENTED = "documented"  # the page states the number
-    MEASURED = "measured"  # read from a published profile or device time
+    MEASURED = "measured"  # read from a published profile, or from kernels that run on devices
     FITTED = "fitted"  # adjusted until modelled times agree with published device times
     INFERRED = "inferred"  # no page gives it; the source says what it was chosen to agree with
 
@@ -70,10 +69,21 @@ PSUM_BANKS = Constant(8, "banks", f"{_TRN1} (near-memory accumulation in PSUM)",
 PSUM_BANK_BYTES = Constant(2048, "B", f"{_TRN1} (near-memory accumulation in PSUM)", _DOCUMENTED)
 
 # --- Launch ----------------------------------------------------------------------------------------------------------
-# Loading, the first instruction fetches and the final synchronisation of a kernel that is launched by itself. Profiles
-# show the same: 13 + 4 us around the work with one core (fused_mamba.rst), 27 + 2 us with LNC=2 (design-rmsnorm-quant).
-LAUNCH_LNC1_NS = Constant(20_000, "ns", "benchmarks/bench_library_kernels.py, rows with LNC=1", _FITTED)
-LAUNCH_LNC2_NS = Constant(29_000, "ns", "benchmarks/bench_library_kernels.py, rows with LNC=2", _FITTED)
+# Loading, the first instruction fetches and the final synchronisation of a kernel that is launched by itself.
+LAUNCH_LNC1_NS = Constant(
+    20_000,
+    "ns",
+    "benchmarks/bench_library_kernels.py, rows with LNC=1; the profile of nki/guides/tutorials/fused_mamba.rst has "
+    "13 us before the first DMA and 4 us after the last",
+    _FITTED,
+)
+LAUNCH_LNC2_NS = Constant(
+    29_000,
+    "ns",
+    f"{_RMS_PROFILE}: 27 us before the first DMA and 2 us after the last; the rows with LNC=2 of "
+    "benchmarks/bench_library_kernels.py fit the same",
+    _MEASURED,
+)
 
 # --- Clocks ----------------------------------------------------------------------------------------------------------
 TENSOR_GHZ = Constant(2.4, "GHz", f"{_TRN2} (compute engine specifications)", _DOCUMENTED)
@@ -150,9 +160,9 @@ DMA_RUN_NS = Constant(
 DMA_ELEMENT_NS = Constant(
     2.6,
     "ns",
-    "per element of a run too short for a descriptor of its own: 65.9 ms of a pairformer layer with 2-byte elements, "
-    "github:aws-neuron/neuronx-distributed-inference pull 64",
-    _MEASURED,
+    "per element of a run too short for a descriptor of its own: what brings the pairformer layer of "
+    "github:aws-neuron/neuronx-distributed-inference pull 64, with its 2-byte elements, to its 65.9 ms",
+    _FITTED,
 )
 DMA_TRANSPOSE_HBM_EFFICIENCY = Constant(0.9, "x", f"{_TRN2} (DMA transpose, HBM to SBUF)", _DOCUMENTED)
 DMA_TRANSPOSE_SBUF_EFFICIENCY = Constant(0.5, "x", f"{_TRN2} (DMA transpose, SBUF to SBUF)", _DOCUMENTED)

@@ -111,5 +111,5 @@ def test_every_constant_has_a_source() -> None:
 
 def test_two_constants_are_fitted_and_none_scales_the_rest() -> None:
     fitted = [name for name, c in costs.constants().items() if c.kind is costs.Kind.FITTED]
-    assert fitted == ["LAUNCH_LNC1_NS", "LAUNCH_LNC2_NS"]
+    assert fitted == ["LAUNCH_LNC1_NS", "DMA_ELEMENT_NS"]
     assert costs.launch_ns(1) < costs.launch_ns(2)
