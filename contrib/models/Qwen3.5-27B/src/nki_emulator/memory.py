@@ -26,8 +26,6 @@ from .strictness import is_strict
 
 _AP_DOC = "nki/deep-dives/nki-aps.rst"
 _GUIDE = "nki/get-started/nki-language-guide.rst"
-#: First byte, shape and strides.
-Region = tuple[int, tuple[int, ...], tuple[int, ...]]
 ON_CHIP = (MemoryRegion.sbuf, MemoryRegion.psum)
 HBM = (MemoryRegion.private_hbm, MemoryRegion.shared_hbm)
 
@@ -68,24 +66,28 @@ class Storage:
 
 @dataclass
 class BankGroups:
-    """Accumulation groups of the Tensor engine in one PSUM bank.
+    """Accumulation groups of the Tensor engine in one PSUM bank, each known by its largest destination.
 
     Attributes:
-        current: destination of the last matmul.
-        followed: destinations of earlier groups, each of which another group has followed.
+        current: the group of the last matmul.
+        followed: earlier groups, each of which another one has followed.
     """
 
-    current: Region | None = None
-    followed: set[Region] = field(default_factory=set)
+    current: np.ndarray | None = None
+    followed: list[np.ndarray] = field(default_factory=list)
 
-    def matmul(self, region: Region, *, adds: bool) -> bool:
-        """Note a matmul; whether it adds to a group after a matmul of another group in this bank."""
-        if self.current is not None and self.current != region:
-            self.followed.add(self.current)
-        resumed = adds and region in self.followed
-        self.followed.discard(region)
-        self.current = region
-        return resumed
+    def matmul(self, array: np.ndarray, *, adds: bool) -> bool:
+        """Note a matmul into ``array``; whether it adds to a group after a matmul of another group in this bank."""
+        if self.current is not None and np.shares_memory(self.current, array):
+            if array.size > self.current.size:
+                self.current = array
+            return False
+        again = [group for group in self.followed if np.shares_memory(group, array)]
+        self.followed = [group for group in self.followed if not any(group is other for other in again)]
+        if self.current is not None:
+            self.followed.append(self.current)
+        self.current = max([array, *again], key=lambda group: group.size) if adds else array
+        return adds and bool(again)
 
 
 class Accumulation:

@@ -352,7 +352,7 @@ def _note_group(call: str, out: NkiTensor, adds: bool) -> None:
     storage = out.storage
     bank = out.byte_offset % storage.raw.strides[0] // int(costs.PSUM_BANK_BYTES)
     groups = storage.banks.setdefault(bank, BankGroups())
-    if groups.matmul((out.byte_offset, out._array.shape, out._array.strides), adds=adds):
+    if groups.matmul(out._array, adds=adds):
         current().shared.warn(
             call,
             f"dst {out!r} adds to a group while another group of PSUM bank {bank} of {storage.label} is open",

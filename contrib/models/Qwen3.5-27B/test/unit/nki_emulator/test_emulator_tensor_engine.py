@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ml_dtypes
@@ -131,6 +132,36 @@ def test_a_group_that_goes_on_after_another_in_its_bank_is_warned_of(order: str)
         warned = groups(order)
     assert len(warned) >= 1
     assert groups(order, bank_each=True) == ()
+
+
+@pytest.mark.parametrize(("follows", "warned"), [(False, False), (True, True)])
+def test_a_part_of_a_group_belongs_to_it(follows: bool, warned: bool) -> None:
+    def kernel() -> None:
+        t = nl.ndarray((64, 64), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        p = nl.ndarray((64, 2, 64), nl.float32, buffer=nl.psum)
+        nisa.nc_matmul(p[:, 0], t, t, accumulate=False)
+        if follows:
+            nisa.nc_matmul(p[:, 1], t, t, accumulate=False)
+        nisa.nc_matmul(p[:, 0, 0:32], t, t[:, 0:32], accumulate=True)
+        nisa.nc_matmul(p[:, 0, 32:64], t, t[:, 32:64], accumulate=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NkiWarning)
+        assert bool(emulate(kernel).report.warnings) == warned
+
+
+def test_interleaved_columns_are_groups_of_their_own() -> None:
+    def kernel() -> None:
+        t = nl.ndarray((64, 32), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        p = nl.ndarray((32, 32, 2), nl.float32, buffer=nl.psum)
+        for accumulate in (False, True):
+            for column in (0, 1):
+                nisa.nc_matmul(p[:, :, column], t, t, accumulate=accumulate)
+
+    with pytest.warns(NkiWarning, match="is open"):
+        emulate(kernel)
 
 
 def test_groups_in_other_partitions_of_a_bank_share_it() -> None:
