@@ -8,7 +8,7 @@ Letters: B prompts, S tokens of the longest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import HuggingFaceGenerationAdapter
+from ..vision.media import shorten
 from ..vision.processing import VisionProcessor
 from .loading import load_generation_config
-from .prompts import Messages, encode, encode_chat, load_tokenizer
+from .prompts import Messages, StopStrings, Tools, encode, encode_chat, load_tokenizer
 from .sampling import GREEDY, SamplingOptions
 
 OnToken = Callable[[torch.Tensor], None]
@@ -55,6 +56,20 @@ class _TokenClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
+class _StopOnText(StoppingCriteria):
+    """Ends each row at its first stop string; `lengths` are the generated tokens of the rows that it ended."""
+
+    def __init__(self, rows: Sequence[StopStrings]) -> None:
+        self.rows, self.lengths = rows, [0] * len(rows)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for i, (row, token) in enumerate(zip(self.rows, input_ids[:, -1].tolist(), strict=True)):
+            if not row.stopped:
+                row.push(token)
+                self.lengths[i] += 1
+        return torch.tensor([row.stopped for row in self.rows])
+
+
 class TextGenerator:
     """A loaded model with its tokenizer; of the vision-language class where the configuration is."""
 
@@ -79,7 +94,8 @@ class TextGenerator:
             model.to_cpu()
         else:
             model.load(str(compiled_path))
-        return cls(model, model_path, load_tokenizer(model_path), load_generation_config(model_path, config))
+        tokenizer = load_tokenizer(model_path)
+        return cls(model, model_path, tokenizer, load_generation_config(model_path, config, tokenizer))
 
     def generate(
         self,
@@ -87,9 +103,13 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        stop: str | Sequence[str] = (),
     ) -> Generation:
-        """Complete all prompts as one right-padded batch; `on_token` gets the tokens [B] of each step as they come."""
-        return self.complete(encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token)
+        """Complete all prompts as one right-padded batch; `on_token` gets the tokens [B] of each step as they come.
+
+        The text of a row ends before the first of the texts in `stop`.
+        """
+        return self.complete(encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token, stop)
 
     def chat(
         self,
@@ -97,14 +117,29 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        stop: str | Sequence[str] = (),
+        *,
+        tools: Tools | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Answer conversations whose messages may hold images and videos (`encode_chat`), as one batch.
 
+        `stop` is as of `generate`; `tools`, `enable_thinking` and `chat_template_kwargs` as of `prompts.chat_text`.
+
         Raises:
             VisionInputError: an image or a video cannot be used; all are listed, before the model runs.
+            ValueError: a conversation is not one, or the template refuses it.
         """
-        inputs = encode_chat(self.tokenizer, VisionProcessor.from_pretrained(self.model_path), conversations)
-        return self.complete(inputs, max_new_tokens, sampling, on_token)
+        inputs = encode_chat(
+            self.tokenizer,
+            VisionProcessor.from_pretrained(self.model_path),
+            conversations,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.complete(inputs, max_new_tokens, sampling, on_token, stop)
 
     def complete(
         self,
@@ -112,8 +147,15 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        stop: str | Sequence[str] = (),
     ) -> Generation:
-        """Complete encoded prompts: input_ids and attention_mask [B, S], and pixels and grids as a processor gives."""
+        """Complete encoded prompts: input_ids and attention_mask [B, S], and pixels and grids as a processor gives.
+
+        Raises:
+            ValueError: a token is beyond the model's vocabulary, or a stop string is empty.
+        """
+        self._check_vocabulary(inputs["input_ids"])
+        stops = _StopOnText([StopStrings(self.tokenizer, stop) for _ in inputs["input_ids"]])
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         chosen: dict[str, Any] = {"do_sample": False}
@@ -126,28 +168,44 @@ class TextGenerator:
             generation_config=GenerationConfig(
                 **chosen,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=self.generation_config.eos_token_id,
+                eos_token_id=self.eos_token_ids or None,
                 pad_token_id=self.pad_token_id,
             ),
-            stopping_criteria=[clock],
+            stopping_criteria=[clock, stops],
         )
-        tokens = [self._until_eos(row) for row in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+        rows = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        ended = [stops.lengths[i] if row.stopped else None for i, row in enumerate(stops.rows)]
+        tokens = [self._until_eos(row[:end]) for row, end in zip(rows, ended, strict=True)]
         steps = len(clock.times) - 1
         return Generation(
             tokens=tokens,
-            texts=[self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens],
+            texts=[
+                row.text if row.stopped else self.tokenizer.decode(ids, skip_special_tokens=True)
+                for row, ids in zip(stops.rows, tokens, strict=True)
+            ],
             time_to_first_token=clock.times[0] - start,
             time_per_output_token=(clock.times[-1] - clock.times[0]) / steps if steps else None,
         )
 
     @property
     def eos_token_ids(self) -> list[int]:
-        eos = self.generation_config.eos_token_id
-        return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        """Tokens that end a text, of whatever the checkpoint says (`loading.eos_token_ids`); may be empty."""
+        return [*self.generation_config.eos_token_id]
 
     @property
     def pad_token_id(self) -> int:
-        return self.eos_token_ids[0]
+        return next(iter(self.eos_token_ids), 0)
+
+    def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
+        size = self.model.config.vocab_size
+        if (beyond := (input_ids < 0) | (input_ids >= size)).any():
+            row, position = (int(i) for i in beyond.nonzero()[0])
+            token = int(input_ids[row, position])
+            text = shorten(repr(self.tokenizer.convert_ids_to_tokens(token)))
+            raise ValueError(
+                f"prompt {row} has token {token} ({text}), which is not in 0..{size - 1}, the model's vocabulary: "
+                "use the checkpoint's own tokenizer, without added tokens"
+            )
 
     def _until_eos(self, row: list[int]) -> list[int]:
         ends = [i for i, token in enumerate(row) if token in self.eos_token_ids]
