@@ -8,10 +8,10 @@ Letters: B prompts, S tokens of the longest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
@@ -20,10 +20,11 @@ from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from ..vision.media import shorten
 from ..vision.processing import VisionProcessor
 from .hf_adapter import HuggingFaceGenerationAdapter
 from .loading import load_generation_config
-from .prompts import Messages, encode, encode_chat, load_tokenizer
+from .prompts import Messages, StopStrings, Tools, encode, encode_chat, load_tokenizer
 from .request import out_of_vocabulary
 from .sampling import (
     GREEDY,
@@ -98,6 +99,28 @@ class _TokenClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
+class _StopOnText(StoppingCriteria):
+    """Ends each row at its first stop string; `lengths` are the generated tokens of the rows that it ended."""
+
+    def __init__(self, rows: Sequence[StopStrings]) -> None:
+        self.rows, self.lengths = rows, [0] * len(rows)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for i, (row, token) in enumerate(zip(self.rows, input_ids[:, -1].tolist(), strict=True)):
+            if not row.stopped:
+                row.push(token)
+                self.lengths[i] += 1
+        return torch.tensor([row.stopped for row in self.rows])
+
+
+class _RowResult(NamedTuple):
+    """What a row of a batch gave."""
+
+    tokens: list[int]
+    text: str
+    logprobs: list[TokenLogprobs]
+
+
 class TextGenerator:
     """A loaded model with its tokenizer; of the vision-language class where the configuration is."""
 
@@ -122,7 +145,8 @@ class TextGenerator:
             model.to_cpu()
         else:
             model.load(str(compiled_path))
-        return cls(model, model_path, load_tokenizer(model_path), load_generation_config(model_path, config))
+        tokenizer = load_tokenizer(model_path)
+        return cls(model, model_path, tokenizer, load_generation_config(model_path, config, tokenizer))
 
     def generate(
         self,
@@ -130,14 +154,14 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        stop: str | Sequence[str] = (),
         *,
         n: int = 1,
         logprobs: int | None = None,
     ) -> Generation:
-        """Complete all prompts as one right-padded batch; further arguments as of `complete`."""
-        return self.complete(
-            encode(self.tokenizer, prompts), max_new_tokens, sampling, on_token, n=n, logprobs=logprobs
-        )
+        """Complete all prompts as one padded batch; further arguments as of `complete`."""
+        inputs = encode(self.tokenizer, prompts)
+        return self.complete(inputs, max_new_tokens, sampling, on_token, stop, n=n, logprobs=logprobs)
 
     def chat(
         self,
@@ -145,17 +169,31 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        stop: str | Sequence[str] = (),
         *,
         n: int = 1,
         logprobs: int | None = None,
+        tools: Tools | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Answer conversations whose messages may hold images and videos (`encode_chat`), as one batch.
 
+        `tools`, `enable_thinking`, `chat_template_kwargs` are as of `prompts.chat_text`, the others as of `complete`.
+
         Raises:
             VisionInputError: an image or a video cannot be used; all are listed, before the model runs.
+            ValueError: a conversation is not one, or the template refuses it.
         """
-        inputs = encode_chat(self.tokenizer, VisionProcessor.from_pretrained(self.model_path), conversations)
-        return self.complete(inputs, max_new_tokens, sampling, on_token, n=n, logprobs=logprobs)
+        inputs = encode_chat(
+            self.tokenizer,
+            VisionProcessor.from_pretrained(self.model_path),
+            conversations,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.complete(inputs, max_new_tokens, sampling, on_token, stop, n=n, logprobs=logprobs)
 
     def complete(
         self,
@@ -163,6 +201,7 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions = GREEDY,
         on_token: OnToken | None = None,
+        stop: str | Sequence[str] = (),
         *,
         n: int = 1,
         logprobs: int | None = None,
@@ -170,10 +209,11 @@ class TextGenerator:
         """Complete encoded prompts: input_ids and attention_mask [B, S], and pixels and grids as a processor gives.
 
         Args:
-            inputs: the prompts.
+            inputs: the prompts; more than the model has slots run one group after the other.
             max_new_tokens: tokens to give at most.
             sampling: how they are chosen.
-            on_token: gets the tokens [B] of each step as they come.
+            on_token: gets the tokens of each step as they come, one for each row of the group that runs.
+            stop: the text of a row ends before the first of these.
             n: continuations of each prompt; the batch runs as often, with further random numbers.
             logprobs: as in `Request`.
 
@@ -184,19 +224,24 @@ class TextGenerator:
         self._check(inputs, sampling, n, logprobs)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        start = time.perf_counter()
-        runs = [self._run(inputs, max_new_tokens, sampling, on_token, logprobs) for _ in range(n)]
-        rows = [(tokens[row], clock, row) for row in range(len(inputs["input_ids"])) for tokens, clock in runs]
-        steps = sum(len(clock.times) - 1 for _, clock in runs)
-        stepping = sum(clock.times[-1] - clock.times[0] for _, clock in runs)
+        groups = self.adapter.groups(inputs)
+        start, clocks, runs = time.perf_counter(), [], []
+        for _ in range(n):
+            rows: list[_RowResult] = []
+            for group in groups:
+                results, clock = self._run(group, max_new_tokens, sampling, on_token, stop, logprobs)
+                rows += results
+                clocks.append(clock)
+            runs.append(rows)
+        results = [rows[i] for i in range(len(inputs["input_ids"])) for rows in runs]
+        steps = sum(len(clock.times) - 1 for clock in clocks)
+        stepping = sum(clock.times[-1] - clock.times[0] for clock in clocks)
         return Generation(
-            tokens=[tokens for tokens, _, _ in rows],
-            texts=[self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rows],
-            time_to_first_token=runs[0][1].times[0] - start,
+            tokens=[row.tokens for row in results],
+            texts=[row.text for row in results],
+            time_to_first_token=clocks[0].times[0] - start,
             time_per_output_token=stepping / steps if steps else None,
-            logprobs=None
-            if logprobs is None
-            else [[clock.logprobs[step][row] for step in range(len(tokens))] for tokens, clock, row in rows],
+            logprobs=None if logprobs is None else [row.logprobs for row in results],
         )
 
     def _check(self, inputs: dict[str, torch.Tensor], sampling: SamplingOptions, n: int, logprobs: int | None) -> None:
@@ -205,7 +250,8 @@ class TextGenerator:
         for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
             beyond = ids[mask.bool() & ((ids < 0) | (ids >= vocab_size))].tolist()
             if beyond:
-                problems.append(out_of_vocabulary(beyond[0], f"prompt {i}", vocab_size))
+                text = shorten(repr(self.tokenizer.convert_ids_to_tokens(beyond[0])))
+                problems.append(out_of_vocabulary(beyond[0], f"prompt {i} ({text})", vocab_size))
         on_device = self.model.neuron_config.on_device_sampling_config is not None
         if on_device and (sampling.has_penalties or sampling.min_p or logprobs is not None):
             problems.append(
@@ -221,36 +267,44 @@ class TextGenerator:
         max_new_tokens: int,
         sampling: SamplingOptions,
         on_token: OnToken | None,
+        stop: str | Sequence[str],
         logprobs: int | None,
-    ) -> tuple[list[list[int]], _TokenClock]:
-        """The tokens of each row of one batch, and when each step of it ended."""
+    ) -> tuple[list[_RowResult], _TokenClock]:
+        """What each row of a group gives, and when each step of it ended."""
         chosen: dict[str, Any] = {"do_sample": False}
         if not sampling.is_greedy:
             chosen = {"do_sample": True, "min_p": sampling.min_p or None}
             chosen |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")}
         penalties = _Penalties(inputs["input_ids"], inputs["attention_mask"], sampling)
         clock = _TokenClock(on_token, penalties, logprobs)
+        stops = _StopOnText([StopStrings(self.tokenizer, stop) for _ in inputs["input_ids"]])
         sequences = self.adapter.generate(
             **inputs,
             generation_config=GenerationConfig(
                 **chosen,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=self.generation_config.eos_token_id,
+                eos_token_id=self.eos_token_ids or None,
                 pad_token_id=self.pad_token_id,
             ),
             logits_processor=[penalties],
-            stopping_criteria=[clock],
+            stopping_criteria=[clock, stops],
         )
-        return [self._until_eos(row) for row in sequences[:, inputs["input_ids"].shape[1] :].tolist()], clock
+        results = []
+        for i, row in enumerate(sequences[:, inputs["input_ids"].shape[1] :].tolist()):
+            stopped = stops.rows[i].stopped
+            tokens = self._until_eos(row[: stops.lengths[i]] if stopped else row)
+            text = stops.rows[i].text if stopped else self.tokenizer.decode(tokens, skip_special_tokens=True)
+            results.append(_RowResult(tokens, text, [step[i] for step in clock.logprobs[: len(tokens)]]))
+        return results, clock
 
     @property
     def eos_token_ids(self) -> list[int]:
-        eos = self.generation_config.eos_token_id
-        return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        """Tokens that end a text, of whatever the checkpoint says (`loading.eos_token_ids`); may be empty."""
+        return [*self.generation_config.eos_token_id]
 
     @property
     def pad_token_id(self) -> int:
-        return self.eos_token_ids[0]
+        return next(iter(self.eos_token_ids), 0)
 
     def _until_eos(self, row: list[int]) -> list[int]:
         ends = [i for i, token in enumerate(row) if token in self.eos_token_ids]

@@ -4,7 +4,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +17,9 @@ from transformers import GenerationConfig
 
 from qwen35 import Qwen35Engine, Qwen35InferenceConfig, Request, SamplingOptions
 from qwen35.phase import Phase
-from qwen35.serving.generation import TextGenerator
+from qwen35.serving.generation import Generation, TextGenerator
 from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
-from qwen35.serving.prompts import encode
+from qwen35.serving.prompts import chat_text, encode
 from support.simulated_device import faults
 
 PROMPTS = ["The capital of France is", "3 + 4 =", "The capital of Japan is"]
@@ -159,3 +164,67 @@ def test_logits_that_are_no_numbers_are_an_error_and_not_token_0(generator: Text
 def test_a_temperature_near_zero_is_greedy(generator: TextGenerator, temperature: float) -> None:
     options = SamplingOptions(temperature=temperature)
     assert generator.generate(PROMPTS, 4, options).tokens == generator.generate(PROMPTS, 4).tokens
+
+
+@pytest.mark.parametrize("how", ["generate", "chat"])
+def test_rows_end_before_their_stop_string_each_for_itself(how: str, generator: TextGenerator) -> None:
+    def ask(**options: Any) -> Generation:
+        if how == "generate":
+            return generator.generate(PROMPTS, 24, **options)
+        return generator.chat(
+            [[{"role": "user", "content": f"What is {prompt}?"}] for prompt in PROMPTS], 24, **options
+        )
+
+    plain = ask()
+    stop = plain.texts[0][2:4]
+    stopped = ask(stop=[stop, "never said"])
+    for before, after, tokens, ids in zip(plain.texts, stopped.texts, plain.tokens, stopped.tokens, strict=True):
+        assert after == before.split(stop)[0]
+        assert ids == tokens[: len(ids)]
+        assert (len(ids) < len(tokens)) == (stop in before)
+        assert after == before or stop in generator.tokenizer.decode(ids)
+    assert ask(stop=stop).texts == stopped.texts
+    assert ask(stop="never said").tokens == plain.tokens
+    with pytest.raises(ValueError, match="stop has ''"):
+        ask(stop=["a", ""])
+
+
+def test_a_token_beyond_the_vocabulary_is_named_before_anything_runs(generator: TextGenerator) -> None:
+    tokenizer = copy.deepcopy(generator.tokenizer)
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(30)])
+    added = TextGenerator(generator.model, generator.model_path, tokenizer, generator.generation_config)
+    steps: list[torch.Tensor] = []
+    words = r"prompt 1 has token \d+ \('<extra_29>'\), which is not in 0..1023, the model's vocabulary: use"
+    with pytest.raises(ValueError, match=words):
+        added.generate(["The", "a <extra_29>"], 4, on_token=steps.append)
+    assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("generation", "text_eos"),
+    [({"eos_token_id": [1016, 1014]}, 1014), (None, 1014), ({"do_sample": True}, 1014), ({"do_sample": True}, None)],
+)
+def test_a_chat_stops_at_the_end_of_the_turn_whatever_the_checkpoint_lacks(
+    generation: dict[str, Any] | None, text_eos: int | None, tmp_path: Path
+) -> None:
+    shutil.copytree(MINI_CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["text_config"]["eos_token_id"] = text_eos
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = Qwen35InferenceConfig.from_pretrained(tmp_path, neuron_config=default_neuron_config(96))
+    loaded = TextGenerator.load(tmp_path, config)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert loaded.chat([question], 40).texts == ["Paris."]
+
+
+def test_a_chat_takes_tools_and_the_templates_arguments(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextGenerator, "complete", lambda self, inputs, *rest: inputs)  # what it would complete
+    messages = [{"role": "user", "content": "3?"}]
+    options: dict[str, Any] = {"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": True}}
+    inputs: Any = generator.chat([messages], 4, **options)
+    assert generator.tokenizer.decode(inputs["input_ids"][0]) == chat_text(generator.tokenizer, messages, **options)
