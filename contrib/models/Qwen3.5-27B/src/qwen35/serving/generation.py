@@ -250,8 +250,9 @@ class TextGenerator:
         for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
             beyond = ids[mask.bool() & ((ids < 0) | (ids >= vocab_size))].tolist()
             if beyond:
-                text = shorten(repr(self.tokenizer.convert_ids_to_tokens(beyond[0])))
-                problems.append(out_of_vocabulary(beyond[0], f"prompt {i} ({text})", vocab_size))
+                text = self.tokenizer.convert_ids_to_tokens(beyond[0])
+                name = f"prompt {i}" if text is None else f"prompt {i} ({shorten(repr(text))})"
+                problems.append(out_of_vocabulary(beyond[0], name, vocab_size))
         on_device = self.model.neuron_config.on_device_sampling_config is not None
         if on_device and (sampling.has_penalties or sampling.min_p or logprobs is not None):
             problems.append(

@@ -100,7 +100,7 @@ def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(how: str, with_c
         talk.interrupt()
         assert [*answer] == []
     assert talk.messages[-1] == {"role": "assistant", "content": first} and first != whole
-    assert not talk.engine._requests
+    assert not talk.engine.has_work
     assert "".join(talk.ask(QUESTIONS[1]))
 
 
@@ -114,7 +114,7 @@ def test_an_answer_that_fails_leaves_the_conversation_as_it_was(
         patch.setattr(talk.generator.tokenizer, "decode", lambda *args, **options: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             next(answer)
-    assert talk.messages == [] and not talk.engine._requests
+    assert talk.messages == [] and not talk.engine.has_work
     assert "".join(talk.ask(QUESTIONS[0])) == "Rome."
 
 

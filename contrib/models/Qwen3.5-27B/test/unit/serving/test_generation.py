@@ -194,7 +194,7 @@ def test_a_token_beyond_the_vocabulary_is_named_before_anything_runs(generator: 
     tokenizer.add_tokens([f"<extra_{i}>" for i in range(30)])
     added = TextGenerator(generator.model, generator.model_path, tokenizer, generator.generation_config)
     steps: list[torch.Tensor] = []
-    words = r"prompt 1 has token \d+ \('<extra_29>'\), which is not in 0..1023, the model's vocabulary: use"
+    words = r"token \d+ of prompt 1 \('<extra_29>'\) is not in 0\.\.1023: use the checkpoint's tokenizer"
     with pytest.raises(ValueError, match=words):
         added.generate(["The", "a <extra_29>"], 4, on_token=steps.append)
     assert steps == []
@@ -223,7 +223,7 @@ def test_a_chat_stops_at_the_end_of_the_turn_whatever_the_checkpoint_lacks(
 def test_a_chat_takes_tools_and_the_templates_arguments(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TextGenerator, "complete", lambda self, inputs, *rest: inputs)  # what it would complete
+    monkeypatch.setattr(TextGenerator, "complete", lambda self, inputs, *rest, **more: inputs)  # what it would complete
     messages = [{"role": "user", "content": "3?"}]
     options: dict[str, Any] = {"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": True}}
     inputs: Any = generator.chat([messages], 4, **options)
