@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record what the CPU stand-ins imitate: the signatures, hook order and defaults of the real NxDI and NxD.
 
-Needs both importable, on a Neuron machine or with their sources on the path; `test/unit/test_nxdi_signatures.py`
+Needs both importable, on a Neuron machine or with their sources on the path; `test/unit/nxdi_cpu/test_signatures.py`
 compares the stand-ins with the file that this writes wherever they are not. Some defaults follow the platform:
 
     NEURON_PLATFORM_TARGET_OVERRIDE=trn2 python tools/record_nxdi_signatures.py --nxdi 0.9.0 --nxd 0.18.0

@@ -13,7 +13,7 @@ import sys
 import types
 
 from . import enums, isa, language
-from .errors import NkiValidationError
+from .errors import NkiValidationError, NkiWarning
 from .jit import EmulationResult, Kernel, emulate, jit, simulate
 from .lint import Finding, lint_kernel
 from .memory import NkiTensor
@@ -25,6 +25,7 @@ __all__ = [
     "Kernel",
     "NkiTensor",
     "NkiValidationError",
+    "NkiWarning",
     "Report",
     "emulate",
     "install",

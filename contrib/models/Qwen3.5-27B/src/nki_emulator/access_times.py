@@ -52,11 +52,13 @@ class Wait:
         time: modelled nanoseconds from the start of the kernel.
         cause: the instruction that it came from, as `Timeline` numbers them; -1 if none.
         kind: ``data``, ``engine``, ``memory``, ``barrier`` or ``none``.
+        chain_ns: when the data would be there if engines and memories were always free.
     """
 
     time: float = 0.0
     cause: int = -1
     kind: str = "none"
+    chain_ns: float = 0.0
 
     def until(self, time: float, cause: int, kind: str) -> None:
         """Wait until ``time`` at least."""
@@ -91,6 +93,7 @@ class AccessTimes:
         "row_bytes",
         "write_at",
         "write_by",
+        "write_chain",
     )
 
     def __init__(self, partitions: int, row_bytes: int, granule: int, *, in_hbm: bool) -> None:
@@ -105,6 +108,7 @@ class AccessTimes:
         shape = (0, self.row) if self.in_hbm else (-(-partitions // _QUADRANT), self.row)
         self.write_at: np.ndarray = np.zeros(shape)
         self.write_by: np.ndarray = np.full(shape, -1, dtype=np.int64)
+        self.write_chain: np.ndarray = np.zeros(shape)
         self.read_at: np.ndarray = np.zeros(shape)
         self.read_by: np.ndarray = np.full(shape, -1, dtype=np.int64)
 
@@ -113,6 +117,7 @@ class AccessTimes:
         if self.write_at.size and tensor.size:
             where = self.select(tensor)
             _latest(wait, self.write_at[where], self.write_by[where], None)
+            wait.chain_ns = max(wait.chain_ns, float(self.write_chain[where].max()))
 
     def wait_to_write(self, tensor: View, wait: Wait, on: engine) -> None:
         """Wait for the last write and the last read of what ``tensor`` covers.
@@ -142,14 +147,16 @@ class AccessTimes:
             self.read_by[where] = np.where(later, by, self.read_by[where])
             self.read_at[where] = np.where(later, end, at)
 
-    def mark_write(self, tensor: View, end: float, by: int) -> None:
-        """Record a write that ends at ``end``."""
+    def mark_write(self, tensor: View, end: float, by: int, chain_ns: float) -> None:
+        """Record a write that ends at ``end``, and at ``chain_ns`` if engines and memories were always free."""
         if not self.write_at.size:
             self.write_at, self.write_by = np.zeros((1, self.row)), np.full((1, self.row), -1, dtype=np.int64)
+            self.write_chain = np.zeros((1, self.row))
         if tensor.size:
             where = self.select(tensor)
             self.write_at[where] = end
             self.write_by[where] = by
+            self.write_chain[where] = chain_ns
 
     def select(self, tensor: View) -> Entries:
         """Entries that ``tensor`` touches, as an index into the arrays."""
@@ -162,8 +169,9 @@ class AccessTimes:
     def _track_by_partition(self) -> None:
         """Give every partition entries of its own."""
         count = self.partitions
-        self.write_at, self.write_by, self.read_at, self.read_by = (
-            np.repeat(a, self.group, axis=0)[:count] for a in (self.write_at, self.write_by, self.read_at, self.read_by)
+        self.write_at, self.write_by, self.write_chain, self.read_at, self.read_by = (
+            np.repeat(a, self.group, axis=0)[:count]
+            for a in (self.write_at, self.write_by, self.write_chain, self.read_at, self.read_by)
         )
         self.group = 1
 
@@ -183,21 +191,27 @@ class AccessTimes:
             start -= first * pitch
             if tensor.has_partition_axis:
                 shape, strides = shape[1:], strides[1:]
-        dims = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s != 0]
-        dims.sort(key=lambda dim: -dim[1])
-        run = array.itemsize
-        while dims and dims[-1][1] == run:
-            run *= dims.pop()[0]
+        offsets, run = contiguous_runs(shape, strides, array.itemsize)
         g = self.granule
-        if not dims:
+        if offsets.size == 1:
             return groups, slice(start // g, -(-(start + run) // g))
-        offsets = np.zeros(1, dtype=np.int64)
-        for count, stride in dims:
-            offsets = (offsets[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
         first_entry = (offsets + start) // g
         length = int((-(-(offsets + start + run) // g) - first_entry).max())
         entries = (first_entry[:, None] + np.arange(length)).reshape(-1)
         return groups, np.minimum(entries, self.row - 1)
+
+
+def contiguous_runs(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[np.ndarray, int]:
+    """Contiguous runs of bytes of a strided array: offset of each from the first element, and the length of each."""
+    dims = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s != 0]
+    dims.sort(key=lambda dim: -dim[1])
+    run = itemsize
+    while dims and dims[-1][1] == run:
+        run *= dims.pop()[0]
+    offsets = np.zeros(1, dtype=np.int64)
+    for count, stride in dims:
+        offsets = (offsets[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
+    return offsets, run
 
 
 def _latest(wait: Wait, at: np.ndarray, by: np.ndarray, ignore: int | None) -> None:

@@ -9,16 +9,21 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from . import dtypes
-from .context import active
 from .costs import PARTITIONS
 from .enums import MemoryRegion, engine
 from .errors import fail
 from .memory import HBM, ON_CHIP, NkiTensor
 from .registers import VirtualRegister
+from .strictness import is_strict as strict
 
 _E = TypeVar("_E", bound=Enum)
 ISA = "nki/api/nki/isa/__init__.py"
 _PARTITION_DOC = "nki/guides/architecture/trainium_inferentia2_arch.rst, Data Movement"
+_PATTERN_DOC = "nki/deep-dives/nki-aps.rst, Hardware Capability"
+
+#: Free dimensions of an access pattern that the memories deliver, and that most instructions have room for.
+FREE_DIMENSIONS = 4
+MOST_FREE_DIMENSIONS = 3
 
 SBUF_ONLY = (MemoryRegion.sbuf,)
 PSUM_ONLY = (MemoryRegion.psum,)
@@ -33,12 +38,6 @@ REACH: dict[engine, tuple[MemoryRegion, ...]] = {
 }
 
 
-def strict() -> bool:
-    """Whether the running kernel is checked."""
-    core = active()
-    return core is None or core.options.strict
-
-
 def tensor(call: str, operand: str, value: Any) -> NkiTensor:
     """``value`` as a tensor.
 
@@ -50,8 +49,19 @@ def tensor(call: str, operand: str, value: Any) -> NkiTensor:
     return value
 
 
-def tile(call: str, operand: str, value: Any, spaces: Collection[MemoryRegion] = SBUF_OR_PSUM) -> NkiTensor:
-    """``value`` as an on-chip operand of a compute engine, with its memory and partitions checked."""
+def tile(
+    call: str,
+    operand: str,
+    value: Any,
+    spaces: Collection[MemoryRegion] = SBUF_OR_PSUM,
+    free_dimensions: int = MOST_FREE_DIMENSIONS,
+) -> NkiTensor:
+    """``value`` as an on-chip operand of a compute engine, with its memory, partitions and access pattern checked.
+
+    Args:
+        spaces: memories that the instruction reaches.
+        free_dimensions: how many it takes in a partition, counting those that follow each other as one.
+    """
     t = tensor(call, operand, value)
     if not strict():
         return t
@@ -61,12 +71,15 @@ def tile(call: str, operand: str, value: Any, spaces: Collection[MemoryRegion] =
     if t.is_indirect:
         fail(call, f"{operand} {t!r}", "only DMA takes a gather or scatter pattern", f"{ISA}, dma_copy")
     partitions(call, operand, t)
-    if t.ndim > 5 and t.free_dimensions > 4:
+    if t.ndim > free_dimensions + 1 and t.free_dimensions > free_dimensions:
+        limit = "an access pattern has up to four"
+        if t.free_dimensions <= FREE_DIMENSIONS:
+            limit += f", of which most instructions take {free_dimensions}"
         fail(
             call,
             f"{operand} has {t.free_dimensions} free dimensions that are not contiguous",
-            "an access pattern has up to four",
-            _PARTITION_DOC,
+            limit,
+            _PATTERN_DOC,
         )
     return t
 

@@ -16,6 +16,8 @@ from .allocation import OnChipPool
 from .engine import Timeline
 from .enums import MemoryRegion, engine
 from .memory import NkiTensor, Storage, physical_storage
+from .races import RaceDetector
+from .strictness import set_strict
 
 _T = TypeVar("_T")
 
@@ -29,18 +31,23 @@ class EmulatorOptions:
         capacity: raise when SBUF or PSUM overflows (peaks are reported in any case).
         timed: build the modelled timeline.
         lint: reject Python that the NKI compiler does not take, before executing.
+        lnc: cores that a launch is configured for; None asks the environment.
     """
 
     strict: bool = True
     capacity: bool = True
     timed: bool = True
     lint: bool = False
+    lnc: int | None = None
 
 
 class Exchange:
     """Rendezvous of the programs of one launch.
 
     Programs run one at a time and hand over only here, so a launch is deterministic.
+
+    Attributes:
+        meetings: how often each program has met the others.
     """
 
     def __init__(self, programs: int) -> None:
@@ -48,6 +55,7 @@ class Exchange:
         self.turn = 0
         self.finished = [False] * programs
         self.failed = False
+        self.meetings = [0] * programs
         self._condition = threading.Condition()
         self._boards: dict[tuple[str, int], dict[int, Any]] = {}
         self._rounds: dict[tuple[int, str], int] = {}
@@ -84,6 +92,7 @@ class Exchange:
                 self._pass_on(program)
                 self._condition.wait_for(lambda: self.turn == program or self.failed)
             del self._waiting[program]
+            self.meetings[program] += 1
             return board
 
     def _stuck(self) -> bool:
@@ -102,11 +111,25 @@ class Exchange:
 
 @dataclass
 class Shared:
-    """What the programs of one launch have in common: shared_hbm tensors in order of allocation."""
+    """What the programs of one launch have in common.
+
+    Attributes:
+        grid: launch grid.
+        exchange: where programs meet.
+        hbm: shared_hbm tensors in order of allocation.
+        warnings: what the programs rely on and nothing promises, each once.
+        races: who accessed which bytes of the shared memory.
+    """
 
     grid: tuple[int, ...]
     exchange: Exchange
     hbm: list[NkiTensor] = field(default_factory=list)
+    warnings: dict[str, None] = field(default_factory=dict)
+    races: RaceDetector = field(default_factory=RaceDetector)
+
+    def warn(self, call: str, what: str, rule: str, source: str) -> None:
+        """Note something that nothing promises, in the form of :func:`errors.fail`."""
+        self.warnings[f"{call}: {what}; {rule} ({source})"] = None
 
 
 class Core:
@@ -144,13 +167,43 @@ class Core:
             self._physical[region] = physical_storage(region, int(row))
         return self._physical[region]
 
-    def touch(self, call: str, tensors: Sequence[NkiTensor]) -> None:
-        """The next instruction in program order accesses ``tensors``; extends their lives on chip."""
-        for tensor in tensors:
+    def touch(
+        self, call: str, reads: Sequence[NkiTensor], writes: Sequence[NkiTensor], keeps: Sequence[NkiTensor] = ()
+    ) -> None:
+        """The next instruction in program order accesses tensors: extends their lives on chip, looks for races in HBM.
+
+        Args:
+            keeps: destinations that keep something of what they held, such as those of an accumulating matmul.
+        """
+        for tensor in (*reads, *keeps):
             allocation = tensor.storage.allocation
             if allocation is not None:
-                allocation.pool.touch(call, allocation, self.position)
+                allocation.pool.read(call, allocation, tensor, self.position)
+        for tensor in writes:
+            allocation = tensor.storage.allocation
+            if allocation is not None:
+                allocation.pool.write(call, allocation, tensor, self.position)
+        if self.shared.exchange.programs > 1:
+            self._look_for_races(call, reads, writes)
         self.position += 1
+
+    def _look_for_races(self, call: str, reads: Sequence[NkiTensor], writes: Sequence[NkiTensor]) -> None:
+        meeting = self.shared.exchange.meetings[self.program]
+        for tensors, writing in ((reads, False), (writes, True)):
+            for tensor in tensors:
+                if tensor.buffer is not MemoryRegion.shared_hbm:
+                    continue
+                conflict = self.shared.races.access(tensor, self.program, meeting, writing=writing)
+                if conflict is not None:
+                    self.shared.warn(
+                        call,
+                        f"core {self.program} {'writes' if writing else 'reads'} bytes of {tensor.storage.label} that "
+                        f"core {conflict.core} {'writes' if conflict.writing else 'reads'}, and they do not meet in "
+                        "between",
+                        "the order is undefined on a device: give each core bytes of its own or meet at "
+                        "nisa.core_barrier",
+                        "nki/api/nki/isa/__init__.py, core_barrier",
+                    )
 
     def record(
         self,
@@ -162,15 +215,20 @@ class Core:
         name: str | None,
         *,
         cells: tuple[slice, slice] | None = None,
-        not_before: float = 0.0,
+        keeps: Sequence[NkiTensor] = (),
     ) -> None:
-        """Account for an instruction of a compute engine; operands that are no tensors are ignored."""
+        """Account for an instruction of a compute engine; operands that are no tensors are ignored.
+
+        Args:
+            cells: as in :meth:`Timeline.compute`.
+            keeps: as in :meth:`touch`.
+        """
         tensors = [t for t in reads if isinstance(t, NkiTensor)]
-        self.touch(call, (*tensors, *writes))
+        self.touch(call, tensors, writes, keeps)
         if not self.options.timed:
             return
         label = name or describe(tensors, writes)
-        self.timeline.compute(call, on, cost, tensors, writes, label, cells, not_before)
+        self.timeline.compute(call, on, cost, tensors, writes, label, cells)
 
 
 def describe(reads: Sequence[NkiTensor], writes: Sequence[NkiTensor]) -> str:
@@ -188,6 +246,7 @@ _local = threading.local()
 def activate(core: Core | None) -> None:
     """Make ``core`` the one that instructions of this thread run on."""
     _local.core = core
+    set_strict(core is None or core.options.strict)
 
 
 def active() -> Core | None:

@@ -4,13 +4,15 @@
 
 An instruction starts when its operands are ready (read after write), when nothing still uses what it overwrites (write
 after read, write after write), when the tensor that had its destination's memory before is no longer in use, and when
-its engine is free. Compute engines execute in program order; DMA transfers are only ordered by their data.
+its engine is free. Compute engines execute in program order; DMA transfers are only ordered by their data. The Tensor
+engine works at half speed until it has been busy for a while, and again after idling.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +30,8 @@ class Instruction:
     """One executed instruction. Times are modelled nanoseconds from the start of the kernel.
 
     Attributes:
-        index: position in program order.
+        core: core that executes it.
+        index: position in program order of that core.
         call: API function, e.g. ``nc_matmul``.
         engine: engine that executes it.
         label: the ``name=`` of the call, or a summary of the operands.
@@ -36,11 +39,14 @@ class Instruction:
         occupied_ns: how long it keeps the part of the engine that it uses.
         busy_ns: the same as a share of the whole engine; a tiled matmul or a small DMA uses a part.
         cost_ns: what it would take alone.
-        cause: index of the instruction that it waited for last, -1 if none or on the other core.
+        chain_ns: when it would end if engines and memories were always free and the Tensor engine warm: what is left
+            are the times of the instructions whose data it needs, one after the other.
+        cause: core and index of the instruction that it waited for last, None if there is none.
         cause_kind: ``data``, ``engine``, ``memory``, ``barrier`` or ``none``.
         bytes_hbm_read, bytes_hbm_written: DMA payload on the HBM side.
     """
 
+    core: int
     index: int
     call: str
     engine: engine
@@ -50,7 +56,8 @@ class Instruction:
     busy_ns: float
     end_ns: float
     cost_ns: float
-    cause: int
+    chain_ns: float
+    cause: tuple[int, int] | None
     cause_kind: str
     bytes_hbm_read: int = 0
     bytes_hbm_written: int = 0
@@ -96,6 +103,42 @@ class Resource:
             starts.pop(at + 1)
 
 
+class WarmUp:
+    """The limit on the Tensor engine: half speed unless it did at least half of what it could in the last 3 us.
+
+    The hardware smooths the current that way (tools/neuron-explorer/overview-summary-page.rst, Understanding
+    throttling, SDK 2.32).
+    """
+
+    def __init__(self) -> None:
+        # Start, end and work of what ran in the window. Work is time at full speed, and counts sub-arrays that work
+        # side by side once.
+        self._recent: deque[tuple[float, float, float]] = deque()
+        self._work = 0.0
+        self._until = 0.0
+
+    def occupied_ns(self, start: float, busy: float) -> float:
+        """How long an instruction takes that would take ``busy`` ns at full speed; starts do not decrease."""
+        window_start = start - costs.TENSOR_WARM_WINDOW_NS
+        recent = self._recent
+        while recent and recent[0][1] <= window_start:
+            self._work -= recent.popleft()[2]
+        outside = 0.0
+        for first, last, work in recent:
+            if first >= window_start:
+                break
+            outside += work * (window_start - first) / (last - first)
+        warm = self._work - outside >= costs.TENSOR_WARM_WINDOW_NS / costs.TENSOR_COLD_FACTOR - 1e-6
+        occupied = busy if warm else busy * float(costs.TENSOR_COLD_FACTOR)
+        first, last = max(start, self._until), start + occupied
+        if last > first:
+            work = busy * (last - first) / occupied
+            recent.append((first, last, work))
+            self._work += work
+            self._until = last
+        return occupied
+
+
 class Timeline:
     """Instructions of one core with their modelled times."""
 
@@ -107,6 +150,7 @@ class Timeline:
         self._cells = np.zeros((4, 4))
         self._cell_users = np.full((4, 4), -1, dtype=np.int64)
         self._tensor_issue = (0.0, -1)
+        self._warm_up = WarmUp()
         self._dma = Resource(int(costs.DMA_ENGINES))
         self._dge = Resource(int(costs.HWDGE_INSTANCES))
 
@@ -119,9 +163,12 @@ class Timeline:
         """When ``on`` can take the next instruction."""
         return self._free.get(on, (0.0, -1))[0]
 
-    def ready(self, reads: Sequence[NkiTensor], writes: Sequence[NkiTensor]) -> float:
-        """When the operands of an instruction allow it to start."""
-        return self._data_wait(engine.dma, reads, writes).time
+    def ready(self, on: engine, reads: Sequence[NkiTensor], writes: Sequence[NkiTensor]) -> Wait:
+        """When the operands of an instruction and its engine allow it to start; DMA takes any number at a time."""
+        wait = self._data_wait(on, reads, writes)
+        if on is not engine.dma:
+            wait.until(*self._free.get(on, (0.0, -1)), "engine")
+        return wait
 
     def compute(
         self,
@@ -132,18 +179,18 @@ class Timeline:
         writes: Sequence[NkiTensor],
         label: str,
         cells: tuple[slice, slice] | None = None,
-        not_before: float = 0.0,
+        arrivals: Iterable[Wait] = (),
     ) -> Instruction:
         """Schedule an instruction of a compute engine, in program order on that engine.
 
         Args:
             cells: sub-arrays of the Tensor engine that a tiled matmul occupies, rows and columns in units of 32.
-            not_before: a time given from outside, such as the arrival of the other core at a barrier.
+            arrivals: what each core waited for when it came to this meeting of the cores.
         """
         wait = self._data_wait(on, reads, writes)
-        wait.until(not_before, -1, "barrier")
+        self._meet(wait, arrivals)
         free, user = self._free.get(on, (0.0, -1))
-        share = 1.0
+        share, occupied = 1.0, cost.busy_ns
         if on is engine.tensor:
             where = cells if cells is not None else (slice(0, 4), slice(0, 4))
             at = self._cells[where]
@@ -151,12 +198,14 @@ class Timeline:
             latest = int(at.argmax())
             wait.until(float(at.flat[latest]), int(self._cell_users[where].flat[latest]), "engine")
             wait.until(self._tensor_issue[0], self._tensor_issue[1], "engine")
+            occupied = self._warm_up.occupied_ns(wait.time, occupied)
         else:
             wait.until(free, user, "engine")
         mark = self._mark_of(on, len(self.instructions))
-        busy_until = wait.time + cost.busy_ns
+        busy_until = wait.time + occupied
         end = busy_until + cost.latency_ns
-        item = self._append(call, on, label, wait, cost.busy_ns, share, end, cost.busy_ns + cost.latency_ns)
+        chain = wait.chain_ns + cost.busy_ns + cost.latency_ns
+        item = self._append(call, on, label, wait, occupied, share, end, occupied + cost.latency_ns, chain)
         self._free[on] = (busy_until, mark)
         if on is engine.tensor:
             self._cells[where] = busy_until
@@ -178,11 +227,19 @@ class Timeline:
         hwdge: bool = False,
         hbm_read: int = 0,
         hbm_written: int = 0,
-        not_before: float = 0.0,
+        arrivals: Iterable[Wait] = (),
+        descriptors: Instruction | None = None,
     ) -> Instruction:
-        """Schedule a DMA transfer; its fixed latencies overlap with other transfers, its payload does not."""
+        """Schedule a DMA transfer; its fixed latencies overlap with other transfers, its payload does not.
+
+        Args:
+            arrivals: as in :meth:`compute`.
+            descriptors: the instruction that writes the descriptors of the transfer.
+        """
         wait = self._data_wait(engine.dma, reads, writes)
-        wait.until(not_before, -1, "barrier")
+        self._meet(wait, arrivals)
+        if descriptors is not None:
+            wait.until(descriptors.end_ns, self._mark_of(descriptors.engine, descriptors.index), "data")
         trigger = wait.time
         cost = float(costs.DMA_START_NS + per_engine_ns + costs.DMA_COMPLETE_NS)
         if hwdge:
@@ -192,20 +249,31 @@ class Timeline:
         _, last = self._dma.place(trigger + costs.DMA_START_NS, per_engine_ns, engines)
         share = engines / costs.DMA_ENGINES
         end = float(last + costs.DMA_COMPLETE_NS)
-        item = self._append(call, engine.dma, label, wait, per_engine_ns, share, end, cost)
+        item = self._append(call, engine.dma, label, wait, per_engine_ns, share, end, cost, wait.chain_ns + cost)
         item.bytes_hbm_read, item.bytes_hbm_written = hbm_read, hbm_written
         self._mark(item, reads, writes)
         return item
 
+    @staticmethod
+    def _meet(wait: Wait, arrivals: Iterable[Wait]) -> None:
+        for arrival in arrivals:
+            wait.until(arrival.time, arrival.cause, "barrier")
+            wait.chain_ns = max(wait.chain_ns, arrival.chain_ns)
+
     def _append(
-        self, call: str, on: engine, label: str, wait: Wait, occupied: float, share: float, end: float, cost: float
+        self,
+        call: str,
+        on: engine,
+        label: str,
+        wait: Wait,
+        occupied: float,
+        share: float,
+        end: float,
+        cost: float,
+        chain: float,
     ) -> Instruction:
-        cause = wait.cause
-        if cause >= 0:
-            core, cause = divmod(cause // ENGINE_CODES, _INDEX_LIMIT)
-            if core != self.core:
-                cause = -1
         item = Instruction(
+            core=self.core,
             index=len(self.instructions),
             call=call,
             engine=on,
@@ -215,7 +283,8 @@ class Timeline:
             busy_ns=occupied * share,
             end_ns=end,
             cost_ns=cost,
-            cause=cause,
+            chain_ns=chain,
+            cause=divmod(wait.cause // ENGINE_CODES, _INDEX_LIMIT) if wait.cause >= 0 else None,
             cause_kind=wait.kind,
         )
         self.instructions.append(item)
@@ -231,7 +300,7 @@ class Timeline:
             _times(tensor.storage).wait_to_read(tensor, wait)
         for tensor in writes:
             if tensor.storage.allocation is not None:
-                wait.until(tensor.storage.allocation.available_ns, -1, "memory")
+                wait.until(tensor.storage.allocation.available_ns, tensor.storage.allocation.available_by, "memory")
             _times(tensor.storage).wait_to_write(tensor, wait, on)
         return wait
 
@@ -239,12 +308,12 @@ class Timeline:
         by = self._mark_of(item.engine, item.index)
         for tensor in (*reads, *writes):
             allocation = tensor.storage.allocation
-            if allocation is not None:
-                allocation.accessed_ns = max(allocation.accessed_ns, item.end_ns)
+            if allocation is not None and item.end_ns > allocation.accessed_ns:
+                allocation.accessed_ns, allocation.accessed_by = item.end_ns, by
         for tensor in reads:
             _times(tensor.storage).mark_read(tensor, item.end_ns, by)
         for tensor in writes:
-            _times(tensor.storage).mark_write(tensor, item.end_ns, by)
+            _times(tensor.storage).mark_write(tensor, item.end_ns, by, item.chain_ns)
 
 
 def _times(storage: Storage) -> AccessTimes:

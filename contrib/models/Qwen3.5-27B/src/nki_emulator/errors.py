@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that a kernel sees when it breaks a rule of the hardware or of the language."""
+"""What a kernel hears when it breaks a rule of the hardware or of the language, or relies on what nothing promises."""
 
 from typing import NoReturn
 
@@ -10,6 +10,10 @@ class NkiValidationError(Exception):
 
     The message reads ``<call>: <operand> <value>: <rule> (<page that states the rule>)``.
     """
+
+
+class NkiWarning(UserWarning):
+    """A kernel runs here and relies on something that the documentation does not promise; worded as the error."""
 
 
 def fail(call: str, what: str, rule: str, source: str) -> NoReturn:

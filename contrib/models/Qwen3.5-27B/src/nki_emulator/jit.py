@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +17,15 @@ import numpy as np
 from . import dtypes
 from .context import Core, EmulatorOptions, Exchange, Shared, activate, active
 from .enums import MemoryRegion
-from .errors import NkiValidationError, fail
+from .errors import NkiValidationError, NkiWarning, fail
 from .lint import check_kernel
 from .memory import NkiTensor, wrap_hbm
 from .report import Report
 
+LNC_VARIABLE = "NEURON_LOGICAL_NC_CONFIG"
+"""The runtime's variable for the physical cores of a logical one."""
+
+_LNC = "nki/get-started/about/lnc.rst; about-neuron/arch/neuron-features/logical-neuroncore-config.rst"
 _UPDATE = "nki/deep-dives/nki-0-3-0-update-guide.rst"
 
 
@@ -44,6 +50,7 @@ def emulate(
     capacity: bool = True,
     timed: bool = True,
     lint: bool = False,
+    lnc: int | None = None,
     **kwargs: Any,
 ) -> EmulationResult:
     """Run a kernel once and report on it.
@@ -57,13 +64,18 @@ def emulate(
         capacity: raise when SBUF or PSUM overflows.
         timed: build the modelled timeline.
         lint: reject Python that the NKI compiler does not take.
+        lnc: cores that the launch is configured for, 1 or 2; the grid must be as large. By default what
+            NEURON_LOGICAL_NC_CONFIG says, and any grid of 1 or 2 where that is not set.
 
     Raises:
         NkiValidationError: a constraint is violated.
+
+    Warns:
+        NkiWarning: the kernel relies on something that nothing promises.
     """
     function, bound_grid = (kernel.function, kernel.grid) if isinstance(kernel, Kernel) else (kernel, ())
     shape = bound_grid if grid is None else _grid(grid)
-    options = EmulatorOptions(strict=strict, capacity=capacity, timed=timed, lint=lint)
+    options = EmulatorOptions(strict=strict, capacity=capacity, timed=timed, lint=lint, lnc=lnc)
     return _launch(function, shape, options, args, kwargs)
 
 
@@ -122,6 +134,8 @@ def _launch(
     if options.lint:
         check_kernel(function)
     programs = int(np.prod(grid)) if grid else 1
+    if options.strict:
+        _check_grid(grid, programs, options.lnc)
     shared = Shared(grid, Exchange(programs))
     wrapper = _Arguments()
     if options.strict:
@@ -165,7 +179,24 @@ def _launch(
         raise errors[0]
     outputs = wrapper.to_host(results[0], options.strict)
     wrapper.write_back()
+    for warning in shared.warnings:
+        warnings.warn(warning, NkiWarning, stacklevel=3)
     return EmulationResult(outputs, Report.of(getattr(function, "__name__", "kernel"), cores))
+
+
+def _check_grid(grid: tuple[int, ...], programs: int, lnc: int | None) -> None:
+    configured = os.environ.get(LNC_VARIABLE) if lnc is None else str(lnc)
+    if configured not in (None, "1", "2"):
+        fail("launch", f"lnc={configured} is configured", "1 or 2 physical cores make a logical one", _LNC)
+    if configured is None and programs not in (1, 2):
+        fail("launch", f"grid {list(grid)} has {programs} programs", "1, or 2 with LNC=2", _LNC)
+    if configured is not None and programs != int(configured):
+        fail(
+            "launch",
+            f"grid {list(grid)} has {programs} program(s), and LNC={configured} is configured",
+            f"launch kernel[{configured}](...), or configure {LNC_VARIABLE}={programs}",
+            _LNC,
+        )
 
 
 class _Arguments:

@@ -132,11 +132,11 @@ def ndarray(
     what = f"{name or 'a tensor'} {list(sizes)} {kind}"
     tensor = new_storage(sizes, kind, buffer, name)
     if buffer is MemoryRegion.sbuf:
-        tensor.storage.allocation = core.sbuf.allocate(row, what)
+        tensor.storage.allocation = core.sbuf.allocate(row, what, tensor.storage.raw.size, tensor.storage.granule)
     else:
         # PSUM tensors start at the beginning of a bank (nki/deep-dives/nki-beta2-migration-guide.rst, Allocation API).
         banks = -(-row // int(costs.PSUM_BANK_BYTES))
-        tensor.storage.allocation = core.psum.allocate(banks, what)
+        tensor.storage.allocation = core.psum.allocate(banks, what, tensor.storage.raw.size, tensor.storage.granule)
     return tensor
 
 

@@ -9,6 +9,7 @@ patterns make views, never copies, as on the device. The first axis of an SBUF o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from . import costs, dtypes
-from .access_times import AccessTimes, Entries
+from .access_times import AccessTimes, Entries, contiguous_runs
 from .allocation import Allocation
 from .enums import MemoryRegion
 from .errors import fail
 from .registers import NKIObject, VirtualRegister
+from .strictness import is_strict
 
 _AP_DOC = "nki/deep-dives/nki-aps.rst"
 _GUIDE = "nki/get-started/nki-language-guide.rst"
@@ -36,9 +38,10 @@ class Storage:
         granule: bytes that share one entry of the dependency tracker.
         times: dependency tracker, once an instruction touched it.
         allocation: its share of SBUF or PSUM, for tensors without an explicit address.
+        banks: accumulation groups by bank, in PSUM.
     """
 
-    __slots__ = ("allocation", "base", "granule", "name", "raw", "region", "times")
+    __slots__ = ("allocation", "banks", "base", "granule", "name", "raw", "region", "times")
 
     def __init__(self, region: MemoryRegion, raw: np.ndarray, granule: int, name: str) -> None:
         self.region = region
@@ -48,11 +51,43 @@ class Storage:
         self.name = name
         self.times: AccessTimes | None = None
         self.allocation: Allocation | None = None
+        self.banks: dict[int, BankGroups] = {}
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages."""
+        return self.name or f"an unnamed {self.region.name} tensor of {self.raw.size} bytes"
 
     def __del__(self) -> None:
         allocation = getattr(self, "allocation", None)
         if allocation is not None:
             allocation.pool.release(allocation)
+
+
+@dataclass
+class BankGroups:
+    """Accumulation groups of the Tensor engine in one PSUM bank, each known by its largest destination.
+
+    Attributes:
+        current: the group of the last matmul.
+        followed: earlier groups, each of which another one has followed.
+    """
+
+    current: np.ndarray | None = None
+    followed: list[np.ndarray] = field(default_factory=list)
+
+    def matmul(self, array: np.ndarray, *, adds: bool) -> bool:
+        """Note a matmul into ``array``; whether it adds to a group after a matmul of another group in this bank."""
+        if self.current is not None and np.shares_memory(self.current, array):
+            if array.size > self.current.size:
+                self.current = array
+            return False
+        again = [group for group in self.followed if np.shares_memory(group, array)]
+        self.followed = [group for group in self.followed if not any(group is other for other in again)]
+        if self.current is not None:
+            self.followed.append(self.current)
+        self.current = max([array, *again], key=lambda group: group.size) if adds else array
+        return adds and bool(again)
 
 
 class Accumulation:
@@ -62,19 +97,21 @@ class Accumulation:
 
     Attributes:
         written: ``[P, F]``, elements that hold a value.
+        product: ``[P, F]``, elements that the Tensor engine wrote.
         stale: ``[P, F]``, elements that were read since a matmul last wrote them.
         base: byte offset of the tensor in its storage.
     """
 
-    __slots__ = ("base", "itemsize", "pitch", "stale", "written")
+    __slots__ = ("base", "itemsize", "pitch", "product", "stale", "written")
 
     def __init__(self, shape: tuple[int, ...], itemsize: int, base: int, pitch: int) -> None:
         self.written = np.zeros((shape[0], prod(shape[1:])), dtype=np.bool_)
+        self.product = np.zeros_like(self.written)
         self.stale = np.zeros_like(self.written)
         self.itemsize, self.base, self.pitch = itemsize, base, pitch
 
     def of(self, mask: np.ndarray, tensor: NkiTensor) -> np.ndarray:
-        """The part of ``written`` or ``stale`` that ``tensor`` covers, in the shape of the tensor."""
+        """The part of ``written``, ``product`` or ``stale`` that ``tensor`` covers, in the shape of the tensor."""
         array, row = tensor._array, mask.shape[1]
         partition, byte = divmod(tensor.byte_offset - self.base, self.pitch)
         if array.itemsize % self.itemsize:  # A view of smaller elements: whole partitions.
@@ -167,13 +204,20 @@ class NkiTensor(NKIObject):
         return f"NkiTensor({self.storage.name or 'unnamed'} {list(self.shape)} {self.dtype} {self.buffer.name})"
 
     def __bool__(self) -> bool:
-        fail(
-            "if",
-            f"the truth of {self!r} was asked",
-            "control flow may depend on compile-time values or on registers, not on tensor contents",
-            f"{_GUIDE}, Dynamic Control Flow",
-        )
-        return False
+        """True, for a tensor that was given; with strict checks the question is refused, for it reads like another.
+
+        Raises:
+            NkiValidationError: strict checks are on.
+        """
+        if is_strict():
+            fail(
+                "if",
+                f"the truth of {self!r} was asked",
+                "control flow may depend on compile-time values or on registers, not on tensor contents; whether a "
+                "tensor was given is asked by == None",
+                f"{_GUIDE}, Dynamic Control Flow",
+            )
+        return True
 
     def __iter__(self) -> Any:
         for i in range(self.shape[0]):
@@ -206,6 +250,8 @@ class NkiTensor(NKIObject):
     def __getitem__(self, key: Any) -> NkiTensor:
         """Basic indexing with integers, registers, slices and an ellipsis; always a view.
 
+        An integer removes its axis, but a tensor on chip keeps a free axis: ``t[:, 2]`` of ``[P, F]`` is ``[P, 1]``.
+
         Raises:
             NkiValidationError: an index is out of bounds, a partition step is not 1, or the key is no basic index.
         """
@@ -221,8 +267,13 @@ class NkiTensor(NKIObject):
             fail("index", f"{len(keys)} indices on {self!r}", "one index per dimension at most", f"{_GUIDE}, Indexing")
         keys = [self._one_index(axis, k) for axis, k in enumerate(keys)]
         keeps_partition = self.has_partition_axis and not isinstance(keys[0], int)
-        # A full slice keeps the right to call .ap(), so that ``t[:, :].ap`` means the same as ``t.ap``.
-        array = self._array[tuple(keys)]
+        free = keys[1:] if self.has_partition_axis else keys
+        if self.buffer in ON_CHIP and free and len(keys) == self._array.ndim and all(isinstance(k, int) for k in free):
+            # One element of each partition still has a free axis, as nki-library 2.29 relies on.
+            keys[-1] = slice(keys[-1], keys[-1] + 1)
+        # A full slice keeps the right to call .ap(), so that ``t[:, :].ap`` means the same as ``t.ap``. The ellipsis
+        # makes a view of a single element, too.
+        array = self._array[(*keys, Ellipsis)]
         indexed = self._indexed or array.size != self._array.size
         return self._like(array, has_partition_axis=keeps_partition, indexed=indexed)
 
@@ -334,8 +385,10 @@ class NkiTensor(NKIObject):
 
         Raises:
             NkiValidationError: the tensor is already indexed, a partition is skipped, or the pattern leaves the tensor.
+                Without strict checks a pattern may start from a view whose elements follow each other, as kernels of
+                nki-library do; it counts the elements of that view.
         """
-        if self._indexed or self._indirect is not None:
+        if self._indirect is not None or (self._indexed and (is_strict() or not self._is_dense)):
             fail("ap", f"{self!r} is already indexed", "access patterns start from an allocated tensor", _AP_DOC)
         if scalar_offset is not None and vector_offset is not None:
             fail("ap", "scalar_offset and vector_offset both given", "they exclude each other", _AP_DOC)
@@ -453,6 +506,25 @@ class NkiTensor(NKIObject):
         if self.buffer not in ON_CHIP:
             return 0
         return self.byte_offset // self.storage.raw.strides[0]
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether the elements follow each other in memory, on chip within each partition."""
+        first_axis = 1 if self.has_partition_axis and self.buffer in ON_CHIP else 0
+        run = self._array.itemsize
+        for axis in range(self._array.ndim - 1, first_axis - 1, -1):
+            if self._array.shape[axis] > 1 and self._array.strides[axis] != run:
+                return False
+            run *= self._array.shape[axis]
+        return True
+
+    def byte_runs(self) -> tuple[np.ndarray, int]:
+        """Contiguous runs of bytes: where each starts, from the start of the storage, and the length of each."""
+        if self._indirect is not None:
+            size = self._indirect.flat.itemsize
+            return self._indirect.index[self._indirect.valid] * size, size
+        offsets, length = contiguous_runs(self._array.shape, self._array.strides, self._array.itemsize)
+        return offsets + self.byte_offset, length
 
     @property
     def byte_offset(self) -> int:

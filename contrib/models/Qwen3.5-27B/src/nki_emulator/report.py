@@ -64,10 +64,18 @@ class CoreReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A launch: one :class:`CoreReport` per program, and the instructions behind them."""
+    """A launch: one :class:`CoreReport` per program, and the instructions behind them.
+
+    Attributes:
+        kernel: its name.
+        cores: one per program.
+        warnings: what the kernel relies on and nothing promises.
+        instructions: of every core, in program order.
+    """
 
     kernel: str
     cores: tuple[CoreReport, ...]
+    warnings: tuple[str, ...]
     instructions: tuple[tuple[Instruction, ...], ...] = field(repr=False)
 
     @classmethod
@@ -76,27 +84,53 @@ class Report:
         return cls(
             kernel,
             tuple(_summarise(core) for core in cores),
+            tuple(cores[0].shared.warnings),
             tuple(tuple(core.timeline.instructions) for core in cores),
         )
 
     @property
     def makespan_ns(self) -> float:
-        """End of the last instruction on any core, modelled."""
+        """Time of the kernel: end of the last instruction on any core, modelled."""
         return max((core.makespan_ns for core in self.cores), default=0.0)
 
+    @property
+    def launch_ns(self) -> float:
+        """What launching the kernel by itself adds, modelled; nothing inside a compiled program."""
+        return costs.launch_ns(len(self.cores))
+
+    @property
+    def device_ns(self) -> float:
+        """Time on the device of the kernel launched by itself, modelled."""
+        return self.launch_ns + self.makespan_ns
+
+    @property
+    def latency_bound_ns(self) -> float:
+        """What loads, stores and the longest chain of instructions that need each other's data take at least, modelled.
+
+        No order of the same instructions on any number of engines takes less.
+        """
+        return max((i.chain_ns for items in self.instructions for i in items), default=0.0)
+
     def critical_path(self, core: int = 0) -> list[Instruction]:
-        """The chain of instructions, first to last, each of which waited for the one before it."""
+        """The chain of instructions, first to last, each of which waited for the one before it.
+
+        It ends with the last instruction of ``core``, and may cross to the other core at a meeting of the two.
+        """
         items = self.instructions[core]
         if not items:
             return []
         chain = [max(items, key=lambda i: i.end_ns)]
-        while chain[-1].cause >= 0:
-            chain.append(items[chain[-1].cause])
+        while (cause := chain[-1].cause) is not None:
+            chain.append(self.instructions[cause[0]][cause[1]])
         return chain[::-1]
 
     def table(self, path_length: int = 12) -> str:
         """Text for people: engines, memory and the heaviest calls of the critical path, per core."""
-        lines = [f"{self.kernel}: {self.makespan_ns / 1000:.2f} us (modelled, {len(self.cores)} core(s))"]
+        lines = [
+            f"{self.kernel}: {self.makespan_ns / 1000:.2f} us (modelled, {len(self.cores)} core(s)); "
+            f"launched by itself {self.device_ns / 1000:.2f} us, of which the launch {self.launch_ns / 1000:.2f} us"
+        ]
+        lines += [f"warning: {warning}" for warning in self.warnings]
         for core in self.cores:
             lines.append(f"core {core.program}: {core.makespan_ns / 1000:.2f} us modelled")
             lines.append(f"  {'engine':8} {'instr.':>8} {'busy us':>10} {'cycles':>12} {'used':>7}")
@@ -116,7 +150,8 @@ class Report:
             path = self.critical_path(core.program)
             share: Counter[str] = Counter()
             for before, item in zip([None, *path[:-1]], path, strict=True):
-                share[f"{item.engine.name} {item.call}"] += int(item.end_ns - (before.end_ns if before else 0.0))
+                where = "" if item.core == core.program else f" of core {item.core}"
+                share[f"{item.engine.name} {item.call}{where}"] += int(item.end_ns - (before.end_ns if before else 0.0))
             lines.append(f"  critical path: {len(path)} instructions; time on it by call (ns):")
             lines += [f"    {ns:10,d}  {call}" for call, ns in share.most_common(path_length)]
         return "\n".join(lines)
@@ -128,9 +163,16 @@ class Report:
                 "kernel": self.kernel,
                 "modelled": True,
                 "makespan_ns": self.makespan_ns,
+                "launch_ns": self.launch_ns,
+                "device_ns": self.device_ns,
+                "latency_bound_ns": self.latency_bound_ns,
+                "warnings": self.warnings,
                 "cores": [asdict(core) for core in self.cores],
                 "critical_path": [
-                    [{"index": i.index, "call": i.call, "engine": i.engine.name} for i in self.critical_path(c)]
+                    [
+                        {"core": i.core, "index": i.index, "call": i.call, "engine": i.engine.name}
+                        for i in self.critical_path(c)
+                    ]
                     for c in range(len(self.cores))
                 ],
             },

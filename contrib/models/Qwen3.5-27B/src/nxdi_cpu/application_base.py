@@ -73,7 +73,7 @@ class NeuronApplicationBase(nn.Module):
         return None
 
     def get_builder(self, debug: bool = False) -> ModelBuilder:
-        """The builder that all submodels are traced by, with what each gives it."""
+        """The builder that traces the submodels, each added with its instance and sample inputs."""
         if self._builder is None:
             self._builder = ModelBuilder(
                 router=None,
@@ -140,18 +140,19 @@ class NeuronApplicationBase(nn.Module):
         if neuron_config.tp_degree > 1 and not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) != neuron_config.tp_degree:
                 raise RuntimeError(
-                    f"tp_degree={neuron_config.tp_degree} needs one process a rank on a CPU: start the script with "
+                    f"tp_degree={neuron_config.tp_degree} needs one process per rank on a CPU: start the script with "
                     f"'torchrun --nproc-per-node {neuron_config.tp_degree}'"
                 )
             dist.init_process_group("gloo")
         initialize_model_parallel(tensor_model_parallel_size=neuron_config.tp_degree)
-        module = self.models[0].model_cls(self.config)
         rank = get_tensor_model_parallel_rank()
         checkpoint: MutableMapping[str, torch.Tensor]
         if sharded_path is not None:
             checkpoint = load_file(Path(sharded_path, "weights", f"tp{rank}_sharded_checkpoint.safetensors"))
         else:
             checkpoint = self.checkpoint_loader_fn()
+        module = self.models[0].model_cls(self.config)  # after the checkpoint was held against the configuration
+        if sharded_path is None:
             get_sharded_checkpoint(checkpoint, module, rank, neuron_config.tp_degree)
         _assign_weights(module, checkpoint)
         for wrapper in self.models:

@@ -50,7 +50,7 @@ class QKNormPlacement(enum.Enum):
 def determine_sharding_strategy(
     tp_degree: int, source_key_value_heads: int, desired_sharding_strategy: GQA | None = None
 ) -> GQA:
-    """One KV head a rank by replication where the degree is a multiple of the KV heads, else as many as query heads."""
+    """One KV head per rank, by replication, where the KV heads divide the degree; else as many as query heads."""
     if tp_degree % source_key_value_heads == 0 and desired_sharding_strategy is not GQA.CONVERT_TO_MHA:
         return GQA.REPLICATE_TO_TP_DEGREE
     return GQA.CONVERT_TO_MHA

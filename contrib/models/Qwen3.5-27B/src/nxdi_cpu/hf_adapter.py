@@ -92,7 +92,7 @@ class HuggingFaceGenerationAdapter(PreTrainedModel, GenerationMixin):
         pad_token = generation_config._pad_token_tensor
         has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         rows = input_ids.shape[0]
-        if model_kwargs.get("attention_mask") is None:  # transformers 5 takes a mask of ones away
+        if model_kwargs.get("attention_mask") is None:  # transformers 5 drops a mask of ones
             model_kwargs["attention_mask"] = torch.ones_like(input_ids)
         model_kwargs["sampling_params"] = prepare_sampling_params(
             rows, generation_config.top_k or 0, generation_config.top_p or 1.0, generation_config.temperature or 1.0
@@ -137,7 +137,7 @@ class HuggingFaceGenerationAdapter(PreTrainedModel, GenerationMixin):
         divergence_idx: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The prompt with positions counted over its real tokens, then one token a row at the next position."""
+        """The prompt with positions counted over its real tokens, then one token per row at the next position."""
         assert attention_mask is not None, "_sample always makes one"
         self.prev_kv_cache_populated = self.neuron_model.kv_cache_populated
         # Always from the mask: the position_ids that transformers 5 puts into kwargs are those of the prompt.
@@ -164,7 +164,7 @@ class HuggingFaceGenerationAdapter(PreTrainedModel, GenerationMixin):
         is_for_token_generation: bool | None = None,
         is_encoder_decoder: bool = False,
     ) -> dict[str, Any]:
-        """A decoding step adds one cached token a row: on the left, where the ones of a right-padded mask are."""
+        """A decoding step adds one cached token per row: on the left, where the ones of a right-padded mask are."""
         if is_for_token_generation is None:
             is_for_token_generation = self.prev_kv_cache_populated
         mask = model_kwargs.get("attention_mask")

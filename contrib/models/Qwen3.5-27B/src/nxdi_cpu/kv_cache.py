@@ -19,7 +19,7 @@ KV_CACHE_PAD_FOR_SEQ_IDS_MASKING = 128
 
 
 class KVCacheManager(nn.Module):
-    """Two entries a layer in `past_key_values`: K and V, each [cache lines, KV heads per rank, length, head dim]."""
+    """Two entries per layer in `past_key_values`: K and V, each [slots, KV heads per rank, length, head dim]."""
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ def divide(numerator: int, denominator: int) -> int:
     """Exact quotient.
 
     Raises:
-        ValueError: the division leaves a rest.
+        ValueError: the division leaves a remainder.
     """
     if numerator % denominator:
         raise ValueError(f"{numerator} is not divisible by {denominator}")
@@ -276,7 +276,7 @@ class ParallelEmbedding(BaseParallelLayer):
 
 
 class SPMDRank(nn.Module):
-    """The rank as a value of the traced program: a parameter [world_size] int32 split to one element a rank."""
+    """The rank as a value of the traced program: a parameter [world_size] int32 split into one element per rank."""
 
     def __init__(self, world_size: int, tensor_model_parallel_size: int | None = None) -> None:
         super().__init__()

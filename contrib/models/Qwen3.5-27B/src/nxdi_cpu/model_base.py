@@ -293,7 +293,7 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
         full_context_lens: torch.Tensor | None = None,
         computed_context_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Real tokens of a prompt whose padding positions are below their index; the cached tokens of a step."""
+        """Mask [B, S] of a prompt, whose padding has positions below its index; of a step, mask [B, cached tokens]."""
         if position_ids.shape[-1] > 1:
             return (position_ids >= torch.arange(position_ids.shape[-1])).to(position_ids.dtype)
         return (torch.arange(int(position_ids.max())) < position_ids).to(position_ids.dtype)
@@ -325,7 +325,7 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
         computed_context_lens: torch.Tensor | None = None,
         tf_args: Any = None,
     ) -> CausalLMOutputWithPast:
-        """One step: a prompt when `position_ids` start at 0, else one token a row.
+        """One step: a prompt when `position_ids` start at 0, else one token per row.
 
         input_ids [B, S]; attention_mask [B, S] of a prompt, [B, cached tokens] of a decoding step; position_ids [B, S].
         Returns `logits` [B, 1, V] float32 (None with on-device sampling and no output_logits) and `tokens`.
@@ -413,7 +413,7 @@ class NeuronBaseForCausalLM(NeuronApplicationBase):
         return result
 
     def reset(self) -> None:
-        """Make the next call a prompt again."""
+        """Expect a prompt in the next call."""
         self.kv_cache_populated = False
 
     def get_required_kwargs(self) -> list[str]:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walks a model as tracing would; stands in for NxD's `trace.model_builder`.
 
-NxD traces each submodel once a bucket: it makes the module, asks for it and its aliases at that bucket, and runs it on
-the sample inputs. Here the same calls are made on the meta device, in the shapes of one rank, and what a trace or the
-runtime would later refuse is refused: no weight is read and nothing is computed.
+NxD traces each submodel once per bucket: it makes the module, asks for it and its aliases at that bucket, and runs it
+on the sample inputs. Here the same calls are made on the meta device, in the shapes of one rank, and what a trace or
+the runtime would refuse later is an error now. No weight is read and nothing is computed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class TraceError(ValueError):
 
 
 def shapes_of(inputs: Sequence[torch.Tensor]) -> str:
-    """By which a loaded model finds the program to run."""
+    """The key by which a loaded model finds the program of a call."""
     return str([list(tensor.shape) for tensor in inputs])
 
 

@@ -87,7 +87,7 @@ class ModelWrapper(torch.nn.Module):
         return DecoderModelInstance(model_cls=self.model_cls, config=self.config, **self.model_init_kwargs)
 
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
-        """One tuple of sample inputs a bucket, in the order of the module's `forward`."""
+        """One tuple of sample inputs per bucket, in the order of the module's `forward`."""
         batch = self.neuron_config.batch_size
         inputs: list[tuple[torch.Tensor, ...]] = []
         for bucket in self.neuron_config.buckets:
@@ -150,7 +150,7 @@ class ModelWrapper(torch.nn.Module):
         return self.model(*args)
 
     def forward(self, *args: Any, pad_type: str = "first_fit") -> list[torch.Tensor]:
-        """[tokens or logits, (logits,) *caches] of one compiled batch; NxDI also splits and fills up batches.
+        """[tokens or logits, (logits,) *caches] of one compiled batch; NxDI also splits and pads batches.
 
         Raises:
             RuntimeError: no weights were loaded.

@@ -7,15 +7,18 @@ Letters: D hidden, H value heads, Hk key heads, K key head dim, V value head dim
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .hardware import INSTANCES
+from .json_files import first_three, one_line, read_json, shown
 from .kernel_selection import DeltaNetInverse, DeltaNetKernel, kernel_problems
 from .nxdi import InferenceConfig, NeuronConfig
 
@@ -49,6 +52,20 @@ _NEURON_SIZES = (
     "tp_degree", "seq_len", "max_context_length", "max_length", "batch_size", "ctx_batch_size", "tkg_batch_size",
     "max_batch_size", "kv_cache_batch_size",
 )  # fmt: skip
+_LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "linear_num_key_heads": 1 << 16,
+    "linear_num_value_heads": 1 << 16,
+}
+"""Sizes that something is listed for, one by one, before the checkpoint's headers are known to fit them."""
+
+_LARGEST_SIZE = (1 << 31) - 1
+_TOKEN_IDS = (
+    "bos_token_id", "pad_token_id", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+)  # fmt: skip
+_DEFAULT_ROPE_TYPES = ("default", "mrope")  # older dumps call the default frequencies mrope
 _ROPE_FIELDS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved", "rope_type")
 # What transformers' configuration class assumes when config.json is silent.
 _DEFAULTS: dict[str, Any] = {
@@ -74,8 +91,13 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "attn_output_gate": (True, "q_proj is read as query and gate"),
     "mrope_interleaved": (True, "frequencies are dealt to the three axes in turn"),
     "rope_type": ("default", "only unscaled rotary embeddings are implemented; drop the rope scaling"),
-    "quantization_config": (None, "quantised checkpoints are not read; use the bf16 checkpoint"),
 }
+_QUANTISATIONS = ("quantization_config", "quantization", "compression_config")
+"""Where quantised checkpoints say that they are: transformers' field, MLX's, and that of old compressed-tensors."""
+
+_QUANTISERS = {"awq": "AWQ", "gptq": "GPTQ", "modelopt": "NVIDIA ModelOpt", "auto-round": "AutoRound"}
+"""Names of methods, where `quant_method` has them in another form."""
+
 _NO_ROLLBACK = "a rejected token cannot be taken out of the DeltaNet state again"
 _ONE_ROW = "the DeltaNet state is one row per sequence, compiled for one batch size, never paged, shared or windowed"
 _PLAIN_ATTENTION = "the full-attention layers take NxDI's plain path (heads of 256 dims, an output gate)"
@@ -107,8 +129,10 @@ class Qwen35ConfigError(ValueError):
     """A configuration that cannot run; `problems` holds one line for each reason."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("this Qwen3.5 configuration cannot run:\n" + "\n".join(f"  - {line}" for line in problems))
+        self.problems = [*map(one_line, problems)]
+        super().__init__(
+            "this Qwen3.5 configuration cannot run:\n" + "\n".join(f"  - {line}" for line in self.problems)
+        )
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -156,8 +180,14 @@ class Qwen35InferenceConfig(InferenceConfig):
     """The text config of a checkpoint, flat and under its own field names, plus `neuron_config`.
 
     A nested `text_config` and rope dictionary are flattened and dropped, whoever loaded them. Precedence: keyword
-    arguments over what `load_config` loaded; within that, nested over top-level. The exception is
-    `tie_word_embeddings`, where transformers obeys the top level.
+    arguments over what `load_config` loaded; within that, nested over top-level. Two groups of fields differ:
+
+    - `tie_word_embeddings` is true where either level says so: transformers' text class reads the nested flag, its
+      vision-language class the one at the top. It counts only for a checkpoint that has the embedding or the head
+      alone; one with both keeps both, as in transformers.
+    - Rope settings are taken from one level, the nested one if it has any, and there from `rope_scaling` before
+      `rope_parameters` before plain fields, as in transformers. A rope type that is not implemented is refused in any
+      of these places.
 
     Raises:
         Qwen35ConfigError: naming every field that is missing, wrong or unsupported.
@@ -216,15 +246,7 @@ class Qwen35InferenceConfig(InferenceConfig):
         cls, path: str | Path, neuron_config: NeuronConfig | None = None, **kwargs: Any
     ) -> Qwen35InferenceConfig:
         """Read `path`/config.json, of a text-only or a vision-language checkpoint; `kwargs` override its fields."""
-        file = Path(path) / "config.json"
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise Qwen35ConfigError([f"{file} does not exist; pass a downloaded checkpoint's directory"]) from None
-        except ValueError as error:
-            raise Qwen35ConfigError([f"{file} is not valid JSON ({error}); download it again"]) from error
-        if not isinstance(fields, dict):
-            raise Qwen35ConfigError([f"{file} holds a {type(fields).__name__}, not an object; download it again"])
+        fields = {name: value for name, value in read_config(path).items() if cls._is_field(name)}
         fields.setdefault("model_type", None)
         fields["_name_or_path"] = str(path)  # where a compiled model finds its checkpoint again
         neuron_config = Qwen35NeuronConfig() if neuron_config is None else neuron_config
@@ -237,29 +259,55 @@ class Qwen35InferenceConfig(InferenceConfig):
     def get_required_attributes(self) -> list[str]:
         return [*_SIZES, "rope_theta", *_DEFAULTS]
 
+    @classmethod
+    def _is_field(cls, name: str) -> bool:
+        """Whether config.json may set `name`: not what NxDI and this class keep under that name for themselves."""
+        own = getattr(cls, name, None)
+        kept = name in ("neuron_config", "fused_spec_config")
+        return not (kept or callable(own) or isinstance(own, property))
+
     def _flatten(self) -> None:
-        """Lift nested fields to the top level. Doing it twice changes nothing."""
+        """Lift nested fields to the top level. Doing it twice changes nothing.
+
+        Raises:
+            Qwen35ConfigError: a nested config is no object, or names a dtype that torch lacks.
+        """
         fields = vars(self)
-        text = as_dict(fields.pop("text_config", None))
+        text = as_dict(fields.pop("text_config", None), "text_config")
         dtypes = [place.pop(name, None) for place in (text, fields) for name in ("dtype", "torch_dtype")]
-        declared = next((dtype for dtype in dtypes if dtype is not None), None)
-        if declared is not None and self.neuron_config is not None and not self.neuron_config.overrides_torch_dtype:
-            name = dtype_name(declared)
-            dtype: Any = getattr(torch, name, name)  # a name that torch lacks is refused by validate_config
-            self.neuron_config.torch_dtype = dtype
-        own = {"model_type", "architectures", "transformers_version", "_name_or_path"}
-        own |= {"tie_word_embeddings"} & fields.keys()
-        fields.update({name: value for name, value in text.items() if name not in own})
-        for place in ("rope_scaling", "rope_parameters"):
-            rope = as_dict(fields.pop(place, None))
-            if "type" in rope:
-                rope.setdefault("rope_type", rope["type"])
-            fields.update({name: rope[name] for name in _ROPE_FIELDS if name in rope})
-        if fields.get("rope_type") == "mrope":  # the name that older dumps give to the default frequencies
-            self.rope_type = "default"
-        vision = as_dict(fields.pop("vision_config", None))
+        for declared in [dtype for dtype in reversed(dtypes) if dtype is not None]:
+            self._take_dtype(declared)
+        tied = [place["tie_word_embeddings"] for place in (fields, text) if "tie_word_embeddings" in place]
+        rope, nested_rope = _take_rope(fields), _take_rope(text)
+        unsupported = [of["rope_type"] for of in (rope, nested_rope) if of.get("rope_type", "default") != "default"]
+        own = {"model_type", "architectures", "transformers_version", "_name_or_path", "text_config", "vision_config"}
+        fields.update({name: value for name, value in text.items() if name not in own and self._is_field(name)})
+        fields.update(nested_rope or rope)
+        if unsupported:
+            self.rope_type = unsupported[0]
+        if tied:
+            self.tie_word_embeddings = next((flag for flag in tied if not isinstance(flag, bool)), any(tied))
+        for name in _QUANTISATIONS:
+            if name in fields and fields[name] is None:
+                del fields[name]  # transformers 4 takes a field that is there for a quantisation
+        vision = as_dict(fields.pop("vision_config", None), "vision_config")
         if vision:
             self.vision_config = vision
+
+    def _take_dtype(self, declared: Any) -> None:
+        """Run in the checkpoint's dtype unless the caller asked for one.
+
+        Raises:
+            Qwen35ConfigError: torch has no such dtype.
+        """
+        dtype = getattr(torch, dtype_name(declared), None)
+        if not isinstance(dtype, torch.dtype):
+            name = shown(declared).strip("'")
+            raise Qwen35ConfigError(
+                [f"torch_dtype={name} is not supported: torch has no such dtype; set it to bfloat16 or float32"]
+            )
+        if self.neuron_config is not None and not self.neuron_config.overrides_torch_dtype:
+            self.neuron_config.torch_dtype = dtype
 
     def add_derived_config(self) -> None:
         """Bring whatever was set into the flat form and fill in defaults; a saved config passes unchanged."""
@@ -270,7 +318,7 @@ class Qwen35InferenceConfig(InferenceConfig):
                 setattr(self, name, default)
         layers: Any = getattr(self, "num_hidden_layers", None)
         interval: Any = self.full_attention_interval
-        if self.layer_types is None and is_size(layers) and is_size(interval):
+        if self.layer_types is None and is_size(layers, _LARGEST["num_hidden_layers"]) and is_size(interval):
             self.layer_types = [LINEAR_ATTENTION if (i + 1) % interval else FULL_ATTENTION for i in range(layers)]
         head_dim, factor = getattr(self, "head_dim", None), self.partial_rotary_factor
         if self.mrope_section is None and is_size(head_dim) and is_number(factor) and 0 < factor <= 1:
@@ -353,38 +401,137 @@ class Qwen35InferenceConfig(InferenceConfig):
 _SIZES = [name for name, kind in Qwen35InferenceConfig.__annotations__.items() if kind == "int"]
 
 
-def as_dict(value: Any) -> dict[str, Any]:
-    """A copy of a nested config, which transformers, NxDI and JSON hold as object, namespace and dict."""
-    return {} if value is None else dict(value if isinstance(value, dict) else vars(value))
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields in `path`/config.json.
+
+    Raises:
+        Qwen35ConfigError: there is no such file, or it holds no JSON object.
+    """
+    directory = Path(path)
+    file = directory / "config.json"
+    try:
+        fields = read_json(file)
+    except FileNotFoundError:
+        raise Qwen35ConfigError([f"{file} does not exist; {_directory_remedy(directory)}"]) from None
+    except ValueError as error:
+        raise Qwen35ConfigError([str(error)]) from error
+    if not isinstance(fields, dict):
+        raise Qwen35ConfigError([f"{file} holds a {type(fields).__name__}, not an object; download it again"])
+    return fields
 
 
-def is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _directory_remedy(directory: Path) -> str:
+    """What to do about a directory without config.json, from what else is in it."""
+    if gguf := sorted(file.name for file in directory.glob("*.gguf")):
+        return f"GGUF files ({first_three(gguf)}) are not read, use the bf16 safetensors checkpoint"
+    if (directory / "adapter_config.json").exists():
+        return "an adapter is not a checkpoint, merge it into its base model and save that"
+    return "pass a downloaded checkpoint's directory"
+
+
+def as_dict(value: Any, name: str = "") -> dict[str, Any]:
+    """A copy of a nested config, which transformers, NxDI and JSON hold as object, namespace and dict.
+
+    Raises:
+        Qwen35ConfigError: `name` is none of these.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not hasattr(value, "__dict__"):
+        raise Qwen35ConfigError([f"{name}={shown(value)} must be an object; take it from the checkpoint's config.json"])
+    return dict(vars(value))
+
+
+def is_size(value: Any, largest: int = _LARGEST_SIZE) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of 0 or more, as token ids are."""
+    return is_size(value) or (value == 0 and type(value) is int)
+
+
+def _is_end(value: Any) -> bool:
+    """Whether `eos_token_id` may be this: a token id, several, or null."""
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(map(is_count, value))
+    return value is None or is_count(value)
+
+
+def _take_rope(place: dict[str, Any]) -> dict[str, Any]:
+    """Remove the rope settings from one level of a config and return them flat.
+
+    As in transformers, `rope_scaling` takes the place of `rope_parameters`, and plain fields are for what is in
+    neither. The type is the first that is not the default one, though transformers drops that of the dictionary which
+    it does not use: who wrote it wanted it.
+
+    Raises:
+        Qwen35ConfigError: one of the two is no object; or `rope_scaling` leaves rope_theta to `rope_parameters`, where
+            transformers would take 10000 instead.
+    """
+    older, newer = (as_dict(place.pop(name, None), name) for name in ("rope_scaling", "rope_parameters"))
+    plain = {name: place.pop(name) for name in _ROPE_FIELDS if name in place}
+    types = [of.get("rope_type", of.get("type", "default")) for of in (older, newer) if of]
+    types = types or [plain.get("rope_type", "default")]
+    kind = next((kind for kind in types if kind not in _DEFAULT_ROPE_TYPES), "default")
+    chosen = older or newer
+    if kind != "default":
+        chosen = newer | older  # the type is refused, and should not be blamed for what the other has
+    rope = plain | {name: chosen[name] for name in _ROPE_FIELDS if name in chosen}
+    if "rope_theta" in newer and "rope_theta" not in rope:
+        raise Qwen35ConfigError(
+            ["rope_scaling has no rope_theta and takes the place of rope_parameters, which has one; move it there"]
+        )
+    if rope or chosen:
+        rope["rope_type"] = kind
+    return rope
+
+
+def _quantisation_problem(config: Qwen35InferenceConfig) -> str | None:
+    """What config.json says of a quantisation, if it does."""
+    for name in _QUANTISATIONS:
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        method = value.get("quant_method", value.get("quant_algo")) if isinstance(value, Mapping) else None
+        if method is None and isinstance(value, Mapping):
+            if value.keys() >= {"group_size", "bits"}:
+                method = "MLX"
+            elif value.keys() & {"load_in_4bit", "load_in_8bit"}:
+                method = "bitsandbytes"
+        form = f"quantised with {_QUANTISERS.get(str(method), method)}" if method else "quantised"
+        return f"{name}={shown(value)}: the checkpoint is {form}, which is not read; use the bf16 checkpoint"
+    return None
 
 
 def _model_type_problem(model_type: Any) -> str:
     hint = "this package runs the dense Qwen3.5 and Qwen3.6 checkpoints"
     if str(model_type).startswith("qwen3_5_moe"):
         hint = "the mixture-of-experts models are not supported yet; use a dense Qwen3.5 checkpoint"
-    return f"model_type={model_type!r} is not one of {', '.join(MODEL_TYPES)}; {hint}"
+    return f"model_type={shown(model_type)} is not one of {', '.join(MODEL_TYPES)}; {hint}"
 
 
 def _malformed_fields(config: Qwen35InferenceConfig) -> Iterator[tuple[str, str]]:
     """(field, problem) for each architecture field that is missing, ill-typed or out of its range."""
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **{name: (is_size, "must be a positive integer") for name in _SIZES},
+        **{name: (is_size, "must be a positive integer") for name in _SIZES if name not in _LARGEST},
+        **{
+            name: (partial(is_size, largest=most), f"must be a positive integer of at most {most}")
+            for name, most in _LARGEST.items()
+        },
         "rms_norm_eps": (lambda v: is_number(v) and v > 0, "must be a positive number"),
         "rope_theta": (lambda v: is_number(v) and v > 0, "must be a positive number, in rope_parameters"),
         "partial_rotary_factor": (lambda v: is_number(v) and 0 < v <= 1, "must be a number in (0, 1]"),
         "tie_word_embeddings": (lambda v: isinstance(v, bool), "must be true or false"),
         "mrope_section": (
-            lambda v: (
-                v is None or (isinstance(v, list | tuple) and len(v) == 3 and all(n == 0 or is_size(n) for n in v))
-            ),
+            lambda v: v is None or (isinstance(v, list | tuple) and len(v) == 3 and all(map(is_count, v))),
             "must be three integers of 0 or more, or absent",
         ),
         "layer_types": (
@@ -392,13 +539,14 @@ def _malformed_fields(config: Qwen35InferenceConfig) -> Iterator[tuple[str, str]
             lambda v: v is None or (isinstance(v, list | tuple) and {*map(str, v)} <= _LAYER_TYPES),
             f"must be a list of '{LINEAR_ATTENTION}' and '{FULL_ATTENTION}', or absent",
         ),
-        "pad_token_id": (lambda v: v is None or (is_number(v) and v >= 0), "must be a token id or null"),
+        "eos_token_id": (_is_end, "must be a token id, a list of them, or null"),
+        **{name: (lambda v: v is None or is_count(v), "must be a token id or null") for name in _TOKEN_IDS},
     }
     for name, (accepts, remedy) in rules.items():
         if not hasattr(config, name):
             yield name, f"{name} is missing: it {remedy}; take it from the checkpoint's config.json"
         elif not accepts(getattr(config, name)):
-            yield name, f"{name}={getattr(config, name)!r} {remedy}; take it from the checkpoint's config.json"
+            yield name, f"{name}={shown(getattr(config, name))} {remedy}; take it from the checkpoint's config.json"
 
 
 def _structure_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[str]:
@@ -409,7 +557,9 @@ def _structure_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterat
 
     for name, (value, reason) in _FIXED.items():
         if getattr(config, name, value) != value:
-            yield f"{name}={getattr(config, name)!r} is not supported, only {value!r}: {reason}"
+            yield f"{name}={shown(getattr(config, name))} is not supported, only {value!r}: {reason}"
+    if problem := _quantisation_problem(config):
+        yield problem
     groups = (("linear_num_value_heads", "linear_num_key_heads"), ("num_attention_heads", "num_key_value_heads"))
     for many, few in groups:
         if formed(many, few) and getattr(config, many) % getattr(config, few):

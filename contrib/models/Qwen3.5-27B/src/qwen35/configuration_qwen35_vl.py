@@ -4,20 +4,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, as_dict, is_number, is_size
+from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, as_dict, is_number, is_size, read_config
+from .json_files import shown
 
 _MODEL_TYPES = ("qwen3_5_vision", "qwen3_5")  # older dumps carry the type of the whole model
 MEDIA_TOKENS = ("image_token_id", "video_token_id")
 """The fields that name the placeholders of images and of videos."""
 
+_MOST_BLOCKS = 1 << 10  # so that listing the tensors of a mistaken depth takes no time
 _PIXELS = ("patch_size", "temporal_patch_size")  # transformers 5 also writes them as a list with one entry an axis
 
 QWEN35_VISION_PRESETS: dict[str, dict[str, Any]] = {
@@ -53,17 +52,19 @@ class Qwen35VisionConfig:
     def __post_init__(self) -> None:
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
         problems = [
-            f"vision_config.{name}={value!r} must be a positive integer; take it from the checkpoint's config.json"
+            f"vision_config.{name}={shown(value)} must be a positive integer; take it from the checkpoint's config.json"
             for name, value in sizes.items()
             if not is_size(value)
         ]
+        if not problems and self.depth > _MOST_BLOCKS:
+            problems.append(f"vision_config.depth={self.depth} must be at most {_MOST_BLOCKS}; correct config.json")
         if self.hidden_act != "gelu_pytorch_tanh":
             problems.append(
-                f"vision_config.hidden_act={self.hidden_act!r} is not supported, only 'gelu_pytorch_tanh': "
+                f"vision_config.hidden_act={shown(self.hidden_act)} is not supported, only 'gelu_pytorch_tanh': "
                 "the MLP is written for it"
             )
         if not is_number(self.rope_theta) or self.rope_theta <= 0:
-            problems.append(f"vision_config.rope_theta={self.rope_theta!r} must be a positive number")
+            problems.append(f"vision_config.rope_theta={shown(self.rope_theta)} must be a positive number")
         if not problems and self.hidden_size % (4 * self.num_heads):
             problems.append(
                 f"vision_config.hidden_size={self.hidden_size} is not a multiple of 4 * num_heads={self.num_heads}; "
@@ -84,8 +85,8 @@ class Qwen35VisionConfig:
         Raises:
             Qwen35ConfigError: naming every field that is missing, wrong or unsupported.
         """
-        given = as_dict(vision_config)
-        rope = as_dict(given.get("rope_parameters"))
+        given = as_dict(vision_config, "vision_config")
+        rope = as_dict(given.get("rope_parameters"), "vision_config.rope_parameters")
         own = {f.name: f.default for f in fields(cls)}
         values = {name: given[name] for name in own if name in given}
         values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
@@ -97,20 +98,20 @@ class Qwen35VisionConfig:
         for name in _PIXELS:
             size = values.get(name)
             if isinstance(size, list | tuple):
-                if len(set(size)) == 1:
+                if len(size) > 0 and all(side == size[0] for side in size):
                     values[name] = size[0]
                 else:
-                    problems.append(f"vision_config.{name}={size!r} is not supported: patches are square")
+                    problems.append(f"vision_config.{name}={shown(size)} is not supported: patches are square")
         model_type = given.get("model_type", _MODEL_TYPES[0])
         if model_type not in _MODEL_TYPES:
-            problems.append(f"vision_config.model_type={model_type!r} is not one of {', '.join(_MODEL_TYPES)}")
+            problems.append(f"vision_config.model_type={shown(model_type)} is not one of {', '.join(_MODEL_TYPES)}")
         if given.get("deepstack_visual_indexes"):
             problems.append(
-                f"vision_config.deepstack_visual_indexes={given['deepstack_visual_indexes']} is not supported: "
+                f"vision_config.deepstack_visual_indexes={shown(given['deepstack_visual_indexes'])} is not supported: "
                 "Qwen3.5 has no deepstack mergers; use a Qwen3.5 checkpoint"
             )
         if rope.get("rope_type", "axial") not in ("axial", "default"):
-            problems.append(f"vision_config.rope_parameters: rope_type={rope['rope_type']!r} must be 'axial'")
+            problems.append(f"vision_config.rope_parameters: rope_type={shown(rope['rope_type'])} must be 'axial'")
         if problems:
             raise Qwen35ConfigError(problems)
         return cls(**values)
@@ -122,15 +123,9 @@ class Qwen35VisionConfig:
         Raises:
             Qwen35ConfigError: there is none, or it cannot run.
         """
-        file = Path(path) / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            problem = f"{file} cannot be read ({error}); pass a downloaded checkpoint's directory"
-            raise Qwen35ConfigError([problem]) from error
-        vision = config.get("vision_config") if isinstance(config, Mapping) else None
+        vision = read_config(path).get("vision_config")
         if not vision:
-            raise Qwen35ConfigError([f"{file} has no vision_config; use a vision-language checkpoint"])
+            raise Qwen35ConfigError([f"{path}/config.json has no vision_config; use a vision-language checkpoint"])
         return cls.from_dict(vision)
 
     @property
@@ -169,12 +164,19 @@ class Qwen35VLInferenceConfig(Qwen35InferenceConfig):
         problems = [
             f"{name} is missing: use a vision-language checkpoint"
             for name in MEDIA_TOKENS
-            if not isinstance(getattr(self, name, None), int)
+            if getattr(self, name, None) is None
+        ]
+        problems += [
+            f"{name}={getattr(self, name)} is outside vocab_size={self.vocab_size}; correct config.json"
+            for name in MEDIA_TOKENS
+            if (getattr(self, name, None) or 0) >= self.vocab_size
         ]
         if self.neuron_config.async_mode:
             problems.append("async_mode=True: NxDI queues a step with the rotary position of the last; set it to False")
         if self.vision_config is None:
             problems.append("vision_config is missing: use a vision-language checkpoint, or NeuronQwen35ForCausalLM")
+        else:
+            problems += _problems_of_vision(self.vision_config)
         if problems:
             raise Qwen35ConfigError(problems)
 
@@ -182,3 +184,11 @@ class Qwen35VLInferenceConfig(Qwen35InferenceConfig):
     def vision(self) -> Qwen35VisionConfig:
         assert self.vision_config is not None
         return Qwen35VisionConfig.from_dict(self.vision_config)
+
+
+def _problems_of_vision(vision_config: dict[str, Any]) -> list[str]:
+    try:
+        Qwen35VisionConfig.from_dict(vision_config)
+    except Qwen35ConfigError as error:
+        return error.problems
+    return []

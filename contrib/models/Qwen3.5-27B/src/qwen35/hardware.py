@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trainium 2 and its instances, as figures with their sources.
+"""Figures of Trainium 2 and its instances, with their sources.
 
 Sources are documents of github.com/aws-neuron/aws-neuron-sdk, release 2.29, unless they say otherwise.
 """
@@ -42,7 +42,7 @@ class Instance:
     chips: Figure
 
     def ranks(self, lnc: int) -> int:
-        """Logical cores, and so the most ranks."""
+        """Logical cores of the instance: one for each rank at most."""
         return self.chips.value * CHIP_CORES.value // lnc
 
 
@@ -57,16 +57,16 @@ INSTANCES = {instance.name: instance for instance in (TRN2_3XLARGE, TRN2_48XLARG
 
 
 def rank_hbm_bytes(lnc: int) -> int:
-    """HBM of a rank: its cores' share of the chip's. At LNC=1 two ranks share a bank of 24 GiB."""
+    """Bytes of HBM per rank: its cores' share of the chip's. At LNC=1 two ranks share a bank of 24 GiB."""
     return CHIP_HBM.value * lnc // CHIP_CORES.value
 
 
 def rank_bandwidth(lnc: int) -> float:
-    """Bytes per second that a rank reads or writes when all cores of its chip do."""
+    """Bytes of HBM per second and rank, while all cores of the chip read or write."""
     return CHIP_HBM_BANDWIDTH.value * lnc / CHIP_CORES.value
 
 
 def rank_flops(lnc: int, dtype: torch.dtype) -> float:
-    """Peak FLOP per second of a rank in bfloat16 or float32."""
+    """Peak FLOP per second and rank, in bfloat16 or float32."""
     peak = CHIP_BF16_FLOPS if dtype == torch.bfloat16 else CHIP_FP32_FLOPS
     return peak.value * lnc / CHIP_CORES.value

@@ -9,8 +9,8 @@ Read this file first. The parts it puts together, from the ground up:
 - `configuration_qwen35`: the checkpoint's config.json and NxDI's options, validated at once;
 - `weights`: Hugging Face weights to this module tree, and to a file per rank;
 - `layers`: DeltaNet, attention, MLP, norms and rotary embedding, and the cache of what is kept between calls;
-- `memory`: what it takes of a device;
-- `submodels`: how calls are padded to what was compiled.
+- `memory`: the bytes it needs on a device, and whether they fit;
+- `submodels`: how a call is padded to the shapes that were compiled.
 
 Letters: B rows, S tokens per row, D hidden.
 """
@@ -100,7 +100,7 @@ class NeuronQwen35Model(NeuronBaseModel):
     """The traced module: embedding, layers, norm, head, cache."""
 
     phase: Phase
-    """What the next call or trace does; its submodel sets it."""
+    """Of the next call or trace; the submodel that runs this module sets it."""
 
     def setup_attr_for_model(self, config: Qwen35InferenceConfig) -> None:
         self.on_device_sampling = config.neuron_config.on_device_sampling_config is not None
@@ -116,7 +116,7 @@ class NeuronQwen35Model(NeuronBaseModel):
         self.layers = nn.ModuleList(NeuronQwen35DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen35RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = output_head(config)
-        # The layers work in place, and NxDI turns autograd off neither when it traces nor when it is called.
+        # The layers work in place, which autograd refuses, and NxDI leaves it on when it traces and when it runs.
         self.requires_grad_(False)
 
     def init_inference_optimization(self, config: Qwen35InferenceConfig) -> None:
@@ -154,7 +154,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
 
     _model_cls = NeuronQwen35Model
     config: Qwen35InferenceConfig
-    _phase: Phase  # of the call in progress, since NxDI's forward passes on nothing of ours
+    _phase: Phase  # of the call in progress: NxDI's forward has no argument that would pass it on
 
     @classmethod
     def get_config_cls(cls) -> type[Qwen35InferenceConfig]:
@@ -182,13 +182,13 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         """
 
     def enable_token_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Also the submodel that continues prompts, when they come in chunks."""
+        """Adds the submodel that continues prompts, when they come in chunks."""
         super().enable_token_generation(*args, **kwargs)
         chunk = self.config.prefill_chunk_size
         if chunk is not None:
             config = copy.deepcopy(self.context_encoding_model.config)
             config.neuron_config.bucket_n_active_tokens, config.neuron_config.n_active_tokens = False, chunk
-            # By what is cached, which is a chunk at least; each spared bucket is a program less to compile.
+            # These buckets are numbers of cached tokens, at least a chunk; a smaller one would be compiled for nothing.
             buckets = self.token_generation_model.neuron_config.buckets
             config.neuron_config.buckets = [bucket for bucket in buckets if bucket >= chunk]
             self.add_submodel(Submodel(Phase.CONTINUATION), config)
@@ -219,12 +219,11 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         )
 
     def compile(self, compiled_model_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """NxDI's compile, after the plan was held against `neuron_config.instance` and the checkpoint's headers against
-        the configuration.
+        """Check that the model fits `neuron_config.instance` and that the checkpoint has its tensors, then compile.
 
         Raises:
-            ValueError: the instance has not the memory; it says what to change.
-            CheckpointError, ConversionError: the weights would not load; known before minutes of compilation.
+            ValueError: the memory of the instance is too small; the message says what to change.
+            CheckpointError, ConversionError: the weights would not load; raised before minutes of compilation.
         """
         require_fits(self)
         self.checkpoint_loader_fn()
@@ -237,7 +236,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     def to_cpu(self) -> None:
         super().to_cpu()
         for submodel in self.models:
-            # Under continuous batching NxDI makes a module a submodel; those that encode prompts share theirs.
+            # Under continuous batching NxDI makes one module per submodel; those that encode prompts share theirs.
             if submodel.phase.encodes_prompts:
                 submodel.model = self.context_encoding_model.model
         self._check_modules()
@@ -270,25 +269,27 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         phase: Phase | None = None,
         **kwargs: Any,
     ) -> Any:
-        """NxDI's forward, for rows in any order: they run in ascending order of `seq_ids` [B] and are put back.
+        """NxDI's forward, for rows in any order: they run in ascending order of `seq_ids` [B], outputs are as given.
 
         input_ids [B, S] are prompts, when `position_ids` [B, S] start at 0; or the next token of each row; or, with
-        `prefill_chunk_size`, the next tokens of prompts: position_ids then count on, 0 at padding, and attention_mask
-        [B, cached tokens] tells what is cached. Prompts may be padded on either side, as attention_mask [B, S] tells;
-        those longer than a chunk are cut here.
+        `prefill_chunk_size`, the next tokens of prompts: position_ids then count from the number of cached tokens, and
+        are 0 at padding; attention_mask [B, cached tokens] tells what is cached. Prompts may be padded on either side,
+        as attention_mask [B, S] tells; those longer than a chunk are cut here.
 
         Args:
             phase: what the call does, by default what `phase_of` derives from position_ids: one next token per row is
                 then a decoding step, although it may be the last token of a prompt.
 
         Raises:
-            ValueError: an id is not that of a slot, or is given twice; there are more rows than slots; a prompt is
+            ValueError: an id names no slot, or is given twice; there are more rows than slots; a prompt is
                 continued by more tokens than a chunk, or without prefill_chunk_size; some rows begin a prompt and
-                others do not; or the padding is not on one side of each prompt.
+                others do not; the padding is not on one side of each prompt; or a token is beyond the vocabulary.
         """
         phase = phase_of(position_ids, attention_mask) if phase is None else phase
-        assert position_ids is not None, "phase_of wants them, and who gives a phase has them"
+        assert position_ids is not None, "phase_of requires them, and so must a caller that gives the phase"
         input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
+        if phase.encodes_prompts:  # what a step decodes comes from the head, and may still be on the device
+            self._require_in_vocabulary(input_ids)
         if kwargs.get("sampling_params") is None:
             # NxDI's default has the rows of a decoding batch, a shape that other submodels were not compiled for.
             kwargs["sampling_params"] = self.default_sampling_params[:1].repeat(input_ids.shape[0], 1)
@@ -310,6 +311,16 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         for name in ("logits", "tokens", "hidden_states"):
             setattr(outputs, name, select_rows(getattr(outputs, name, None), len(ids), back))
         return outputs
+
+    def _require_in_vocabulary(self, input_ids: torch.Tensor) -> None:
+        """Refuse ids that have no embedding: a CPU raises IndexError for them, a device reads what it finds."""
+        vocab_size = self.config.vocab_size
+        outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+        if len(outside):
+            raise ValueError(
+                f"input_ids has token {int(outside[0])}, which is not in 0..{vocab_size - 1}, the model's vocabulary: "
+                "use the checkpoint's own tokenizer, without tokens added to it"
+            )
 
     def _is_prefill(self, position_ids: torch.Tensor) -> bool:
         return self._phase is Phase.CONTEXT_ENCODING
@@ -379,7 +390,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         return outputs
 
     def _columns_of(self, llava_args: Sequence[torch.Tensor], columns: slice) -> Sequence[torch.Tensor]:
-        """What belongs to some columns of input_ids."""
+        """The part of `llava_args` that belongs to some columns of input_ids."""
         return llava_args
 
     def _get_model_outputs(  # type: ignore[override]
@@ -395,7 +406,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         llava_args: Sequence[torch.Tensor],
         **kwargs: Any,
     ) -> Any:
-        """One call of the submodel that is made for it; NxDI's own choice knows two."""
+        """Run the submodel of this phase; NxDI would choose between two, context encoding and token generation."""
         plain = (input_ids, attention_mask, position_ids, seq_ids, sampling_params, prev_hidden, adapter_ids)
         inputs = ModelInputs(*plain, *llava_args)
         submodel = self.submodel(Submodel(self._phase, with_media=inputs.vision_embeddings is not None))
@@ -429,7 +440,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
 
     @staticmethod
     def update_state_dict_for_tied_weights(state_dict: MutableMapping[str, torch.Tensor]) -> None:
-        """Nothing is left to do: the conversion fills lm_head from the embedding of a tied checkpoint."""
+        """Does nothing: the conversion has made lm_head from the embedding of a tied checkpoint."""
 
     @staticmethod
     def load_hf_model(model_path: str, **kwargs: Any) -> nn.Module:

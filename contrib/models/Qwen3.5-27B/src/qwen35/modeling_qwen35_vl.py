@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .configuration_qwen35 import Qwen35InferenceConfig
 from .configuration_qwen35_vl import MEDIA_TOKENS, Qwen35VLInferenceConfig
 from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model
 from .nxdi import ModelWrapper
@@ -29,6 +30,9 @@ from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper, align_t
 from .vision.encoder import NeuronQwen35VisionModel
 from .vision.positions import checked_grids
 from .vision.rope_index import get_rope_index
+from .weights.checkpoint import CheckpointReader
+from .weights.conversion import unchanged
+from .weights.vision_rules import convert_vision_checkpoint
 
 
 class NeuronQwen35VLModel(NeuronQwen35Model):
@@ -36,7 +40,7 @@ class NeuronQwen35VLModel(NeuronQwen35Model):
 
     def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
         if self.phase is Phase.CONTINUATION and kwargs.get("vision_embeddings") is not None:
-            # NxDI places them in first chunks only.
+            # NxDI places them in the first chunk of a prompt only.
             kwargs["inputs_embeds"] = self.encode_vision_to_input(
                 self.embed_tokens(kwargs["input_ids"]), kwargs.pop("vision_embeddings"), kwargs.pop("vision_mask")
             )
@@ -50,7 +54,7 @@ class NeuronQwen35VLModel(NeuronQwen35Model):
 
 
 class Qwen35VLModelWrapper(Qwen35ModelWrapper):
-    """The wrapper of each submodel, with the inputs that images add."""
+    """The text decoder's wrapper, with the inputs that images add."""
 
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
         """One tuple of sample inputs per bucket.
@@ -131,7 +135,8 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
 
     `HuggingFaceGenerationAdapter(model).generate(**inputs)` takes what the checkpoint's processor gives;
     `generation.TextGenerator.chat` takes messages with paths, images and frames. Every prompt
-    starts anew: a slot keeps the offset between token index and position of its prompt until it gets another.
+    starts anew: for a caller that does not pass `rope_deltas`, a slot keeps the offset between token index and position
+    of its prompt until it gets another.
     """
 
     _model_cls = NeuronQwen35VLModel
@@ -140,7 +145,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vision: NeuronQwen35VisionModel | None = None
-        # By slot of the cache, set when a prompt enters it.
+        # By slot of the cache: of the prompt that entered it last, or what a caller passed.
         self.rope_deltas = torch.zeros(self.neuron_config.kv_cache_batch_size, dtype=torch.long)
 
     @classmethod
@@ -175,6 +180,20 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         path = path if path and Path(path).exists() else self.model_path
         self.vision = NeuronQwen35VisionModel.from_pretrained(path, self.neuron_config.torch_dtype)
 
+    @classmethod
+    def get_state_dict(
+        cls, model_name_or_path: str | os.PathLike[str], config: Qwen35InferenceConfig
+    ) -> MutableMapping[str, torch.Tensor]:
+        """The decoder's tensors; those of the vision encoder, which `load` reads, are held against the configuration.
+
+        Raises:
+            CheckpointError, ConversionError: as for text, and where the vision encoder's tensors do not fit.
+        """
+        assert isinstance(config, Qwen35VLInferenceConfig)
+        with CheckpointReader(model_name_or_path) as reader:
+            convert_vision_checkpoint(reader, config.vision, config.neuron_config.torch_dtype, unchanged)
+        return super().get_state_dict(model_name_or_path, config)
+
     def get_required_kwargs(self) -> list[str]:
         return ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"]
 
@@ -191,6 +210,7 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         placed: PlacedMedia | None = None,
+        rope_deltas: torch.Tensor | None = None,
         phase: Phase | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -202,13 +222,15 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
             mm_token_type_ids: what transformers 5's processor adds; the placeholders say the same.
             placed: instead of these, the columns of what `place` gave for whole prompts that belong to input_ids: for
                 a caller that gives prompts in pieces.
+            rope_deltas: [B] int64, of the prompt of each row: for a caller that moves prompts between slots, or
+                restores them. By default those of the prompts that entered the slots last.
 
         Raises:
-            ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images goes on
-                without `placed`.
+            ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images is
+                continued without `placed`.
         """
         phase = phase_of(position_ids, attention_mask) if phase is None else phase
-        assert position_ids is not None, "phase_of wants them, and who gives a phase has them"
+        assert position_ids is not None, "phase_of requires them, and so must a caller that gives the phase"
         input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
         slots = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
         begins = phase is Phase.CONTEXT_ENCODING
@@ -217,13 +239,16 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
                 input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
             )
         extra: Sequence[torch.Tensor] = []
-        if placed is not None:
+        if rope_deltas is not None:
+            self.rope_deltas[slots] = rope_deltas
+        elif placed is not None:
             self.rope_deltas[slots] = placed.rope_deltas
+        elif begins:
+            self.rope_deltas[slots] = 0
+        if placed is not None:
             extra = media_arguments(
                 placed.positions, vision_embeddings=placed.embeddings, vision_mask=placed.mask.int().unsqueeze(-1)
             )
-        elif begins:
-            self.rope_deltas[slots] = 0
         elif phase is Phase.TOKEN_GENERATION:
             extra = media_arguments(position_ids + self.rope_deltas[slots].unsqueeze(1))
         elif self.rope_deltas[slots].any():
@@ -269,13 +294,12 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         Raises:
             ValueError: placeholders, grids and pixels do not match.
         """
-        get_rope_index(self.config, input_ids, torch.ones_like(input_ids), image_grid_thw, video_grid_thw)
-        for name, pixels, grids in (
-            ("image", pixel_values, image_grid_thw),
-            ("video", pixel_values_videos, video_grid_thw),
-        ):
+        media = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
+        for name, pixels, grids in media:
             if (pixels is None) != (grids is None):
                 raise ValueError(f"{name}s have only one of pixels and grid_thw; pass both as the processor gave them")
+        get_rope_index(self.config, input_ids, torch.ones_like(input_ids), image_grid_thw, video_grid_thw)
+        for _, pixels, grids in media:
             if pixels is not None and grids is not None:
                 checked_grids(pixels, grids, self.config.vision)
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model's submodels in NxDI: how inputs are named, padded to what was compiled, and how the module is made.
+"""The model's submodels in NxDI: the names of their inputs, padding to the compiled shapes, and making the module.
 
 A submodel is compiled for one phase and some buckets. Its wrapper pads a call to a bucket and to the compiled batch,
 and takes the padding off the outputs.
@@ -59,14 +59,14 @@ class ModelInputs(NamedTuple):
     deepstack_vision_embeds: torch.Tensor | None = None
 
     def args(self) -> tuple[Any, ...]:
-        """By position: the seven that NxDI always gives, and more up to the last there is; empty tensors between."""
+        """By position: the seven that NxDI always gives, then up to the last that is set, empty for None."""
         further = list(self[PLAIN_ARGUMENTS:])
         while further and further[-1] is None:
             further.pop()
         return *self[:PLAIN_ARGUMENTS], *(torch.empty(0) if value is None else value for value in further)
 
     def further_args(self) -> list[torch.Tensor]:
-        """Those of `args` after the seven, which NxDI's application takes as `llava_args`."""
+        """The `args` after those seven; NxDI's application takes them as `llava_args`."""
         return list(self.args()[PLAIN_ARGUMENTS:])
 
     def rows(self, chosen: torch.Tensor | slice) -> ModelInputs:
@@ -96,14 +96,15 @@ class CallTokens(NamedTuple):
 def align_tokens(
     phase: Phase, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
 ) -> CallTokens:
-    """A call as the submodels want it, of one that is padded on either side.
+    """The tokens of a call with its padding moved to the right, where the submodels expect it.
 
-    The state of a prompt is read after its last token, and its keys are in the cache from position 0 on: padding on the
-    left moves to the right, in the prompt and in the mask of what is cached. A decoding step goes to the place after
-    the cached tokens; NxDI's adapter takes the largest position of the prompt, which may be that of padding.
+    A prompt's state is that after its last token, and its keys are in the cache from position 0 on. So padding on the
+    left moves to the right, in the prompt and in the mask of what is cached. The position of a decoding step is the
+    number of cached tokens; NxDI's adapter gives the largest position of the prompt, which may be that of padding.
 
     Raises:
-        ValueError: the mask of a prompt has another shape, no tokens in a row, or zeros between the tokens of a row.
+        ValueError: the mask of prompts differs in shape from input_ids, or one of its rows has no token or has zeros
+            between its tokens.
     """
     if attention_mask is None or phase is Phase.CONTINUATION:
         return CallTokens(input_ids, attention_mask, position_ids)
@@ -148,7 +149,7 @@ def require_float32(module: NeuronBaseModel) -> None:
 
 
 class Qwen35DecoderModelInstance(DecoderModelInstance):
-    """Makes the traced module of a phase, and checks that what must be float32 still is."""
+    """Makes the module that is traced for a phase, and checks that what must be float32 is."""
 
     def __init__(self, *args: Any, phase: Phase, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -161,7 +162,7 @@ class Qwen35DecoderModelInstance(DecoderModelInstance):
 
 
 class Qwen35ModelWrapper(ModelWrapper):
-    """NxDI's wrapper, with positions that tell padding from tokens and with padding rows that write nowhere."""
+    """NxDI's wrapper. Padding tokens are told by their position, and rows that pad a batch are written nowhere."""
 
     @property
     def phase(self) -> Phase:
@@ -179,11 +180,11 @@ class Qwen35ModelWrapper(ModelWrapper):
         )
 
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
-        """NxDI's sample inputs, one tuple per bucket, those of continuations told apart from those of prompts."""
+        """NxDI's sample inputs, one tuple per bucket; those of continuations differ in shape from those of prompts."""
         return [self._mark(ModelInputs(*inputs)).args() for inputs in super().input_generator()]
 
     def _mark(self, inputs: ModelInputs) -> ModelInputs:
-        """In a continuation, empty hidden states, which NxDI takes for none, in the place of its filler [B].
+        """In a continuation, replace NxDI's placeholder [B] for hidden states by an empty tensor, which means none.
 
         A loaded model finds the program to run by the shapes of its inputs alone, and a chunk that follows as many
         cached tokens as it has itself would look like a prompt of this length.
@@ -191,9 +192,9 @@ class Qwen35ModelWrapper(ModelWrapper):
         return inputs._replace(prev_hidden=torch.empty(0)) if self.phase is Phase.CONTINUATION else inputs
 
     def get_target_bucket(self, *args: torch.Tensor, strategy: str = "first_fit") -> int:
-        """The bucket for an attention mask [B, length]; a prompt may fill its bucket to the last token.
+        """The bucket for an attention mask [B, length]; a prompt may be as long as its bucket.
 
-        NxDI wants one token of room, which doubles the work on a prompt of exactly 512 tokens.
+        NxDI takes the next larger bucket for such a prompt, which doubles the work on one of exactly 512 tokens.
         """
         length = ModelInputs(*args).attention_mask.shape[1]
         if self.phase.encodes_prompts and strategy == "first_fit" and length in self.neuron_config.buckets:
@@ -259,17 +260,17 @@ class Qwen35ModelWrapper(ModelWrapper):
             first = len(outputs) - len(state)
             pieces.append([output.index_select(0, places) for output in outputs[:first]])
             for entry, new in zip(state, outputs[first:], strict=True):
-                entry.data = new.data  # for the next piece; a device aliases them
+                entry.data = new.data  # read by the next piece; on a device these outputs are aliased to the caches
         merged = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         if not self.is_neuron():
             return [*merged, *self.model.kv_mgr.past_key_values]
         return merged if len(merged) > 1 else merged[0]
 
     def _pad_batch(self, inputs: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
-        """Inputs of whole compiled batches, and where in them each of the rows given is.
+        """The inputs padded to whole compiled batches, and the place of each given row in them.
 
-        The rows added are copies of the first under the id -1, which writes nowhere; NxDI's own would write to slots
-        that are idle.
+        The rows added are copies of the first with the id -1, which are written nowhere; those that NxDI adds would be
+        written to idle slots.
         """
         batch, seq_ids = self.neuron_config.batch_size, inputs.seq_ids.long()
         rows = seq_ids.shape[0]
@@ -290,9 +291,9 @@ def _pad_columns(tensor: torch.Tensor, width: int) -> torch.Tensor:
 def cache_entries(submodel: ModelWrapper, names: Sequence[str]) -> list[list[torch.Tensor]]:
     """What every rank of this process keeps between calls: flat lists, as `CacheLayout` reads them.
 
-    On a CPU what its own rank keeps. On a device what all local ranks keep: NxD holds it in the loaded model's `state`,
-    under the names of the parameters, and its programs update it in place. Indices and slices of either are views that
-    `copy_` reads and writes; a call may replace the entries of a CPU, so ask again after each.
+    On a CPU that is what the process's one rank keeps. On a device NxD holds the entries of all local ranks in the
+    loaded model's `state`, under the names of the parameters, and its programs update them in place. Indices and slices
+    of either are views that `copy_` reads and writes; on a CPU a call may replace the entries, so ask again after each.
 
     Args:
         submodel: any that is loaded: all share what is kept.

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Applications for a device that are never loaded: what they take is counted and walked."""
+"""Applications for a device that are never loaded: their memory is counted and their programs are walked."""
 
 from __future__ import annotations
 

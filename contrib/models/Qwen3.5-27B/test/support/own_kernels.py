@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,14 @@ def small_arguments(name: str, dtype: torch.dtype = torch.bfloat16) -> list[torc
         "deltanet_recurrent_fwd": heads,
         "deltanet_recurrent_fwd_state": [*heads, case.state[0, 0]],
     }[name]
+
+
+def addresses(array: np.ndarray) -> np.ndarray:
+    """Of every element of a view."""
+    found = np.array([array.__array_interface__["data"][0]], np.int64)
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        found = (found[:, None] + stride * np.arange(size, dtype=np.int64)).ravel()
+    return found
 
 
 @dataclass

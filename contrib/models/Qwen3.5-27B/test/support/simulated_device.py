@@ -1,14 +1,15 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""A loaded model as the host sees it on a device, on a CPU.
+"""A simulated device: a loaded model as the host sees it on a device, computed on a CPU.
 
 NxD's loaded model (`trace/spmd.py` at NxD 2.29) is a script module. It keeps the caches of every local rank in
 `nxd_model.state`, by the name of the parameter, and its programs update them in place. It finds the program of a call
-by the shapes of the inputs, and returns the outputs that are no caches, of the first rank, a single one bare.
+by the shapes of the inputs, and returns the first rank's outputs without the caches: a list, or a lone tensor.
 """
 
 # No annotations from __future__: TorchScript reads them.
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class _NxDModel(torch.nn.Module):
 
 
 class _LoadedModel(torch.jit.ScriptModule):  # type: ignore[no-untyped-call]
-    """All programs, which `run` chooses from."""
+    """The programs of all submodels and buckets; `run` calls that of the inputs' shapes."""
 
     def __init__(self, nxd_model: Any, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -66,9 +67,10 @@ class _Program:
 
 
 def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForCausalLM:
-    """The first model, loaded on a CPU before, on a device whose ranks hold the modules of all these models.
+    """The first model, moved to a simulated device whose ranks have the modules of all these models.
 
-    They need not be shards of one checkpoint: with weights of its own each rank has caches of its own.
+    All are loaded on a CPU before. They need not be shards of one checkpoint: ranks with weights of their own have
+    caches of their own.
     """
     state = [
         {
@@ -89,14 +91,51 @@ def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForC
                 dtypes=[tensor.dtype for tensor in samples],
             )
     loaded = _LoadedModel(nxd_model, lambda *inputs: programs[shapes_of(inputs)](nxd_model.state, inputs))
+    loaded.__dict__["phase_of"] = lambda inputs: programs[shapes_of(inputs)].phase
     for wrapper in ranks[0].models:
         wrapper.model = loaded
     assert all(submodel.is_neuron() for submodel in ranks[0].models)
     return ranks[0]
 
 
+Fault = Callable[[Phase, list[int], torch.Tensor], None]
+"""Gets the phase of a call, the slots of its rows, -1 of those that pad it, and its logits [B, 1, V]."""
+
+
+@contextmanager
+def faults(model: NeuronQwen35ForCausalLM, fault: Fault) -> Iterator[None]:
+    """Let `fault` see each call of a program once it has run: it may change the logits, or raise what the call raises.
+
+    The caches have been updated by then, so that nobody can go on from them. On a CPU it is the module that is called,
+    which has written keys and values in place, and whose new states are lost when the call fails.
+    """
+    if model.context_encoding_model.is_neuron():
+        loaded = model.context_encoding_model.model
+        run = loaded.__dict__["run"]
+
+        def run_with_fault(*inputs: torch.Tensor) -> Any:
+            outputs = run(*inputs)
+            logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            fault(loaded.__dict__["phase_of"](inputs), inputs[3].tolist(), logits)
+            return outputs
+
+        loaded.__dict__["run"] = run_with_fault
+        try:
+            yield
+        finally:
+            loaded.__dict__["run"] = run
+        return
+    with ExitStack() as hooks:
+        for module in {id(submodel.model): submodel.model for submodel in model.models}.values():
+            handle = module.register_forward_hook(
+                lambda module, inputs, outputs: fault(module.phase, inputs[3].tolist(), outputs[0])
+            )
+            hooks.callback(handle.remove)
+        yield
+
+
 def kept(model: NeuronQwen35ForCausalLM) -> list[list[torch.Tensor]]:
-    """What each rank of a model, on a device or not, keeps between steps: two tensors a layer."""
+    """What each rank of a model, on the simulated device or on a CPU, keeps between steps: two tensors per layer."""
     loaded: Any = model.context_encoding_model.model
     if model.context_encoding_model.is_neuron():
         return [[*state.values()] for state in loaded.nxd_model.state]

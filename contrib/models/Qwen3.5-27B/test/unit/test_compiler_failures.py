@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nki_emulator
 import nki_emulator.isa
 from nki_emulator.memory import NkiTensor
-from qwen35 import NeuronQwen35ForCausalLM
 from qwen35.kernel_selection import DeltaNetInverse
 from qwen35.memory.fit import require_fits
 from qwen35.memory.programs import PROGRAM_INSTRUCTIONS, walk_buckets
@@ -30,18 +29,18 @@ from qwen35.nxdi import NXDI_AVAILABLE
 from qwen35.phase import Phase
 from qwen35.planning.recommended import RECOMMENDED
 from qwen35.serving.loading import MINI_CHECKPOINT
-from support.applications import SMALL, application, needs_stand_ins, of_27b
+from support import tracing
+from support.applications import needs_stand_ins, of_27b
 from support.kernel_cases import make_case
 from support.models import load_neuron
-from support.own_kernels import all_kernels, small_arguments
+from support.own_kernels import addresses, all_kernels, small_arguments
 
 emulated = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
 
 OPTIONS = {
-    "plain": dict(batch_size=1),
-    "buckets": dict(batch_size=2, enable_bucketing=True),
-    "continuous": dict(batch_size=4, ctx_batch_size=1, is_continuous_batching=True),
-    "prompts in chunks": dict(batch_size=2, prefill_chunk_size=128, enable_bucketing=True),
+    name: options
+    for name, options in tracing.OPTIONS.items()
+    if name not in ("plain delta rule", "sampled tokens and logits")  # those run on a CPU only
 }
 PRODUCTS = {
     "aten.mm.default",
@@ -84,21 +83,6 @@ def lone_rank(backend: str) -> None:
         load_neuron(MINI_CHECKPOINT)
 
 
-def small(**options: Any) -> NeuronQwen35ForCausalLM:
-    return application(SMALL, seq_len=512, **{"max_context_length": 512, **options})
-
-
-def traced(app: NeuronQwen35ForCausalLM) -> Iterator[tuple[str, Any, Any]]:
-    """(submodel and bucket, module, sample inputs) of every program."""
-    for wrapper in app.models:
-        instance = wrapper.get_model_instance()
-        with torch.device("meta"):
-            instance.load_module()
-        for i, inputs in enumerate(wrapper.input_generator()):
-            module, _ = instance.get(i)
-            yield f"{wrapper.tag}, bucket {module.n_positions}", module, inputs
-
-
 def calls_of(module: Any, *inputs: Any, **options: Any) -> list[Call]:
     with Recorder() as recorder, torch.device("meta"):
         module(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs), **options)
@@ -106,13 +90,13 @@ def calls_of(module: Any, *inputs: Any, **options: Any) -> list[Call]:
 
 
 def graphs(**options: Any) -> Iterator[tuple[str, list[Call]]]:
-    for bucket, module, inputs in traced(small(**options)):
+    for bucket, module, _, inputs in tracing.traced(tracing.small_application(**options)):
         yield bucket, calls_of(module, *inputs)
 
 
 def deltanet_calls(phase: Phase, kernel: str) -> list[Call]:
     """The graph of one DeltaNet layer."""
-    _, module, _ = next(traced(small(batch_size=1, deltanet_kernel=kernel)))
+    _, module, _, _ = next(tracing.traced(tracing.small_application(batch_size=1, deltanet_kernel=kernel)))
     layer, state = module.layers[0].linear_attn, module.kv_mgr.layer_state(0)
     tokens = 1 if phase is Phase.TOKEN_GENERATION else 128
     return calls_of(layer, torch.empty(1, tokens, module.hidden_size, dtype=torch.bfloat16), phase, state)
@@ -170,7 +154,10 @@ class TestDeltaNetLayer:
 
 # --- Compiler arguments ----------------------------------------------------------------------------------------------
 def arguments_of_submodels() -> dict[str, str | None]:
-    return {wrapper.tag: wrapper.compiler_args for wrapper in small(**OPTIONS["prompts in chunks"]).models}
+    return {
+        wrapper.tag: wrapper.compiler_args
+        for wrapper in tracing.small_application(**OPTIONS["prompts in chunks"]).models
+    }
 
 
 @needs_stand_ins
@@ -248,14 +235,6 @@ def test_no_two_cores_write_the_same_element_of_hbm_and_each_output_is_whole(
     outputs = result if isinstance(result, tuple) else (result,)
     unreturned = 128 * 128 if name == "deltanet_recurrent_fwd" else 0  # the final state
     assert np.unique(np.concatenate([first, second])).size == unreturned + sum(o.numel() for o in outputs)
-
-
-def addresses(array: np.ndarray) -> np.ndarray:
-    """Of every element of a view."""
-    found = np.array([array.__array_interface__["data"][0]], np.int64)
-    for size, stride in zip(array.shape, array.strides, strict=True):
-        found = (found[:, None] + stride * np.arange(size, dtype=np.int64)).ravel()
-    return found
 
 
 @emulated

@@ -9,8 +9,10 @@ import inspect
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +22,7 @@ import qwen35
 import qwen35.nxdi
 from qwen35.nxdi import NXDI_AVAILABLE
 
+PACKAGE = Path(qwen35.__file__).parent
 HEAVY = ("transformers", "PIL", "nki_emulator", "qwen35.planning")
 
 SECONDS_BEYOND_TORCH = 0.3
@@ -55,6 +58,12 @@ def test_the_package_is_imported_in_an_instant() -> None:
 def test_neither_configuration_nor_model_loads_what_only_generation_needs(name: str) -> None:
     _, modules = measure(f"from qwen35 import {name}")
     assert modules & set(HEAVY) == set()
+
+
+def test_the_runtime_does_not_need_transformers_own_model() -> None:
+    for package in (PACKAGE, PACKAGE.parent / "nxdi_cpu"):
+        for path in package.rglob("*.py"):
+            assert not re.search(r"import.*Qwen3_5|transformers\.models\.qwen3_5", path.read_text()), path
 
 
 def test_every_public_name_is_an_attribute_a_star_import_and_listed() -> None:

@@ -1,14 +1,15 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom: every import statement counts, wherever it stands and however it is written.
+"""Who may import whom, and where the test of a module is.
 
-A tree of sources is `{path below src: text}`, so that a planted violation is a line in this file.
+Every import statement counts, wherever it stands and however it is written. A tree of sources is
+`{path below src: text}`, so that a planted violation is a line in this file.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 import qwen35
 
 SRC = Path(qwen35.__file__).parents[1]
+UNIT_TESTS = Path(__file__).parent
 
 FLOORS: tuple[tuple[set[str], ...], ...] = (
-    ({"hardware", "phase"}, {"ops"}),
+    ({"hardware", "json_files", "phase"}, {"ops"}),
     ({"nxdi"}, {"nki_kernels"}),
     ({"kernel_selection", "configuration_qwen35", "configuration_qwen35_vl"},),
     ({"weights"},),
@@ -49,6 +51,16 @@ ONLY_IMPORTERS = {
     "nki_emulator": {"qwen35.nki_kernels.nki_seam", "qwen35.cli.kernels"},  # the report is about the emulator
 }
 """The modules of qwen35 that may import a package; of any other, all may."""
+
+TESTED_ELSEWHERE = {
+    "nki_kernels/chunk_pieces": "code of kernels, which runs in one only: test_chunked.py, test_fused_chunked.py",
+    "nki_kernels/common": "code of kernels, which runs in one only: the tests of all of them",
+    "nki_kernels/decode_io": "code of a kernel, which runs in it only: test_decode_layer.py",
+    "nki_kernels/decode_operands": "code of a kernel, which runs in it only: test_decode_layer.py",
+    "nki_kernels/nki_seam": "imports alone: test_structure.py says who may, test_emulator_install.py what is imported",
+    "cli/plan_report": "what the command prints: test_cli_plan.py",
+}
+"""The modules of qwen35 that have no test file of their name, and why."""
 
 Tree = Mapping[str, str]
 
@@ -218,3 +230,31 @@ def test_a_planted_violation_is_found(rule: Callable[[Tree], list[str]], planted
 def test_what_the_rules_allow_is_not_reported(path: str, text: str) -> None:
     tree = {path: text, "qwen35/hardware.py": ""}
     assert upward_imports(tree) == circles(tree) == imports_past_a_seam(tree) == modules_without_a_floor(tree) == []
+
+
+def untested_modules(tree: Tree, tests: Collection[str]) -> list[str]:
+    """Modules without a test of their name, the same folder given; `tests` are paths below test/unit.
+
+    A name that two rooms have takes its room along, as in cli/test_cli_plan.py: pytest wants names of files distinct.
+    """
+    found = []
+    for path in tree:
+        *room, name = path.removeprefix("qwen35/").removesuffix(".py").split("/")
+        names = {f"test_{name}.py", "_".join(["test", *room, f"{name}.py"])}
+        if not name.startswith("__") and not any("/".join([*room, test]) in tests for test in names):
+            found.append("/".join([*room, name]))
+    return found
+
+
+def test_every_module_has_a_test_of_its_name() -> None:
+    tests = {path.relative_to(UNIT_TESTS).as_posix() for path in UNIT_TESTS.rglob("test_*.py")}
+    assert sorted(untested_modules(read("qwen35"), tests)) == sorted(TESTED_ELSEWHERE)
+
+
+def test_a_module_without_a_test_of_its_name_is_found() -> None:
+    modules = ("__init__", "hardware", "cli/__main__", "cli/plan", "layers/cache", "layers/rope", "planning/plan")
+    tests = {"test_hardware.py", "cli/test_cli_plan.py", "layers/test_cache.py", "test_rope.py"}
+    assert untested_modules({f"qwen35/{module}.py": "" for module in modules}, tests) == [
+        "layers/rope",
+        "planning/plan",
+    ]

@@ -18,11 +18,17 @@ from ..memory import NkiTensor
 from ..ops import REDUCTIONS, reduce_free
 
 
-def note_psum_write(out: NkiTensor) -> None:
-    """Remember that these PSUM elements hold a value; a matmul with ``accumulate=None`` will add to it."""
+def note_psum_write(out: NkiTensor, *, product: bool = False) -> None:
+    """Remember that these PSUM elements hold a value; a matmul with ``accumulate=None`` will add to it.
+
+    Args:
+        product: the Tensor engine wrote it, so that a matmul with ``accumulate=True`` may add to it.
+    """
     state = out.accumulation
     if state is not None:
         state.of(state.written, out)[...] = True
+        if product:
+            state.of(state.product, out)[...] = True
         state.of(state.stale, out)[...] = False
 
 

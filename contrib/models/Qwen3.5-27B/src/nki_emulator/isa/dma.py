@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks, costs, dtypes, ops
+from ..access_times import Wait
 from ..context import current, describe
 from ..enums import MemoryRegion, dge_mode, oob_mode
 from ..enums import dge_mode as DgeMode
@@ -59,13 +60,20 @@ def dma_copy(
             fail(call, "indirect access with hwdge", "it needs swdge", f"{_DGE}, hwdge")
     if source.size != out.size:
         fail(call, f"src {source!r} and dst {out!r}", "equally many elements", f"{_ISA}, {call}, Tile size")
+    if source.dtype != out.dtype and dge_mode is DgeMode.unknown:
+        current().shared.warn(
+            call,
+            f"{source.dtype} becomes {out.dtype} with dge_mode=unknown",
+            "the compiler may choose hwdge, which takes equal types: say swdge or none, or convert on an engine",
+            f"{_UPDATE}, dge_mode",
+        )
     values = source.array if source.dtype == out.dtype else dtypes.to_float32(source.array)
     _bounds(call, source, out, oob_mode)
     if source.out_of_bounds:  # Skipped elements leave dst as it is.
         assert source.valid is not None
         values = np.where(source.valid, values, out.array.reshape(values.shape))
     out.write(values)
-    _record(call, [source], out, dge_mode, name)
+    _record(call, [source], out, dge_mode, name, keeps=bool(source.out_of_bounds))
 
 
 def dma_transpose(
@@ -211,8 +219,8 @@ def sendrecv(
         limit = 256 * source.itemsize
         if source.partitions % 16 or source.free_size * source.itemsize > limit:
             fail(call, f"src {source!r} by gpsimd_dma", f"partitions in 16s, {limit} bytes each", f"{_ISA}, {call}")
-    ready = core.timeline.ready([source], [out]) if core.options.timed else 0.0
-    post: tuple[int, np.ndarray, float] = (int(send_to_rank), source.read().copy(), ready)
+    ready = core.timeline.ready(Engine.dma, [source], [out]) if core.options.timed else Wait()
+    post: tuple[int, np.ndarray, Wait] = (int(send_to_rank), source.read().copy(), ready)
     board = core.shared.exchange.meet(core.program, f"sendrecv {pipe_id}", post)
     target, values, _ = board[int(recv_from_rank)]
     if target != core.program:
@@ -223,13 +231,18 @@ def sendrecv(
             f"{_ISA}, {call}",
         )
     out.write(values)
-    core.touch(call, [source, out])
+    core.touch(call, [source], [out])
     if core.options.timed:
-        arrival = max(other[2] for other in board.values())
         size = source.size * source.itemsize
         share = costs.dma_engine_ns(size, source.free_size * source.itemsize, _engines(source))
         core.timeline.dma(
-            call, [source], [out], name or describe([source], [out]), share, _engines(source), not_before=arrival
+            call,
+            [source],
+            [out],
+            name or describe([source], [out]),
+            share,
+            _engines(source),
+            arrivals=[arrival for _, _, arrival in board.values()],
         )
 
 
@@ -252,11 +265,12 @@ def core_barrier(data: Any, cores: Any, engine: Engine = Engine.gpsimd, name: st
         if tuple(cores) != (0, 1) or programs != 2:
             fail(call, f"cores={tuple(cores)} in a launch of {programs}", "(0, 1) with LNC=2", f"{_ISA}, {call}")
     on = Engine.gpsimd if engine is Engine.unknown else engine
-    ready = core.timeline.ready([shared], [shared]) if core.options.timed else 0.0
+    ready = core.timeline.ready(on, [shared], [shared]) if core.options.timed else Wait()
     board = core.shared.exchange.meet(core.program, "core_barrier", ready)
-    arrival = max(board.values())
-    cost = costs.Cost(float(costs.BARRIER_NS))
-    core.record(call, on, cost, [], [shared], name, not_before=arrival)
+    core.touch(call, [], [])  # the meeting itself accesses nothing; later instructions on ``data`` wait for it
+    if core.options.timed:
+        cost, label = costs.Cost(float(costs.BARRIER_NS)), name or describe([], [shared])
+        core.timeline.compute(call, on, cost, [], [shared], label, arrivals=board.values())
 
 
 # --- Shared ----------------------------------------------------------------------------------------------------------
@@ -289,7 +303,7 @@ def _bounds(call: str, source: NkiTensor, out: NkiTensor, mode: OobMode) -> None
             )
 
 
-def _chunk(t: NkiTensor) -> int:
+def _run_bytes(t: NkiTensor) -> int:
     """Contiguous bytes at the innermost level of an operand."""
     if t.is_indirect:
         return t.shape[-1] * t.itemsize
@@ -306,8 +320,11 @@ def _chunk(t: NkiTensor) -> int:
 
 
 def _engines(t: NkiTensor) -> int:
-    """DMA engines that share a transfer: they split it by partition."""
-    return max(1, min(int(costs.DMA_ENGINES), t.partitions if t.buffer is MemoryRegion.sbuf else 16))
+    """DMA engines that share a transfer: each serves its share of the partitions."""
+    engines = int(costs.DMA_ENGINES)
+    if t.buffer is not MemoryRegion.sbuf:
+        return engines
+    return max(1, min(engines, -(-t.partitions // int(costs.DMA_PARTITIONS_PER_ENGINE))))
 
 
 def _record(
@@ -317,23 +334,36 @@ def _record(
     mode: DgeMode,
     name: str | None,
     efficiency: float = 1.0,
+    *,
+    keeps: bool = False,
 ) -> None:
+    """Account for a transfer.
+
+    Args:
+        efficiency: fraction of the peak bandwidth that this kind of transfer reaches.
+        keeps: ``out`` keeps something of what it held.
+    """
     core, operands = current(), [*sources, out]
-    core.touch(call, operands)
+    core.touch(call, sources, [out], [out] if keeps else [])
     if not core.options.timed:
         return
     size = sum(s.size * s.itemsize for s in sources)
     written = out.size * out.itemsize
-    chunk = min(_chunk(t) for t in operands) if call != "dma_transpose" else 1 << 30
-    engines = min(_engines(t) for t in operands)
+    if call == "dma_transpose":  # all engines work on one block after the other
+        run, engines = 1 << 30, int(costs.DMA_ENGINES)
+    else:
+        run, engines = min(_run_bytes(t) for t in operands), min(_engines(t) for t in operands)
     if all(t.buffer in HBM for t in operands):
-        engines = max(1, min(engines, out.size * out.itemsize // max(chunk, 1)))
-    share = costs.dma_engine_ns(max(size, written), chunk, engines, efficiency)
+        engines = max(1, min(engines, out.size * out.itemsize // max(run, 1)))
+    element = min(t.itemsize for t in operands)
+    in_hbm = any(t.buffer in HBM for t in operands)
+    rate = efficiency * costs.dma_bytes_per_ns(engines, core.shared.exchange.programs, hbm=in_hbm)
+    share = costs.dma_engine_ns(max(size, written), run, engines, rate, element)
     label = name or describe(sources, [out])
-    described = 0.0
+    descriptors = None
     if mode is DgeMode.swdge or any(t.is_indirect for t in operands):
         busy = costs.Cost(float(costs.SWDGE_CYCLES / costs.GPSIMD_GHZ))
-        described = core.timeline.compute(f"{call} descriptors", Engine.gpsimd, busy, [], [], label).end_ns
+        descriptors = core.timeline.compute(f"{call} descriptors", Engine.gpsimd, busy, [], [], label)
     core.timeline.dma(
         call,
         sources,
@@ -344,5 +374,5 @@ def _record(
         hwdge=mode is DgeMode.hwdge,
         hbm_read=sum(s.size * s.itemsize for s in sources if s.buffer in HBM),
         hbm_written=written if out.buffer in HBM else 0,
-        not_before=described,
+        descriptors=descriptors,
     )

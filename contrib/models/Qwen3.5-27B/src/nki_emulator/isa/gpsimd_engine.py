@@ -55,7 +55,7 @@ def iota(
         pattern: up to four ``[step, num]``; the nums multiply to F.
     """
     call = "iota"
-    out = checks.tile(call, "dst", dst, checks.SBUF_ONLY)
+    out = checks.tile(call, "dst", dst, checks.SBUF_ONLY, checks.FREE_DIMENSIONS)
     values = _affine(call, out, pattern, offset, channel_multiplier).astype(np.int32)
     out.write(values)
     _finish(call, out, [], name)
@@ -80,8 +80,8 @@ def affine_select(
         cmp_op: a comparison such as ``nl.greater_equal``.
     """
     call = "affine_select"
-    src = checks.tile(call, "on_true_tile", on_true_tile, checks.SBUF_ONLY)
-    out = checks.tile(call, "dst", dst, checks.SBUF_ONLY)
+    src = checks.tile(call, "on_true_tile", on_true_tile, checks.SBUF_ONLY, checks.FREE_DIMENSIONS)
+    out = checks.tile(call, "dst", dst, checks.SBUF_ONLY, checks.FREE_DIMENSIONS)
     checks.elementwise(call, dst=out, on_true_tile=src)
     comparison = ops.op_name(call, "cmp_op", cmp_op)
     if comparison not in ops.COMPARISONS:
@@ -196,7 +196,8 @@ def local_gather(
             fail(call, f"index {flat.max()}", f"src_buffer has {src.free_size} elements", f"{_ISA}, {call}")
         result[group : group + 16, : columns.size] = values[group : group + 16][:, columns]
     out.write(result)
-    _finish(call, out, [src, idx], name)
+    whole = count * num_elem_per_idx == out.free_size
+    _finish(call, out, [src, idx] if whole else [src, idx, out], name)
 
 
 def nonzero_with_count(

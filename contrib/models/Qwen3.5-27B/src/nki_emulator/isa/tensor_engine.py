@@ -14,7 +14,7 @@ from ..enums import MemoryRegion, matmul_perf_mode
 from ..enums import engine as Engine
 from ..enums import matmul_perf_mode as PerfMode
 from ..errors import fail
-from ..memory import NkiTensor
+from ..memory import BankGroups, NkiTensor
 from .common import note_psum_write
 
 _DOC = "nki/api/nki/isa/__init__.py, nc_matmul"
@@ -63,6 +63,9 @@ def nc_matmul(
     rows, columns, cells = _tiling(call, tile_position, tile_size)
     if checks.strict():
         _check_matmul(call, out, w, x, rows, columns, is_transpose, double, tile_size)
+        for operand, t, hint in (("stationary", w, is_stationary_onezero), ("moving", x, is_moving_onezero)):
+            if hint:
+                _check_onezero(call, operand, t)
     k = w.partitions
     factor = 2 if double else 1
     m, n = w.free_size // factor, x.free_size // factor
@@ -82,13 +85,14 @@ def nc_matmul(
             right = right.reshape(k, 2, n).transpose(1, 0, 2).reshape(2 * k, n)
         with np.errstate(over="ignore", invalid="ignore"):
             result = _product(left, right)
-    _accumulate(call, out, result, accumulate, is_transpose)
+    adds = _accumulate(call, out, result, accumulate, is_transpose)
+    _note_group(call, out, adds)
     if is_transpose:
         cost = costs.tensor_transpose(n, w.dtype)
     else:
         cost = costs.matmul(n, m, (w.dtype, x.dtype), (is_stationary_onezero, is_moving_onezero))
     # An accumulating matmul reads dst too, but the order of writes already covers that dependence.
-    current().record(call, Engine.tensor, cost, [w, x], [out], name, cells=cells)
+    current().record(call, Engine.tensor, cost, [w, x], [out], name, cells=cells, keeps=[out] if adds else [])
 
 
 def nc_transpose(dst: Any, data: Any, engine: Engine = Engine.unknown, name: str | None = None) -> None:
@@ -129,7 +133,7 @@ def nc_transpose(dst: Any, data: Any, engine: Engine = Engine.unknown, name: str
             if out.buffer is not MemoryRegion.psum:
                 fail(call, f"dst {out!r} on the Tensor engine", "it must be in psum", f"{checks.ISA}, {call}")
     out.write(np.ascontiguousarray(src.read().T))
-    note_psum_write(out)
+    note_psum_write(out, product=on is Engine.tensor)
     if on is Engine.tensor:
         cost = costs.tensor_transpose(p, src.dtype)
     else:
@@ -242,6 +246,20 @@ def _check_matmul(
     one_bank(call, out)
 
 
+def _check_onezero(call: str, operand: str, t: NkiTensor) -> None:
+    """The hint that an operand holds ones and zeros only: the hardware multiplies it by less than its full mantissa."""
+    values = t.read_float()
+    other = (values != 0) & (values != 1)
+    if other.any():
+        where = tuple(int(i) for i in np.argwhere(other)[0])
+        fail(
+            call,
+            f"is_{operand}_onezero=True, and {operand} holds {values[where]:g} at {where}",
+            "such a tile holds ones and zeros only",
+            f"{_DOC}, is_{operand}_onezero",
+        )
+
+
 def _check_double_row(
     call: str, w: NkiTensor, x: NkiTensor, columns: int, is_transpose: bool, tile_size: tuple[int, ...]
 ) -> None:
@@ -293,13 +311,20 @@ def _select_rows(call: str, w: NkiTensor, x: NkiTensor) -> np.ndarray:
     return w.read()[selector.argmax(axis=0)].T
 
 
-def _accumulate(call: str, out: NkiTensor, result: np.ndarray, accumulate: bool | None, is_transpose: bool) -> None:
-    """Write or add into PSUM by the rules of the ``accumulate`` argument, per element."""
+def _accumulate(call: str, out: NkiTensor, result: np.ndarray, accumulate: bool | None, is_transpose: bool) -> bool:
+    """Write or add into PSUM by the rules of the ``accumulate`` argument, per element; whether something was kept."""
     state = out.accumulation
     if state is None:  # Not in PSUM: only reachable without strict checks.
         out.write(result)
-        return
-    written, stale = state.of(state.written, out), state.of(state.stale, out)
+        return False
+    written, stale, product = (state.of(m, out) for m in (state.written, state.stale, state.product))
+    if accumulate is True and checks.strict() and not product.all():
+        fail(
+            call,
+            f"accumulate=True on dst {out!r}, of which no matmul wrote {product.size - int(product.sum())} elements",
+            "start the group with accumulate=False or None",
+            f"{_DOC}, Accumulation mode",
+        )
     adds = accumulate is True or (accumulate is None and not is_transpose and bool(written.any()))
     if not adds:
         out.write(result)
@@ -317,4 +342,20 @@ def _accumulate(call: str, out: NkiTensor, result: np.ndarray, accumulate: bool 
             total = np.where(written.reshape(old.shape), total, result.reshape(old.shape))
         out.write(total)
     written[...] = True
+    product[...] = True
     stale[...] = False
+    return adds
+
+
+def _note_group(call: str, out: NkiTensor, adds: bool) -> None:
+    """Warn when a matmul adds to an accumulation group after another group of the same bank had its turn."""
+    storage = out.storage
+    bank = out.byte_offset % storage.raw.strides[0] // int(costs.PSUM_BANK_BYTES)
+    groups = storage.banks.setdefault(bank, BankGroups())
+    if groups.matmul(out._array, adds=adds):
+        current().shared.warn(
+            call,
+            f"dst {out!r} adds to a group while another group of PSUM bank {bank} of {storage.label} is open",
+            "a bank holds one open accumulation group: finish it before the next one starts, or use another bank",
+            f"{_PSUM_DOC}: up to eight outstanding groups with eight banks",
+        )

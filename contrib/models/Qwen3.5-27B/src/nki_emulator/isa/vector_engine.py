@@ -278,7 +278,7 @@ def _tensor_tensor(call: str, dst: Any, data1: Any, data2: Any, op: Any, engine:
     if on is Engine.vector:
         cycles = costs.vector_two_inputs(out.tile(), left.tile(), right.tile())
     else:
-        cycles = out.free_size * costs.GPSIMD_CYCLES_PER_ELEMENT * costs.VECTOR_TWO_INPUTS
+        cycles = out.free_size * costs.GPSIMD_CYCLES_PER_ELEMENT * costs.GPSIMD_TWO_INPUTS
     finish(call, on, costs.elementwise(on, cycles), [left, right], [out], name)
 
 

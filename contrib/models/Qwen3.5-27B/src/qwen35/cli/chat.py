@@ -5,13 +5,26 @@
 from __future__ import annotations
 
 import argparse
+import io
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
-from .options import AnswerOptions, ModelOptions, add_answer_options, add_model_options, options_from, positive
+from .options import (
+    AnswerOptions,
+    ChatTemplateOptions,
+    ModelOptions,
+    add_answer_options,
+    add_chat_template_options,
+    add_model_options,
+    options_from,
+    positive,
+)
 
 if TYPE_CHECKING:
     from ..serving.chat import Conversation
@@ -19,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ChatOptions(AnswerOptions, ModelOptions):
+class ChatOptions(ChatTemplateOptions, AnswerOptions, ModelOptions):
     """The options of `qwen35 chat`."""
 
     seq_len: int
@@ -32,7 +45,10 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk, turn by turn",
-        description="Answer each line of standard input as the next turn of a conversation, until its end.",
+        description=(
+            "Answer each line of standard input as the next turn of a conversation, until its end. Ctrl-C ends an "
+            "answer, and the program while it waits for a question."
+        ),
     )
     parser.set_defaults(run=_run)
     add_model_options(parser)
@@ -41,30 +57,76 @@ def add_parser(commands: Commands) -> None:
         "--cache-gb", type=float, default=8.0, metavar="GB", help="host memory for what later turns restore (8)"
     )
     add_answer_options(parser)
+    add_chat_template_options(parser)
     parser.add_argument("--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron needed")
 
 
 def _run(args: argparse.Namespace) -> None:
     conversation = _conversation(options_from(ChatOptions, args))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A byte that is no UTF-8 spoils its own question, which is said, and not what was read with it.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    try:
+        _talk(conversation)
+    except KeyboardInterrupt:
+        pass  # at the prompt, or a second one in an answer: the end, as that of standard input
+
+
+def _talk(conversation: Conversation) -> None:
     mark = "> " if sys.stdin.isatty() else ""
     while True:
         print(mark, end="", flush=True)
         if not (question := sys.stdin.readline()):
             return
         if question.strip():
-            for piece in conversation.ask(question.strip()):
+            _answer(conversation, question.strip())
+
+
+def _answer(conversation: Conversation, question: str) -> None:
+    """Print the answer; a question that cannot be asked is said to be one, and the conversation goes on without it."""
+    try:
+        with _interrupting(conversation):
+            for piece in conversation.ask(question):
                 print(piece, end="", flush=True)
-            print(flush=True)
+    except ValueError as error:
+        print(f"qwen35: this question is left out: {error}", file=sys.stderr, flush=True)
+    print(flush=True)
+
+
+@contextmanager
+def _interrupting(conversation: Conversation) -> Iterator[None]:
+    """Ctrl-C ends the answer when the model's present call is done; a second one raises KeyboardInterrupt."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        conversation.interrupt()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _conversation(options: ChatOptions) -> Conversation:
     from ..serving.chat import Conversation
     from ..serving.generation import TextGenerator
+    from ..serving.loading import checkpoint_of
 
-    sampling = options.sampling
     config = _config(options)
-    generator = TextGenerator.load(options.model or Path(config._name_or_path), config, options.compiled)
-    return Conversation(generator, options.max_new_tokens, sampling, int(options.cache_gb * 1e9))
+    path = checkpoint_of(options.compiled) if options.model is None and options.compiled else options.checkpoint
+    sampling = options.sampling_of(path)
+    generator = TextGenerator.load(path, config, options.compiled)
+    return Conversation(
+        generator,
+        options.max_new_tokens,
+        sampling,
+        int(options.cache_gb * 1e9),
+        system=options.system,
+        stop=options.stop,
+        tools=options.tool_schemas,
+        enable_thinking=options.think,
+    )
 
 
 def _config(options: ChatOptions) -> Qwen35InferenceConfig:

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,14 @@ from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
 from ..nxdi import NXDI_AVAILABLE
 from .options import (
     AnswerOptions,
+    ChatTemplateOptions,
     ModelOptions,
     add_answer_options,
+    add_chat_template_options,
     add_model_options,
     existing,
     options_from,
+    positive,
     run_on_every_rank,
 )
 
@@ -34,15 +38,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GenerateOptions(AnswerOptions, ModelOptions):
+class GenerateOptions(ChatTemplateOptions, AnswerOptions, ModelOptions):
     """The options of `qwen35 generate`."""
 
     prompt: str | None
     batch: list[str]
     image: list[str]
     video: list[str]
+    video_fps: float | None
     chat: bool
     json: bool
+    n: int
+    logprobs: int | None
     compiled: Path | None
 
     @property
@@ -51,8 +58,9 @@ class GenerateOptions(AnswerOptions, ModelOptions):
 
     @property
     def in_chat(self) -> bool:
-        """Whether the prompt becomes a turn of the chat template, as a question about media always does."""
-        return self.chat or self.with_media
+        """Whether the prompt becomes a turn of the chat template, as whatever only a template takes makes it."""
+        asked = self.system is not None or self.think is not None or self.tools is not None
+        return self.chat or asked or self.with_media
 
 
 def add_parser(commands: Commands) -> None:
@@ -67,12 +75,31 @@ def add_parser(commands: Commands) -> None:
         "--image", nargs="+", default=[], metavar="FILE", help="images to ask about; the prompt becomes a chat turn"
     )
     parser.add_argument(
-        "--video", nargs="+", default=[], metavar="FILE", help="GIF, WebP or APNG animations, or directories of frames"
+        "--video",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="animations (GIF, WebP, APNG), video files (with PyAV: MP4, ...) or directories of frames",
     )
-    parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    parser.add_argument(
+        "--video-fps",
+        type=float,
+        metavar="FPS",
+        help="frames a second: of a directory, those it has (2); of a file, those to take (as the model's processor)",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="put each prompt into the model's chat template, as --system, --think, --no-think and --tools do",
+    )
     add_model_options(parser)
     add_answer_options(parser)
+    add_chat_template_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("-n", type=positive, default=1, metavar="N", help="continuations of each prompt (1)")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="K", help="with --json: log-probabilities of each token and the K likeliest"
+    )
     parser.add_argument(
         "--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron there must be one"
     )
@@ -80,6 +107,7 @@ def add_parser(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from ..serving.loading import checkpoint_of
+    from ..serving.sampling import continuation_problems
 
     options = options_from(GenerateOptions, args)
     prompts = _prompts(options)
@@ -89,7 +117,11 @@ def _run(args: argparse.Namespace) -> None:
         model_path = options.checkpoint
     # Everything a configuration can have wrong is said here, before processes start and weights are read.
     inputs = _encode(options, model_path, prompts)
-    sampling = options.sampling
+    sampling = options.sampling_of(model_path)
+    if problems := [*continuation_problems(options.n, options.logprobs, sampling)]:
+        raise ValueError("; ".join(problems))
+    if options.logprobs is not None and not options.json:
+        raise ValueError(f"--logprobs {options.logprobs} without --json: text has no place for them; add --json")
     config = _config(options, model_path, inputs["input_ids"].shape[1] + options.max_new_tokens, len(prompts))
     run_on_every_rank(config.neuron_config, _generate_rank, options, model_path, config, prompts, inputs, sampling)
 
@@ -97,23 +129,37 @@ def _run(args: argparse.Namespace) -> None:
 def _prompts(options: GenerateOptions) -> list[str]:
     prompts = [*([] if options.prompt is None else [options.prompt]), *options.batch]
     if not prompts or options.prompt == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are named with their prompt
         prompts = [sys.stdin.read().rstrip("\n"), *options.batch]
     if options.with_media and len(prompts) > 1:
         raise ValueError("--batch with --image or --video: ask one question at a time")
+    if options.video_fps is not None and not options.video:
+        raise ValueError(f"--video-fps {options.video_fps} without --video: name a video, or leave it out")
     return prompts
 
 
 def _encode(options: GenerateOptions, model_path: Path, prompts: list[str]) -> dict[str, torch.Tensor]:
-    from ..serving.prompts import as_chat, encode, encode_chat, load_tokenizer
+    from ..serving.prompts import as_chat, encode, encode_chat, load_tokenizer, system_turn
     from ..vision.processing import VisionProcessor
 
     tokenizer = load_tokenizer(model_path)
+    tools, think = options.tool_schemas, options.think
     if not options.with_media:
-        return encode(tokenizer, [as_chat(tokenizer, prompt) for prompt in prompts] if options.chat else prompts)
-    content = [{"type": "image", "image": file} for file in options.image]
-    content += [{"type": "video", "video": file} for file in options.video]
-    message = {"role": "user", "content": [*content, {"type": "text", "text": prompts[0]}]}
-    return encode_chat(tokenizer, VisionProcessor.from_pretrained(model_path), [[message]])
+        if options.in_chat:
+            prompts = [
+                as_chat(tokenizer, prompt, system=options.system, tools=tools, enable_thinking=think)
+                for prompt in prompts
+            ]
+        return encode(tokenizer, prompts)
+    content: list[dict[str, Any]] = [{"type": "image", "image": file} for file in options.image]
+    content += [{"type": "video", "video": file, "fps": options.video_fps} for file in options.video]
+    messages = [
+        *system_turn(options.system),
+        {"role": "user", "content": [*content, {"type": "text", "text": prompts[0]}]},
+    ]
+    processor = VisionProcessor.from_pretrained(model_path)
+    return encode_chat(tokenizer, processor, [messages], tools=tools, enable_thinking=think)
 
 
 def _config(options: GenerateOptions, model_path: Path, length: int, rows: int) -> Qwen35InferenceConfig:
@@ -148,18 +194,21 @@ def _generate_rank(
 
     prints = int(os.environ.get("RANK", "0")) == 0
     generator = TextGenerator.load(model_path, config, options.compiled)
-    streams = prints and len(prompts) == 1 and not options.json
-    on_token = _Streamer(generator, "" if options.in_chat else prompts[0]) if streams else None
-    result = generator.complete(inputs, options.max_new_tokens, sampling, on_token)
+    streams = prints and len(prompts) == options.n == 1 and not options.json
+    streamer = _Streamer(generator, "" if options.in_chat else prompts[0], options.stop) if streams else None
+    result = generator.complete(
+        inputs, options.max_new_tokens, sampling, streamer, options.stop, n=options.n, logprobs=options.logprobs
+    )
     if not prints:
         return
+    rows = [prompt for prompt in prompts for _ in range(options.n)]
     if options.json:
-        print(json.dumps(_as_json(model_path, config, prompts, result), ensure_ascii=False))
+        print(json.dumps(_as_json(model_path, config, rows, result), ensure_ascii=False))
         return
-    if streams:
-        print()
+    if streamer is not None:
+        print(streamer.text.flush())
     else:
-        for prompt, text in zip(prompts, result.texts, strict=True):
+        for prompt, text in zip(rows, result.texts, strict=True):
             print(f"{prompt}\n  -> {text.strip()}" if options.in_chat else f"{prompt}{text}")
     print(_timing(result), file=sys.stderr)
 
@@ -167,14 +216,14 @@ def _generate_rank(
 class _Streamer:
     """Prints the prompt, and text as soon as its characters are whole."""
 
-    def __init__(self, generator: TextGenerator, prompt: str) -> None:
-        from ..serving.prompts import TextStream
+    def __init__(self, generator: TextGenerator, prompt: str, stop: list[str]) -> None:
+        from ..serving.prompts import StopStrings
 
-        self.stream = TextStream(generator.tokenizer)
+        self.text = StopStrings(generator.tokenizer, stop)
         print(prompt, end="", flush=True)
 
     def __call__(self, tokens: torch.Tensor) -> None:
-        print(self.stream.push(int(tokens[0])), end="", flush=True)
+        print(self.text.push(int(tokens[0])), end="", flush=True)
 
 
 def _timing(result: Generation) -> str:
@@ -194,7 +243,12 @@ def _as_json(model_path: Path, config: Qwen35InferenceConfig, prompts: list[str]
         "ttft_s": result.time_to_first_token,
         "tpot_s": result.time_per_output_token,
         "generations": [
-            {"prompt": prompt, "text": text, "tokens": tokens}
-            for prompt, text, tokens in zip(prompts, result.texts, result.tokens, strict=True)
+            {"prompt": prompt, "text": text, "tokens": tokens, **_logprobs_of_row(result, row)}
+            for row, (prompt, text, tokens) in enumerate(zip(prompts, result.texts, result.tokens, strict=True))
         ],
     }
+
+
+def _logprobs_of_row(result: Generation, row: int) -> dict[str, Any]:
+    """A field for the JSON of a row, when log-probabilities were asked for."""
+    return {} if result.logprobs is None else {"logprobs": [asdict(step) for step in result.logprobs[row]]}

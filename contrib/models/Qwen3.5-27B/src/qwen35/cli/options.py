@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,20 +54,22 @@ def dtype_named(text: str) -> torch.dtype:
 class ModelOptions:
     """Which checkpoint is run, and how: the options of `add_model_options`."""
 
-    model: Path | None
+    model: str | None
+    revision: str | None
     tp: int
     dtype: torch.dtype | None
 
-    @property
+    @cached_property
     def checkpoint(self) -> Path:
-        """The directory of the checkpoint named, or of the mini.
+        """The directory of the checkpoint named, fetched if a hub has it, or of the mini.
 
         Raises:
-            FileNotFoundError: it has no config.json.
+            ValueError: a revision of something that is not on a hub.
+            OSError: it has no config.json, or cannot be fetched.
         """
-        from ..serving.loading import MINI_CHECKPOINT
+        from ..serving.loading import MINI_CHECKPOINT, resolve_checkpoint
 
-        return existing(self.model or MINI_CHECKPOINT)
+        return existing(resolve_checkpoint(self.model or str(MINI_CHECKPOINT), self.revision))
 
     def build(
         self, model_cls: type[NeuronQwen35ForCausalLM], neuron_config: Qwen35NeuronConfig
@@ -77,8 +81,8 @@ class ModelOptions:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ModelOptions`."""
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="Hugging Face checkpoint (default: the mini, or what was compiled)"
+    add_checkpoint_options(
+        parser, "Hugging Face checkpoint, or ORG/NAME on the hub (default: the mini, or as compiled)"
     )
     parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel degree (1)")
     parser.add_argument(
@@ -89,35 +93,101 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+SAMPLING = {
+    "temperature": (float, "0, the default, is greedy"),
+    "top_p": (float, "sample from the likeliest tokens that sum to P (1)"),
+    "top_k": (int, "sample from the K likeliest tokens (0: from all)"),
+    "min_p": (float, "sample from tokens at least P times as likely as the likeliest (0)"),
+    "presence_penalty": (float, "taken from the logits of tokens of the answer (0)"),
+    "frequency_penalty": (float, "the same, for each time that the answer has the token (0)"),
+    "repetition_penalty": (float, "divides the logits of tokens of prompt and answer (1)"),
+}
+"""Options of the names of fields of `SamplingOptions`: the type and what is said of each."""
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser, help: str, default: str | None = None) -> None:
+    """Add --model, of which `help` says what may be named, and --revision."""
+    parser.add_argument("--model", default=default, metavar="MODEL", help=help)
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a model on the hub")
+
+
 @dataclass(frozen=True)
-class AnswerOptions:
-    """How tokens are chosen, and how many: the options of `add_answer_options`."""
+class ChatTemplateOptions:
+    """What a chat template is given beside the question: the options of `add_chat_template_options`."""
 
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
+    system: str | None
+    think: bool | None
+    tools: Path | None
+    stop: list[str]
 
-    @property
-    def sampling(self) -> SamplingOptions:
-        """The same for `serving`.
+    @cached_property
+    def tool_schemas(self) -> list[Any] | None:
+        """What --tools names.
 
         Raises:
-            ValueError: a number is out of its range.
+            ValueError: it is no JSON list of schemas.
+            OSError: it cannot be read.
         """
-        from ..serving.sampling import SamplingOptions
+        from ..serving.prompts import check_tools
 
-        return SamplingOptions(self.temperature, self.top_p, self.top_k, self.seed)
+        if self.tools is None:
+            return None
+        try:
+            return check_tools(json.loads(self.tools.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"--tools {self.tools}: {error}") from error
+
+
+def add_chat_template_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ChatTemplateOptions`."""
+    parser.add_argument("--system", metavar="TEXT", help="the system's message, before the first turn")
+    parser.add_argument(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        help="let the model think before it answers, or not (default: as its chat template does)",
+    )
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of the functions that it may call")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How tokens are chosen, and how many: the options of `add_answer_options`. None is for what was not given."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    sampling: str | None
+
+    def sampling_of(self, checkpoint: Path) -> SamplingOptions:
+        """The same for `serving`; under `--sampling checkpoint` what was not given is as that of `checkpoint`.
+
+        Raises:
+            FileNotFoundError, ValueError: a number is out of its range, or the checkpoint has no usable values.
+        """
+        from ..serving.sampling import GREEDY, checkpoint_sampling
+
+        given = {name: value for name in (*SAMPLING, "seed") if (value := getattr(self, name)) is not None}
+        return replace(checkpoint_sampling(checkpoint) if self.sampling == "checkpoint" else GREEDY, **given)
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `AnswerOptions`."""
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="most to generate (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that sum to P (1)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens (0: from all)")
+    for name, (kind, words) in SAMPLING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument(
+        "--sampling",
+        choices=["checkpoint"],
+        help="take what is not given here from the checkpoint's generation_config.json",
+    )
 
 
 def existing(path: Path) -> Path:

@@ -16,7 +16,7 @@ from ..configuration_qwen35 import DTYPES, QWEN35_PRESETS
 from ..hardware import INSTANCES
 from ..nxdi import on_stand_ins
 from ..planning.recommended import device_neuron_config
-from .options import dtype_named, options_from
+from .options import add_checkpoint_options, dtype_named, options_from
 
 if TYPE_CHECKING:
     from ..modeling_qwen35 import NeuronQwen35ForCausalLM
@@ -28,6 +28,7 @@ class PlanOptions:
     """The options of `qwen35 plan`."""
 
     model: str
+    revision: str | None
     vision: bool
     instance: str
     tp: int
@@ -48,8 +49,8 @@ def add_parser(commands: Commands) -> None:
         description="Memory per rank, counted on the modules, and modelled least times; nothing is read or compiled.",
     )
     parser.set_defaults(run=_run)
-    parser.add_argument(
-        "--model", default="27B", metavar="DIR", help=f"a checkpoint, or {' or '.join(QWEN35_PRESETS)} (27B)"
+    add_checkpoint_options(
+        parser, f"a checkpoint, ORG/NAME on the hub, or {' or '.join(QWEN35_PRESETS)} (27B)", default="27B"
     )
     parser.add_argument("--vision", action="store_true", help="with the submodel for prompts with images")
     parser.add_argument("--instance", choices=INSTANCES, default="trn2.3xlarge")
@@ -92,6 +93,7 @@ def _application(options: PlanOptions) -> NeuronQwen35ForCausalLM:
     from ..modeling_qwen35 import NeuronQwen35ForCausalLM
     from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
     from ..planning.plan import preset_application
+    from ..serving.loading import CONFIG_FILES, resolve_checkpoint
 
     neuron_config = device_neuron_config(
         INSTANCES[options.instance], options.tp, options.seq_len, options.batch, options.dtype, options.prompt_bucket
@@ -99,4 +101,5 @@ def _application(options: PlanOptions) -> NeuronQwen35ForCausalLM:
     if options.model in QWEN35_PRESETS:
         return preset_application(options.model, neuron_config)
     model_cls = NeuronQwen35VLForCausalLM if options.vision else NeuronQwen35ForCausalLM
-    return model_cls(options.model, model_cls.get_config_cls().from_pretrained(options.model, neuron_config))
+    path = str(resolve_checkpoint(options.model, options.revision, CONFIG_FILES))
+    return model_cls(path, model_cls.get_config_cls().from_pretrained(path, neuron_config))

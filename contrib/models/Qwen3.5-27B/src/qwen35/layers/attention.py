@@ -17,7 +17,7 @@ from .norms import Qwen35RMSNorm
 from .rope import Qwen35RotaryEmbedding, apply_partial_rotary
 
 PRIOR_SCORES = 2048 * 1024
-"""Most scores per head that are in memory at once when a chunk of a prompt looks at cached tokens: 8 MB in float32."""
+"""Most scores per head in memory at once while a chunk of a prompt attends to cached tokens: 8 MB in float32."""
 
 
 class _RunningSoftmax:
@@ -80,13 +80,13 @@ class NeuronQwen35Attention(NeuronAttentionBase):
     def prep_qkv_tensors(
         self, position_ids: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        # NxDI's forward hands the hidden states to this hook only; the gate waits here for the output projection.
+        # NxDI's forward passes the hidden states to this hook only: keep the gate until the output projection.
         self._gate = self.gate_proj(hidden_states)
         return super().prep_qkv_tensors(position_ids, hidden_states, *args, **kwargs)
 
     def get_o_proj(self) -> Callable[..., torch.Tensor]:
         o_proj, gate, self._gate = super().get_o_proj(), self._gate, None
-        assert gate is not None, "the output projection is asked for before the queries were made"
+        assert gate is not None, "get_o_proj comes after prep_qkv_tensors in NxDI's forward"
 
         def gated_o_proj(attention_output: torch.Tensor, adapter_ids: Any = None) -> torch.Tensor:
             return o_proj(attention_output * torch.sigmoid(gate), adapter_ids=adapter_ids)
@@ -109,8 +109,8 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         """NxDI's for one token per row. For the next tokens of prompts the cache is read in blocks, with a running
         softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] -> [B, N, S, E].
 
-        Scores of all cached tokens at once would be the largest activation by far: 1.6 GB a layer for 2,048 new tokens
-        on 32K cached ones at 6 heads per rank.
+        Scores of all cached tokens at once would be the largest activation by far: 1.6 GB per layer for 2,048 new
+        tokens on 32K cached ones at 6 heads per rank.
         """
         if phase is not Phase.CONTINUATION:
             attended: torch.Tensor = super().attention_tokengen(

@@ -63,12 +63,12 @@ class CacheLayout:
         return [f"kv_mgr.past_key_values.{i}" for i in range(2 * len(self.is_linear))]
 
     def layer_state(self, entries: Sequence[torch.Tensor] | nn.ParameterList, layer: int) -> LayerState:
-        """What `entries` hold of a layer."""
+        """The entries of a layer, for all slots."""
         first, second = entries[2 * layer], entries[2 * layer + 1]
         return DeltaNetState(first, second) if self.is_linear[layer] else KeyValue(first, second)
 
     def slot(self, entries: Sequence[torch.Tensor], slot: int) -> SlotViews:
-        """What `entries` hold of a slot."""
+        """Views of the entries of a slot, for all layers."""
         views = SlotViews([], [])
         for layer, is_linear in enumerate(self.is_linear):
             of_slot = [entry[slot] for entry in self.layer_state(entries, layer)]
@@ -88,7 +88,7 @@ class CacheBytes(NamedTuple):
 
 
 def rows_are_slots(phase: Phase, rows: int, slots: int) -> bool:
-    """Whether row b of a call is slot b: so NxDI orders every call that reads the cache with as many rows as slots."""
+    """Whether row b of a call is slot b: NxDI orders the rows so when a call reads the cache and has a row per slot."""
     return phase.reads_cache and rows == slots
 
 
@@ -96,7 +96,7 @@ class Qwen35CacheManager(KVCacheManager):
     """NxDI's cache manager that keeps a `DeltaNetState` where a DeltaNet layer would have keys and values.
 
     NxDI aliases, copies and resets its flat `past_key_values` list, two entries per layer. DeltaNet's state in the
-    place of a K/V pair therefore needs no output of its own and no dummy cache.
+    place of a K/V pair therefore needs no further outputs and no dummy cache.
     """
 
     def __init__(self, config: Qwen35InferenceConfig, num_kv_head: int, **kwargs: Any) -> None:
@@ -128,7 +128,7 @@ class Qwen35CacheManager(KVCacheManager):
         )
 
     def layer_state(self, layer: int) -> LayerState:
-        """What is kept of a layer, for all slots."""
+        """The entries of a layer, for all slots."""
         return self.layout.layer_state(self.past_key_values, layer)
 
     def nbytes(self) -> CacheBytes:
@@ -209,9 +209,9 @@ def write_tokens(
     """cache [N, M, P, E] with rows [B, M, S, E] in slots seq_ids [B] at positions [B or 1, S].
 
     A row with a negative id goes to the last position of the last slot, which nothing reads: NxDI lengthens the cache
-    when `apply_seq_ids_mask` is set. Whole rows of E are put, as NxDI's `update_cache_const_indices` does for a prompt;
-    its `torch.scatter` for a decoding step indexes every single element. In place on a CPU, where a new cache would be
-    a copy of the old; a cache that is traced must not change, because it serves the trace of every bucket.
+    when `apply_seq_ids_mask` is set. Whole rows of E are written, as NxDI's `update_cache_const_indices` does for a
+    prompt; its `torch.scatter` for a decoding step indexes every single element. In place on a CPU, where a new cache
+    would be a copy of the old; a cache that is traced must not change, because it serves the trace of every bucket.
     """
     last_slot, last_position = cache.shape[0] - 1, cache.shape[2] - 1
     real = (seq_ids >= 0).unsqueeze(1)

@@ -37,7 +37,7 @@ class NeuronGatedDeltaNet(nn.Module):
         self.key_dim, self.value_dim = config.key_dim // ranks, config.value_dim // ranks
         self.num_value_heads = config.linear_num_value_heads // ranks
 
-        # Fused so that a rank reads its hidden states once; the rows lie rank by rank, [q | k | v | z] in each.
+        # One product instead of four, so that hidden states are read once. Each rank's rows are [q | k | v | z].
         self.in_proj_qkvz = column_parallel(config, config.hidden_size, config.conv_dim + config.value_dim)
         self.in_proj_ba = column_parallel(config, config.hidden_size, 2 * config.linear_num_value_heads)
         self.conv1d = HeadShardedParameter(
@@ -113,7 +113,7 @@ class NeuronGatedDeltaNet(nn.Module):
         beta: torch.Tensor,
         recurrent: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ops.chunk_gated_delta_rule` by the kernel that was chosen, or by PyTorch."""
+        """The contract of `ops.chunk_gated_delta_rule`, by the chosen kernel or in PyTorch."""
         if self.kernel is DeltaNetKernel.TORCH:
             rule = chunk_gated_delta_rule if phase.encodes_prompts else recurrent_gated_delta_rule
             return rule(q, k, v, g, beta, recurrent)

@@ -59,7 +59,7 @@ def _by_chunks(cores: int, inverse: DeltaNetInverse, *tensors: torch.Tensor) -> 
     *tokens, state = tensors
     length = tokens[0].shape[1]
     outputs = []
-    # Tokens that fill the last chunk up have g = 0 and beta = 0: the state passes through them.
+    # The tokens that pad the last chunk have g = 0 and beta = 0: the state passes through them.
     padded = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, -length % CHUNK)) for x in tokens]
     for chunk in zip(*(x.split(CHUNK, dim=1) for x in padded), strict=True):
         output, state = deltanet_chunk_step[cores](*(x.contiguous() for x in chunk), state, inverse=inverse.value)

@@ -47,7 +47,7 @@ def token_embedding(config: Qwen35InferenceConfig) -> ParallelEmbedding:
 
 
 def output_head(config: Qwen35InferenceConfig) -> ColumnParallelLinear:
-    """x [..., hidden_size] -> logits, padded to whole ranks: the rank's share where a device samples, else all."""
+    """x [..., hidden_size] -> logits, padded to whole ranks: a rank's own where a device samples, else all."""
     neuron_config = config.neuron_config
     return ColumnParallelLinear(
         config.hidden_size,

@@ -36,7 +36,7 @@ class Qwen35RotaryEmbedding(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, S, rotary_dim] float32 for text positions [B, S] or multimodal positions [B, 3, S].
 
-        Rows come first, unlike in transformers, so that they are picked and filled up like every other input.
+        Rows come first, unlike in transformers, so that rows are selected and padded as in every other input.
         """
         # Computed here, not kept as a buffer: a buffer would be cast with the module, or lost when traced from meta.
         exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=x.device) / self.rotary_dim

@@ -135,7 +135,10 @@ class Work(nl.NKIObject):
     half: [C, R, 32 or 64] float32, N = A X between the halves of blocks of 64 or 128.
     x: [C, R, 3, 32] float32, X^T | Y | X once the blocks have 32; Y is T of blocks 1, 3 against 0, 2, and in the rows
         of 0, 2 its transpose.
-    n_t: [C, R, C] float32, N^T, if PLAIN, in the place of the three before it.
+    halves: [C, R, 2, 32] float32, [[X_0, 0], [Y_1, X_1]], which is X of the first 64 rows, and of the others
+        X^T = [[X_2^T, Y_2^T], [0, X_3^T]]: with both factors in one place each product of a half is one matmul, and no
+        sum of row tiles is left to PSUM. Its zeros are never written.
+    n_t: [C, R, C] float32, N^T, if PLAIN, in the place of the three before that.
     T: [C(j), R, C(i)] operand type, T^T.
     k_state, q_state: [C, R, V] operand type, -diag(d) K S and diag(d) Q S.
     u, u_end: [C, R, V] operand type, U' and diag(e) U'.
@@ -155,6 +158,7 @@ class Work(nl.NKIObject):
     xn: Any = None
     half: Any = None
     x: Any = None
+    halves: Any = None
     n_t: Any = None
     k_state: Any = None
     T: Any = None

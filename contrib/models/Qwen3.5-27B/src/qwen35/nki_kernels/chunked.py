@@ -53,6 +53,7 @@ from .nki_seam import nisa, nki, nl
 from .plain_inverse import merge_plain, start_plain
 from .triangular_inverse import (
     assemble_blocks,
+    lay_out_diagonals,
     merge_halves,
     merge_pairs,
     merge_small,
@@ -163,6 +164,8 @@ def prepare(shape: Shape, consts: Constants, w: Work, stage: int) -> None:
     elif stage < 4 + SMALL_LEVELS:
         merge_small(shape, consts, w, stage - 4)
     elif stage == 4 + SMALL_LEVELS:
+        if shape.C > 2 * BLOCK:
+            lay_out_diagonals(shape, w)
         if shape.C > BLOCK:
             start_pairs(shape, w)
     elif stage == 5 + SMALL_LEVELS:
@@ -322,11 +325,12 @@ def delta_rule(
     )
     units = make_units(shape, R)
     consts = make_constants(shape)
-    inverses = []
+    inverses, halves = [], []
     for _ in range((PHASES + 1) * len(units)):
         t = nl.ndarray((C, UNIT_HEADS, C), dtype=shape.dtype, buffer=nl.sbuf)
         nisa.memset(dst=t, value=0.0, engine=nisa.engine.gpsimd)
         inverses.append(t)
+        halves.append(nl.ndarray((C, UNIT_HEADS, 2, BLOCK), dtype=nl.float32, buffer=nl.sbuf))
 
     # Segments as (sequence, first chunk, chunks); chunks of all sequences as (sequence, segment, chunk within the
     # segment, chunk within the sequence).
@@ -366,8 +370,11 @@ def delta_rule(
                     b1, first1, n1 = segments[segment + 1]
                     next_inputs = load_segment(shape, q, k, v, g, beta, b1, first1, n1)
             for u in range(len(units)):
-                t = inverses[(PHASES + 1) * u + i % (PHASES + 1)][:, 0 : units[u].R]
-                entering.append(Work(unit=units[u], segment=inputs, chunk=c, T=t))
+                slot, R = (PHASES + 1) * u + i % (PHASES + 1), units[u].R
+                if i <= PHASES and inverse == TILED:  # after the gates, for which Vector is wanted first
+                    nisa.memset(dst=halves[slot], value=0.0, engine=nisa.engine.vector)
+                t, x = inverses[slot][:, 0:R], halves[slot][:, 0:R]
+                entering.append(Work(unit=units[u], segment=inputs, chunk=c, T=t, halves=x))
         older = pipeline
         pipeline = [entering]
         for phase in range(PHASES):

@@ -12,8 +12,8 @@ and nothing else. Diagonal blocks of 32 are packed as [C, heads, 32] and multipl
 (nki/api/nki/isa/__init__.py, nc_matmul, Tiling mode). The specification is `_inverse` of `qwen35.ops.gated_delta_rule`.
 
 No page shows two uses that this makes of the Tensor engine: sub-arrays whose first row and first column are both not 0,
-and sums over several row tiles in one element of PSUM while another sum is open in the bank. `plain_inverse` does
-without both.
+and a sum in PSUM that the whole array begins and sub-arrays end, block by block. Sums over several row tiles in one
+element, of which no page promises an order, are avoided. `plain_inverse` does without all of these.
 """
 
 from typing import Any
@@ -149,7 +149,7 @@ def start_pairs(shape: Shape, w: Work) -> None:
     for r in range(R):
         for a in range(0, C // BLOCK, 2):
             pair = nl.ds(a * BLOCK, 2 * BLOCK)
-            half_matmul(n[pair, r], w.A[block_slice(a), r, pair], w.x[block_slice(a), r, 2], a, a, False)
+            pair_matmul(n[pair, r], w.A[block_slice(a), r, pair], w.x[block_slice(a), r, 2], a)
     w.half = nl.ndarray((C, R, BLOCK), dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_copy(dst=w.half, src=n, engine=nisa.engine.scalar)
 
@@ -166,34 +166,49 @@ def merge_pairs(shape: Shape, w: Work) -> None:
             n = w.half[rows_b, r]
             block_matmul(t[rows_b, r], x_t, n, b, b, False)
             block_matmul(t[rows_a, r], n, x_t, b, a, False)
+    if C > 2 * BLOCK:
+        nisa.tensor_copy(dst=w.halves[block_slice(1), :, 0], src=t[block_slice(1)], engine=nisa.engine.scalar)
+        nisa.tensor_copy(dst=w.halves[block_slice(2), :, 1], src=t[block_slice(2)], engine=nisa.engine.scalar)
     nisa.tensor_copy(dst=w.x[:, :, 1], src=t, engine=nisa.engine.scalar)
 
 
+def lay_out_diagonals(shape: Shape, w: Work) -> None:
+    """X_0 and X_1, X_2^T and X_3^T, where `Work` has the two halves; what lies beside them is Y or stays zero."""
+    for p in range(shape.C // BLOCK):
+        nisa.tensor_copy(
+            dst=w.halves[block_slice(p), :, p % 2],
+            src=w.x[block_slice(p), :, 2 if p < 2 else 0],
+            engine=nisa.engine.gpsimd,
+        )
+
+
 def start_halves(shape: Shape, w: Work) -> None:
-    """N = A X between the two blocks of 64, in rows 64 to 127; X of the first is [[X_0, 0], [Y_1, X_1]]."""
-    R = w.unit.R
+    """N = A X between the two blocks of 64, in rows 64 to 127."""
+    R, half = w.unit.R, 2 * BLOCK
+    upper, lower = nl.ds(0, half), nl.ds(half, half)
     n = nl.ndarray((shape.C, R, 2, BLOCK), dtype=nl.float32, buffer=nl.psum)
-    lower = nl.ds(2 * BLOCK, 2 * BLOCK)
-    for r in range(R + 1):  # what is added to a tile runs one head later, beside the next one's first product
-        if r < R:
-            half_matmul(n[lower, r], w.A[block_slice(1), r, lower], w.x[block_slice(1), r, 1:3], 1, 2, False)
-        if r > 0:
-            half_matmul(
-                n[lower, r - 1, 0], w.A[block_slice(0), r - 1, lower], w.x[block_slice(0), r - 1, 2], 0, 2, True
-            )
-    w.half = nl.ndarray((shape.C, R, 2 * BLOCK), dtype=nl.float32, buffer=nl.sbuf)
+    for r in range(R):
+        nisa.nc_matmul(
+            dst=n[lower, r],
+            stationary=w.A[upper, r, lower],
+            moving=w.halves[upper, r],
+            tile_position=(0, half),
+            tile_size=(half, half),
+            accumulate=False,
+        )
+    w.half = nl.ndarray((shape.C, R, half), dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_copy(dst=w.half[lower], src=n[lower], engine=nisa.engine.scalar)
 
 
-def half_matmul(dst: Tensor, stationary: Tensor, moving: Tensor, row: int, column: int, accumulate: bool) -> None:
-    """A sub-array of 32 rows and 64 columns: contract over partition block `row` into blocks `column` and the next."""
+def pair_matmul(dst: Tensor, stationary: Tensor, moving: Tensor, row: int) -> None:
+    """A sub-array of 32 rows and 64 columns: contract over partition block `row` into it and the next one."""
     nisa.nc_matmul(
         dst=dst,
         stationary=stationary,
         moving=moving,
-        tile_position=(row * BLOCK, column * BLOCK),
+        tile_position=(row * BLOCK, row * BLOCK),
         tile_size=(BLOCK, 2 * BLOCK),
-        accumulate=accumulate,
+        accumulate=False,
     )
 
 
@@ -212,12 +227,17 @@ def assemble_blocks(shape: Shape, w: Work) -> None:
 
 
 def merge_halves(shape: Shape, w: Work) -> None:
-    """The transpose of X_2 N, the last quarter of T^T; X^T of the second half is [[X_2^T, Y_2], [0, X_3^T]]."""
+    """The transpose of X_2 N, the last quarter of T^T."""
     R, half = w.unit.R, 2 * BLOCK
+    lower = nl.ds(half, half)
     t = nl.ndarray((half, R, 2, BLOCK), dtype=nl.float32, buffer=nl.psum)
-    for r in range(R + 1):
-        if r < R:
-            half_matmul(t[:, r], w.half[block_slice(2), r], w.x[block_slice(2), r, 0:2], 2, 0, False)
-        if r > 0:
-            half_matmul(t[:, r - 1, 1], w.half[block_slice(3), r - 1], w.x[block_slice(3), r - 1, 0], 3, 0, True)
+    for r in range(R):
+        nisa.nc_matmul(
+            dst=t[:, r],
+            stationary=w.half[lower, r],
+            moving=w.halves[lower, r],
+            tile_position=(half, 0),
+            tile_size=(half, half),
+            accumulate=False,
+        )
     nisa.tensor_copy(dst=w.T[0:half, :, half : 2 * half], src=t, engine=nisa.engine.scalar)

@@ -13,6 +13,15 @@
 So a long prompt delays the next token of the others by one piece of `prefill_chunk_size` tokens, never by the whole
 prompt, and every prompt moves up until it is the oldest. Without `prefill_chunk_size` a piece is a whole prompt.
 
+A request that fails ends alone: with `FinishReason.ERROR` and what failed. When its own work on the host fails, its
+media, its sampling, restoring or storing its prefix, no other notices; when a call of the model fails, so do the rows
+in it, because nobody knows what their slots hold then, and it is not tried again. Logits that are no finite numbers are
+a failure of their row. Nothing of a failed row is kept for others: no block of the call that failed is stored, and its
+slot is cleared before the next request gets it.
+
+The n continuations of a request share its media, and its prompt: the first encodes it, and what its slot then holds is
+copied to those that have a slot by then. Others encode it themselves when their turn comes.
+
 What a request gets does not depend on its neighbours: its prompt is cut at multiples of `prefill_chunk_size` from its
 own first token, every call has the compiled number of rows, whoever is in it, and its random numbers come from a
 generator of its own. With one bucket a submodel, its logits in the same slot of the cache are the same to the last bit;
@@ -23,29 +32,58 @@ Letters: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
-from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from .prefix_cache import Chain, PrefixCache, media_digests
-from .request import FinishReason, ModelLimits, Request, StepOutput, check_request
+from .request import FinishReason, ModelLimits, Request, StepOutput, checked_request
 from .runner import ModelRunner, Row
-from .sampling import Sampler
+from .sampling import Sampler, logprobs_of, require_finite
+
+LONGEST_ERROR = 500
+"""Characters of a failure that a request is told."""
 
 
 @dataclass
-class _RequestState:
-    """A request that is not finished: waiting while it has no row, then being encoded, then decoding."""
+class _Prompt:
+    """What the continuations of a request share: its media on the host, and its prompt as the prefix cache knows it."""
+
+    request: Request
+    is_prepared: bool = False
+    placed: PlacedMedia | None = None
+    chain: Chain | None = None
+
+
+@dataclass(eq=False)  # a sequence is itself, whatever it holds
+class _Sequence:
+    """A continuation that is not finished: waiting while it has no row, then being encoded, then decoding."""
 
     id: int
-    request: Request
+    """Of its request."""
+    index: int
+    prompt: _Prompt
     sampler: Sampler
     row: Row | None = None
-    chain: Chain | None = None
-    """Its prompt as the prefix cache knows it."""
+
+    @property
+    def request(self) -> Request:
+        return self.prompt.request
+
+    @property
+    def slot_row(self) -> Row:
+        """Its row, which it has."""
+        assert self.row is not None, "it has a slot"
+        return self.row
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether it has a slot that holds its whole prompt."""
+        return self.row is not None and self.row.cached >= len(self.request.prompt)
 
 
 class Qwen35Engine:
@@ -54,8 +92,10 @@ class Qwen35Engine:
     With a `prefix_cache` of the same model, a prompt is continued from the last boundary it shares with an earlier one;
     a request gets the same tokens.
 
-    Outputs are handed out once: by `step` to whoever drives the engine, or by `stream`. Under tensor parallelism on a
-    CPU every rank runs the same calls, with a seed in each request that samples.
+    Outputs are handed out once: by `step` to whoever drives the engine, or by `stream`. Neither raises what fails for a
+    request; an interrupt (KeyboardInterrupt, SystemExit) passes through them, and ends the requests whose step it cut
+    off as a failure does. Under tensor parallelism on a CPU every rank runs the same calls, with a seed in each request
+    that samples.
 
     Raises:
         ValueError: the configuration leaves no logits to sample from, or the prefix cache is another model's.
@@ -74,15 +114,16 @@ class Qwen35Engine:
             raise ValueError("prefix_cache is another model's: make it of the model that the engine gets")
         self.model, self.prefix_cache = model, prefix_cache
         self._runner, self._limits = ModelRunner(model), limits_of(model)
-        self._requests: dict[int, _RequestState] = {}  # by id, in order of arrival
-        self._free_slots = [*range(neuron_config.kv_cache_batch_size)]
+        self._slots = neuron_config.kv_cache_batch_size
+        self._sequences: list[_Sequence] = []  # in order of arrival
+        self._dirty_slots: set[int] = set()  # of rows that failed
         self._outputs: dict[int, list[StepOutput]] = {}  # not handed out yet
         self._next_id = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a request is not finished, or an output was not handed out."""
-        return bool(self._requests or self._outputs)
+        return bool(self._sequences or self._outputs)
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id.
@@ -90,24 +131,30 @@ class Qwen35Engine:
         Raises:
             ValueError: it cannot run; naming every field, value and remedy, before anything has run.
         """
-        check_request(request, self._limits)
+        prompt = _Prompt(checked_request(request, self._limits))
+        request = prompt.request
+        samplers = [Sampler(request.sampling.of_continuation(i), request.prompt) for i in range(request.n)]
         request_id, self._next_id = self._next_id, self._next_id + 1
-        kept = replace(request, prompt=(*request.prompt,))
-        self._requests[request_id] = _RequestState(request_id, kept, Sampler(request.sampling))
+        self._sequences += [_Sequence(request_id, i, prompt, sampler) for i, sampler in enumerate(samplers)]
         return request_id
 
     def cancel(self, request_id: int) -> None:
-        """End a request now; the next round may use its slot. Nothing is done to one that is finished.
+        """End a request now, with all its continuations; the next round may use its slots.
+
+        Nothing is done to one that is finished.
 
         Raises:
             KeyError: no request had this id.
         """
         self._check_id(request_id)
-        if request_id in self._requests:
-            self._emit(self._requests[request_id], None, FinishReason.CANCELLED)
+        for sequence in self._unfinished(request_id):
+            self._emit(sequence, StepOutput(request_id, None, FinishReason.CANCELLED, sequence.index))
 
     def step(self) -> list[StepOutput]:
-        """One round; returns what was not handed out yet, at most one token a request of this round, oldest first."""
+        """One round; returns what was not handed out yet, oldest first.
+
+        A round makes at most one token a continuation.
+        """
         self._round()
         outputs = [output for _, outputs in sorted(self._outputs.items()) for output in outputs]
         self._outputs.clear()
@@ -125,7 +172,7 @@ class Qwen35Engine:
         return self._follow(request_id)
 
     def _follow(self, request_id: int) -> Iterator[StepOutput]:
-        while request_id in self._requests or request_id in self._outputs:
+        while request_id in self._outputs or self._unfinished(request_id):
             if request_id not in self._outputs:
                 self._round()
             yield from self._outputs.pop(request_id, ())
@@ -134,62 +181,126 @@ class Qwen35Engine:
         if not 0 <= request_id < self._next_id:
             raise KeyError(f"request_id={request_id} was given to no request: pass what add() returned")
 
+    def _unfinished(self, request_id: int) -> list[_Sequence]:
+        return [sequence for sequence in self._sequences if sequence.id == request_id]
+
     def _round(self) -> None:
-        if decoding := self._rows(encoded=True):
-            for (row, state), logits in zip(decoding.items(), self._runner.decode([*decoding]), strict=True):
-                self._choose(state, row, logits)
-        waiting = [state for state in self._requests.values() if state.row is None]
-        for state, slot in zip(waiting, [*self._free_slots], strict=False):
-            self._start(state, slot)
-        if encoding := self._rows(encoded=False):
+        if decoding := [sequence for sequence in self._sequences if sequence.is_encoded]:
+            self._call(self._runner.decode, decoding, self._choose)
+        self._start_waiting()
+        if encoding := self._encoding():
             rows = self._runner.batch([*encoding])
-            for row, logits in zip(rows, self._runner.encode(rows), strict=True):
-                self._after_piece(encoding[row], row, logits)
+            self._call(self._runner.encode, [encoding[row] for row in rows], self._after_piece)
 
-    def _rows(self, encoded: bool) -> dict[Row, _RequestState]:
-        """The requests in slots whose prompts are encoded, or are not, in order of arrival."""
-        return {
-            state.row: state
-            for state in self._requests.values()
-            if state.row is not None and (state.row.cached >= len(state.request.prompt)) == encoded
-        }
+    def _encoding(self) -> dict[Row, _Sequence]:
+        """Who encodes, of the continuations of each request the first that has a slot and is not encoded."""
+        first: dict[int, _Sequence] = {}
+        for sequence in self._sequences:
+            if sequence.row is not None and not sequence.is_encoded:
+                first.setdefault(sequence.id, sequence)
+        return {sequence.slot_row: sequence for sequence in first.values()}
 
-    def _start(self, state: _RequestState, slot: int) -> None:
-        """Give a waiting request a slot, and restore there what is known of its prompt."""
-        request = state.request
-        row = Row(slot, [*request.prompt], placed=self._runner.place(request.prompt, request.media))
+    def _call(
+        self,
+        run: Callable[[Sequence[Row]], torch.Tensor],
+        sequences: Sequence[_Sequence],
+        after: Callable[[_Sequence, torch.Tensor], None],
+    ) -> None:
+        """Run the rows of some sequences, and do `after` with the logits [V] of each."""
+        unfinished = [*sequences]
+        with self._ends_on_failure(unfinished):
+            logits = run([sequence.slot_row for sequence in sequences])
+            for sequence, row_logits in zip(sequences, logits, strict=True):
+                unfinished.remove(sequence)
+                with self._ends_on_failure([sequence]):
+                    require_finite(row_logits)
+                    after(sequence, row_logits)
+
+    @contextmanager
+    def _ends_on_failure(self, sequences: Collection[_Sequence]) -> Iterator[None]:
+        """End these sequences, as many as there are by then, when what is done for them fails."""
+        try:
+            yield
+        except BaseException as error:  # an interrupt too may leave a step half done
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            for sequence in sequences:
+                self._fail(sequence, message if len(message) <= LONGEST_ERROR else f"{message[:LONGEST_ERROR]}...")
+            if not isinstance(error, Exception):
+                raise
+
+    def _fail(self, sequence: _Sequence, message: str) -> None:
+        if sequence not in self._sequences:
+            return
+        if sequence.row is not None:
+            self._dirty_slots.add(sequence.row.slot)
+        self._emit(sequence, StepOutput(sequence.id, None, FinishReason.ERROR, sequence.index, error=message))
+
+    def _start_waiting(self) -> None:
+        used = {sequence.row.slot for sequence in self._sequences if sequence.row is not None}
+        free = [slot for slot in range(self._slots) if slot not in used]
+        for sequence in [sequence for sequence in self._sequences if sequence.row is None]:
+            if not free:
+                return
+            with self._ends_on_failure([sequence]):
+                self._start(sequence, free[0])
+            if sequence.row is not None:
+                del free[0]
+
+    def _start(self, sequence: _Sequence, slot: int) -> None:
+        """Give a waiting sequence a slot, and restore there what is known of its prompt."""
+        prompt = sequence.prompt
+        self._prepare(prompt)
+        row = sequence.row = Row(slot, [*prompt.request.prompt], placed=prompt.placed)
+        if slot in self._dirty_slots:
+            self._runner.clear_slot(slot)
+            self._dirty_slots.remove(slot)
+        if self.prefix_cache is not None and prompt.chain is not None:
+            row.cached = self.prefix_cache.restore(slot, prompt.chain)
+
+    def _prepare(self, prompt: _Prompt) -> None:
+        """Encode the media of a prompt on the host, once, and hash it for the prefix cache."""
+        if prompt.is_prepared:
+            return
+        request = prompt.request
+        prompt.placed = self._runner.place(request.prompt, request.media)
         if self.prefix_cache is not None:
             media = media_digests(self.model.config, request.prompt, request.media)
-            state.chain = self.prefix_cache.chain(request.prompt, media)
-            row.cached = self.prefix_cache.restore(slot, state.chain)
-        self._free_slots.remove(slot)
-        state.row = row
+            prompt.chain = self.prefix_cache.chain(request.prompt, media)
+        prompt.is_prepared = True
 
-    def _after_piece(self, state: _RequestState, row: Row, logits: torch.Tensor) -> None:
-        """Store a block that a piece completed, and choose the first token of a prompt that ended with it."""
-        if self.prefix_cache is not None and state.chain is not None and row.cached % self.prefix_cache.block == 0:
-            self.prefix_cache.store(row.slot, state.chain, row.cached)
-        if row.cached == len(state.request.prompt):
-            row.placed = None
-            self._choose(state, row, logits)
+    def _after_piece(self, sequence: _Sequence, logits: torch.Tensor) -> None:
+        """Store a block that a piece completed, and choose the first tokens of a prompt that ended with it."""
+        row, chain = sequence.slot_row, sequence.prompt.chain
+        if self.prefix_cache is not None and chain is not None and row.cached % self.prefix_cache.block == 0:
+            self.prefix_cache.store(row.slot, chain, row.cached)
+        if not sequence.is_encoded:
+            return
+        followers = [other for other in self._unfinished(sequence.id) if other.row is not None and not other.is_encoded]
+        for each in (sequence, *followers):
+            with self._ends_on_failure([each]):
+                if each is not sequence:
+                    self._runner.copy_slot(row.slot, each.slot_row.slot)
+                    each.slot_row.cached = row.cached
+                each.slot_row.placed = None
+                self._choose(each, logits)
 
-    def _choose(self, state: _RequestState, row: Row, logits: torch.Tensor) -> None:
-        """Give a request a token from its logits [V], and end it when it is complete."""
-        token = state.sampler.sample(logits)
+    def _choose(self, sequence: _Sequence, logits: torch.Tensor) -> None:
+        """Give a sequence a token from its logits [V], and end it when it is complete."""
+        request, row = sequence.request, sequence.slot_row
+        token = sequence.sampler.sample(logits)
+        logprobs = None if request.logprobs is None else logprobs_of(logits, token, request.logprobs)
         row.tokens.append(token)
         reason = None
-        if token in state.request.eos_token_ids:
+        if token in request.eos_token_ids:
             reason = FinishReason.EOS
-        elif len(row.tokens) - len(state.request.prompt) == state.request.max_new_tokens:
+        elif len(row.tokens) - len(request.prompt) == request.max_new_tokens:
             reason = FinishReason.LENGTH
-        self._emit(state, token, reason)
+        self._emit(sequence, StepOutput(sequence.id, token, reason, sequence.index, logprobs))
 
-    def _emit(self, state: _RequestState, token: int | None, reason: FinishReason | None) -> None:
-        self._outputs.setdefault(state.id, []).append(StepOutput(state.id, token, reason))
-        if reason is not None:
-            del self._requests[state.id]
-            if state.row is not None:
-                self._free_slots.append(state.row.slot)
+    def _emit(self, sequence: _Sequence, output: StepOutput) -> None:
+        self._outputs.setdefault(sequence.id, []).append(output)
+        if output.finish_reason is not None:
+            self._sequences.remove(sequence)
 
 
 def limits_of(model: NeuronQwen35ForCausalLM) -> ModelLimits:

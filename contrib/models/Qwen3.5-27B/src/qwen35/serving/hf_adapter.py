@@ -103,22 +103,30 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
                 "lower max_new_tokens, or compile for a longer seq_len"
             )
 
+    def groups(self, inputs: dict[str, Any], copies: int = 1) -> list[dict[str, Any]]:
+        """Inputs of `generate` as groups of at most as many rows as there are slots, `copies` of each row in order.
+
+        Images and videos go with their rows; they are copied whole, where transformers would copy single patches.
+        """
+        rows = torch.arange(inputs["input_ids"].shape[0])
+        groups = rows.repeat_interleave(copies).split(self.neuron_config.kv_cache_batch_size)
+        if len(groups) == 1 and torch.equal(groups[0], rows):
+            return [inputs]
+        return [{**inputs, **self._rows_of(group, inputs)} for group in groups]
+
     def _generate_in_groups(
         self, config: GenerationConfig, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> Any:
-        """NxDI's generate for as many sequences at a time as there are slots.
-
-        A group that ends earlier is padded like a row that does. Copies of a row (num_return_sequences) are made here,
-        since transformers would copy single patches of its images.
-        """
-        rows = torch.arange(kwargs["input_ids"].shape[0])
-        groups = rows.repeat_interleave(config.num_return_sequences or 1).split(self.neuron_config.kv_cache_batch_size)
-        if len(groups) == 1 and torch.equal(groups[0], rows):
+        """NxDI's generate for a group at a time; a group that ends earlier is padded like a row that does."""
+        groups = self.groups(kwargs, config.num_return_sequences or 1)
+        if len(groups) == 1 and groups[0] is kwargs:
             return super().generate(generation_config=generation_config, **kwargs)
-        outputs = []
-        for group in groups:
-            options = {**kwargs, **self._rows_of(group, kwargs), "num_return_sequences": 1}
-            outputs.append(super().generate(generation_config=generation_config, **options))
+        outputs = [
+            super(HuggingFaceGenerationAdapter, self).generate(
+                generation_config=generation_config, **{**group, "num_return_sequences": 1}
+            )
+            for group in groups
+        ]
         if len(groups) == 1:
             return outputs[0]
         sequences = [output.sequences if config.return_dict_in_generate else output for output in outputs]
@@ -129,26 +137,25 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         outputs[-1].sequences = torch.cat(padded)
         return outputs[-1]
 
-    def _rows_of(self, group: torch.Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of some rows, with the images and videos that are theirs."""
-        total = kwargs["input_ids"].shape[0]
+    def _rows_of(self, group: torch.Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What of the inputs belongs to some rows, with the images and videos that are theirs."""
+        total = inputs["input_ids"].shape[0]
         chosen: dict[str, Any] = {
             name: value[group]
-            for name, value in kwargs.items()
+            for name, value in inputs.items()
             if isinstance(value, torch.Tensor) and value.shape[:1] == (total,) and name not in sum(_MEDIA, ())
         }
-        if any(kwargs.get(grids) is not None for _, grids in _MEDIA):
+        if any(inputs.get(grids) is not None for _, grids in _MEDIA):
             assert isinstance(self.neuron_model, NeuronQwen35VLForCausalLM), "the model takes media"
-            grids = {name: kwargs.get(name) for _, name in _MEDIA}
-            of_rows = media_of_rows(self.neuron_model.config, kwargs["input_ids"], kwargs["attention_mask"], **grids)
+            grids = {name: inputs.get(name) for _, name in _MEDIA}
+            of_rows = media_of_rows(self.neuron_model.config, inputs["input_ids"], inputs["attention_mask"], **grids)
             for pixels_name, grids_name in _MEDIA:
-                if kwargs.get(grids_name) is None:
+                if inputs.get(grids_name) is None:
                     continue
                 index = [i for row in group.tolist() for i in of_rows[row][grids_name]]
-                media = kwargs[pixels_name].split(kwargs[grids_name].prod(dim=1).tolist())
-                empty = kwargs[pixels_name][:0]
-                chosen[pixels_name] = torch.cat([empty, *(media[i] for i in index)]) if index else None
-                chosen[grids_name] = kwargs[grids_name][index] if index else None
+                media = inputs[pixels_name].split(inputs[grids_name].prod(dim=1).tolist())
+                chosen[pixels_name] = torch.cat([media[i] for i in index]) if index else None
+                chosen[grids_name] = inputs[grids_name][index] if index else None
         return chosen
 
 

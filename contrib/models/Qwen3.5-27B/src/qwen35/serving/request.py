@@ -2,18 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is asked of the engine, what it gives back, and what makes a request one that cannot run.
 
-Letters: S tokens of the prompt.
+Letters: S tokens of the prompt, P patches of all images, or all videos, N images or videos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 
-from .sampling import GREEDY, SamplingOptions
+from .sampling import GREEDY, SamplingOptions, TokenLogprobs, continuation_problems, whole_number
 
 
 class FinishReason(str, Enum):
@@ -22,6 +24,7 @@ class FinishReason(str, Enum):
     EOS = "eos"  # its last token is one of its eos_token_ids
     LENGTH = "length"  # it has max_new_tokens
     CANCELLED = "cancelled"
+    ERROR = "error"  # something failed that was done for it; its output says what
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,11 @@ class Request:
         max_new_tokens: tokens to give at most.
         sampling: its seed makes the tokens repeatable; without one it is drawn from PyTorch's default generator.
         eos_token_ids: tokens that end the answer; the one that did is its last.
-        media: pixels and grids of the images and videos, in the order of their placeholders, under the names that the
-            checkpoint's processor gives them.
+        media: pixels [P, patch size] and grids [N, 3] of the images and videos, in the order of their placeholders,
+            under the names that the checkpoint's processor gives them.
+        n: continuations of the prompt, which is encoded once for those that have a slot by then.
+        logprobs: of how many of the most likely tokens each output has the log-probabilities, besides the one chosen;
+            None for no log-probabilities at all.
     """
 
     prompt: Sequence[int]
@@ -42,15 +48,31 @@ class Request:
     sampling: SamplingOptions = GREEDY
     eos_token_ids: Collection[int] = ()
     media: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    n: int = 1
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The next token of a request, and why it was the last; a cancelled request ends without one."""
+    """The next token of a request, and why it was the last.
+
+    A cancelled request, and one that failed, end without a token.
+
+    Args:
+        request_id: what `add` returned.
+        token: its id.
+        finish_reason: None while more tokens come.
+        index: which of the request's n continuations.
+        logprobs: those that the request asked for.
+        error: what failed, in one line, under `FinishReason.ERROR`.
+    """
 
     request_id: int
     token: int | None
     finish_reason: FinishReason | None = None
+    index: int = 0
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,41 +94,139 @@ class ModelLimits:
     check_media: Callable[..., None] | None = None
 
 
-def check_request(request: Request, limits: ModelLimits) -> None:
+GRIDS = "_grid_thw"
+"""How the names of grids end; other media are pixels."""
+
+
+def checked_request(request: Request, limits: ModelLimits) -> Request:
     """Check that a request can run, before anything is computed for it.
+
+    Returns:
+        The request as it is run: every field in the type that it is declared with, and nothing shared but pixels.
 
     Raises:
         ValueError: it cannot; naming every field, value and remedy.
     """
-    problems = [*_prompt_problems(request, limits), *_media_problems(request, limits)]
+    problems: list[str] = []
+    prompt = _token_ids("prompt", request.prompt, limits, problems)
+    eos_token_ids = _token_ids("eos_token_ids", request.eos_token_ids, limits, problems)
+    problems += _length_problems(request, prompt, limits)
+    if isinstance(request.sampling, SamplingOptions):
+        problems += continuation_problems(request.n, request.logprobs, request.sampling)
+    else:
+        problems.append(f"sampling is {_a(request.sampling)}: pass SamplingOptions")
+    media = _media(request.media, prompt, limits, problems)
     if problems:
         raise ValueError("this request cannot run: " + "; ".join(problems))
+    return Request(
+        prompt=(*prompt,),
+        max_new_tokens=int(request.max_new_tokens),
+        sampling=request.sampling,
+        eos_token_ids=frozenset(eos_token_ids),
+        media=media,
+        n=int(request.n),
+        logprobs=None if request.logprobs is None else int(request.logprobs),
+    )
 
 
-def _prompt_problems(request: Request, limits: ModelLimits) -> Iterator[str]:
-    length, new, vocab = len(request.prompt), request.max_new_tokens, limits.vocab_size
-    if length == 0:
-        yield "prompt is empty: give at least one token to continue"
-    if bad := [token for token in (*request.prompt, *request.eos_token_ids) if not 0 <= token < vocab]:
-        yield f"token {bad[0]} of prompt or eos_token_ids is not in 0..{vocab - 1}: use the checkpoint's tokenizer"
-    if new < 1:
-        yield f"max_new_tokens={new}: must be at least 1"
-    if length + new > limits.seq_len:
+def out_of_vocabulary(token: int, name: str, vocab_size: int) -> str:
+    """What is said of an id that the model has no embedding of."""
+    return f"token {token} of {name} is not in 0..{vocab_size - 1}: use the checkpoint's tokenizer"
+
+
+def _token_ids(name: str, given: Any, limits: ModelLimits, problems: list[str]) -> list[int]:
+    """Ids as ints; none when some are wrong, which is added to `problems`."""
+    values = given.tolist() if isinstance(given, torch.Tensor) or hasattr(given, "tolist") else given
+    if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+        problems.append(f"{name} is {_a(given)}: pass a list of token ids")
+        return []
+    ids = []
+    for i, value in enumerate(values):
+        token = whole_number(value)
+        if token is None:
+            problems.append(f"{name}[{i}] is {_a(value)}: pass token ids, which are ints")
+            return []
+        if not 0 <= token < limits.vocab_size:
+            problems.append(out_of_vocabulary(token, "prompt or eos_token_ids", limits.vocab_size))
+            return []
+        ids.append(token)
+    if name == "prompt" and not ids:
+        problems.append("prompt is empty: give at least one token to continue")
+    return ids
+
+
+def _length_problems(request: Request, prompt: Sequence[int], limits: ModelLimits) -> Iterator[str]:
+    new = whole_number(request.max_new_tokens)
+    if new is None or new < 1:
+        yield f"max_new_tokens={reprlib.repr(request.max_new_tokens)}: must be at least 1, a whole number"
+    elif len(prompt) + new > limits.seq_len:
         yield (
-            f"a prompt of {length} tokens and max_new_tokens={new} exceed seq_len={limits.seq_len}: shorten the "
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={new} exceed seq_len={limits.seq_len}: shorten the "
             "prompt, lower max_new_tokens or raise seq_len"
         )
     longest = limits.max_prompt_tokens
-    if longest is not None and length > longest:
-        yield f"a prompt of {length} tokens exceeds max_context_length={longest}: raise it, or set prefill_chunk_size"
+    if longest is not None and len(prompt) > longest:
+        yield (
+            f"a prompt of {len(prompt)} tokens exceeds max_context_length={longest}: raise it, or set "
+            "prefill_chunk_size"
+        )
 
 
-def _media_problems(request: Request, limits: ModelLimits) -> Iterator[str]:
-    if unknown := sorted(request.media.keys() - {*limits.media_names}):
+def _media(given: Any, prompt: Sequence[int], limits: ModelLimits, problems: list[str]) -> dict[str, torch.Tensor]:
+    """Media as the model takes them; what is wrong with them is added to `problems`."""
+    if not isinstance(given, Mapping):
+        problems.append(f"media is {_a(given)}: pass a dict of tensors by name")
+        return {}
+    if unknown := sorted({*map(str, given)} - {*limits.media_names}):
         names = ", ".join(limits.media_names) or "none, or load NeuronQwen35VLForCausalLM"
-        yield f"media has {', '.join(unknown)}, which this model does not take: pass {names}"
-    elif request.media and request.prompt and limits.check_media is not None:
+        problems.append(f"media has {_few(unknown)}, which this model does not take: pass {names}")
+        return {}
+    before = len(problems)
+    media = {name: tensor.detach() for name, tensor in given.items() if _is_medium(name, tensor, problems)}
+    most = max((len(tensor) for name, tensor in media.items() if not name.endswith(GRIDS)), default=None)
+    for name, tensor in media.items():
+        if name.endswith(GRIDS):
+            media[name] = tensor.long().clone()
+            if most is not None and tensor.numel() and int(tensor.max()) > most:  # counting frames could take for ever
+                problems.append(f"media: {name} has {int(tensor.max())}, more than there are patches ({most})")
+    if media and prompt and len(problems) == before and limits.check_media is not None:
         try:
-            limits.check_media(torch.tensor([[*request.prompt]]), **request.media)
+            limits.check_media(torch.tensor([[*prompt]]), **media)
         except ValueError as error:
-            yield f"media: {error}"
+            problems.append(f"media: {error}")
+    return media
+
+
+def _is_medium(name: str, tensor: Any, problems: list[str]) -> bool:
+    """Whether this is a matrix of finite pixels, or of whole numbers; what is wrong is added to `problems`."""
+    kind, shape = ("whole", "[N, 3]") if name.endswith(GRIDS) else ("floating-point", "[patches, patch size]")
+    if not isinstance(tensor, torch.Tensor):
+        problem = f"is {_a(tensor)}: pass a torch.Tensor, as the processor gives with return_tensors='pt'"
+    elif tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        problem = f"is on {tensor.device} as {tensor.layout}: pass a dense tensor on the CPU"
+    elif tensor.dim() != 2:
+        problem = f"has shape {[*tensor.shape]}: pass {shape}"
+    elif (
+        tensor.is_floating_point() == (kind == "whole")
+        or tensor.dtype is torch.bool
+        or tensor.is_complex()
+        or tensor.is_quantized
+    ):
+        problem = f"is {tensor.dtype}: pass {kind} numbers, as the processor gives"
+    elif kind != "whole" and not tensor.float().isfinite().all():
+        problem = "has values that are nan or infinite: check the image, and its mean and scale"
+    else:
+        return True
+    problems.append(f"media: {name} {problem}")
+    return False
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name[:40] for name in names[:3]) + more
+
+
+def _a(value: Any) -> str:
+    """A value by its type, without what it holds: prompts and pictures do not belong into messages."""
+    return "None" if value is None else f"a {type(value).__name__}"

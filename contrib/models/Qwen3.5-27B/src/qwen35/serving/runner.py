@@ -12,7 +12,7 @@ Letters: B rows of a call, S tokens of a row in it, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +36,11 @@ class Row:
     tokens: list[int]
     cached: int = 0
     placed: PlacedMedia | None = None
+    rope_delta: int = field(init=False)
+    """What is added to the index of a token after the prompt: its rotary position. 0 after a prompt of text."""
+
+    def __post_init__(self) -> None:
+        self.rope_delta = 0 if self.placed is None else int(self.placed.rope_deltas)
 
     @property
     def submodel(self) -> Submodel:
@@ -49,7 +54,8 @@ class CallInputs:
     """Arguments of the application's `forward`.
 
     input_ids, position_ids [B, S] int64, 0 at padding; seq_ids [B] int64, the slots; attention_mask [B, cached tokens]
-    int64 of rows that are cached, else [B, S]; placed, the columns of S tokens of rows with media.
+    int64 of rows that are cached, else [B, S]; rope_deltas [B] int64, `Row.rope_delta`; placed, the columns of S tokens
+    of rows with media.
     """
 
     phase: Phase
@@ -57,6 +63,7 @@ class CallInputs:
     seq_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
+    rope_deltas: torch.Tensor
     placed: PlacedMedia | None = None
 
 
@@ -88,6 +95,7 @@ def encoding_inputs(rows: Sequence[Row], chunk: int) -> CallInputs:
         seq_ids=_slots(rows),
         attention_mask=_ones_before(cached) if phase.reads_cache else _ones_before(lengths, width),
         position_ids=torch.where(index < lengths, cached + index, 0),
+        rope_deltas=_rope_deltas(rows),
         placed=PlacedMedia.stack(placed) if placed else None,
     )
 
@@ -101,6 +109,7 @@ def decoding_inputs(rows: Sequence[Row]) -> CallInputs:
         seq_ids=_slots(rows),
         attention_mask=_ones_before(cached),
         position_ids=cached,
+        rope_deltas=_rope_deltas(rows),
     )
 
 
@@ -140,8 +149,29 @@ class ModelRunner:
         """Take in the next token of each row; logits [B, V] of the token after it."""
         return self._run(rows, decoding_inputs(rows), [1] * len(rows))
 
+    def copy_slot(self, source: int, target: int) -> None:
+        """Let one slot hold what another holds."""
+        layout = self.model.cache_layout
+        for entries in self.model.cache_entries():
+            for copied, view in zip(layout.slot(entries, source), layout.slot(entries, target), strict=True):
+                for old, new in zip(copied, view, strict=True):
+                    new.copy_(old)
+
+    def clear_slot(self, slot: int) -> None:
+        """Let a slot hold zeros: keys and values that are no numbers would reach what it holds next.
+
+        Those beyond a prompt are masked, that is multiplied by zero, which leaves nan as it is.
+        """
+        layout = self.model.cache_layout
+        for entries in self.model.cache_entries():
+            for views in layout.slot(entries, slot):
+                for view in views:
+                    view.zero_()
+
     def _run(self, rows: Sequence[Row], inputs: CallInputs, sizes: Sequence[int]) -> torch.Tensor:
-        media = {} if inputs.placed is None else {"placed": inputs.placed}
+        # A slot may have been restored, or have held another prompt: the model is told, and remembers nothing.
+        with_media = isinstance(self.model, NeuronQwen35VLForCausalLM)
+        media = {"placed": inputs.placed, "rope_deltas": inputs.rope_deltas} if with_media else {}
         outputs = self.model(
             inputs.input_ids,
             inputs.seq_ids,
@@ -159,6 +189,11 @@ class ModelRunner:
 def _slots(rows: Sequence[Row]) -> torch.Tensor:
     """seq_ids [B]."""
     return torch.tensor([row.slot for row in rows])
+
+
+def _rope_deltas(rows: Sequence[Row]) -> torch.Tensor:
+    """[B] int64."""
+    return torch.tensor([row.rope_delta for row in rows])
 
 
 def _column(numbers: Sequence[int]) -> torch.Tensor:

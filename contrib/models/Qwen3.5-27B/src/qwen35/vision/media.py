@@ -1,26 +1,39 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Images, animations and lists of frames as RGB Pillow images, from files or memory.
+"""Images, animations, video files and lists of frames as RGB Pillow images, from files or memory.
 
 An image of more than `MAX_IMAGE_PIXELS` is refused before it is decoded. Transparency is laid on white, EXIF
-orientation is applied, and 16-bit grey levels are scaled to 8 bits.
+orientation and a video's rotation are applied, and 16-bit grey levels are scaled to 8 bits. Errors show addresses
+and texts in short (`shorten`), never the data in them.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 1 << 26
 DEFAULT_SOURCE_FPS = 24.0  # what transformers assumes of frames without a rate
+DIRECTORY_FPS = 2.0  # of frames extracted as EXTRACT_FRAMES says; also what qwen-vl-utils assumes of frames
+
+EXTRACT_FRAMES = (
+    "extract frames ('ffmpeg -i FILE -vf fps=2 DIR/%06d.png') and give the directory, whose frames count as 2 a second "
+    "(fps says otherwise), or Video(frames, fps=2)"
+)
+"""The remedy for a video file that cannot be decoded here."""
 
 _FRAME_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _VIDEO_FILES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
@@ -64,22 +77,68 @@ def open_image(source: ImageSource) -> Image.Image:
         return _to_rgb(_decoded(source))
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"a {type(source).__name__} is not an image; give a path, a Pillow image or an array")
-    with _open_file(source) as image:
+    with _open_file(content_of(source)) as image:
         return _to_rgb(_decoded(image))
 
 
-def _open_file(source: str | os.PathLike[str]) -> Image.Image:
+def shorten(text: str, limit: int = 120) -> str:
+    """A text as errors show it: one line of at most about `limit` characters, and no data of a data: address."""
+    line = " ".join(text.split())
+    if (data := re.match(r"data:[^,]{0,80},", line, re.IGNORECASE)) is not None:
+        return f"{data[0]}... ({len(text)} characters)"
+    return line if len(line) <= limit else f"{line[:limit]}... ({len(text)} characters)"
+
+
+def content_of(source: str | os.PathLike[str]) -> Path | io.BytesIO:
+    """Where the bytes of a path, a file: or a data: address are (RFC 8089, RFC 2397).
+
+    Raises:
+        ValueError: it is an address of another kind, or its data are corrupt.
+    """
     name = os.fspath(source)
-    if re.match(r"[a-z]+://|data:", name):
-        raise ValueError("addresses are not fetched; download it and give the path")
+    scheme = re.match(r"([a-z][a-z0-9+.-]*)://|(data|file):", name, re.IGNORECASE)
+    match (scheme[1] or scheme[2]).lower() if scheme is not None else None:
+        case None:
+            return Path(name)
+        case "data":
+            return io.BytesIO(_data(name))
+        case "file":
+            # As qwen-vl-utils: what follows file://, which may be relative; else as a browser writes it.
+            rest = re.sub(r"^file:(//)?(localhost(?=/))?", "", name, flags=re.IGNORECASE)
+            return Path(rest if os.path.exists(rest) else unquote(rest))  # of too long a name, exists() raises
+        case other:
+            raise ValueError(f"{other}: addresses are not fetched; download it and give the path, or a data: address")
+
+
+def _data(address: str) -> bytes:
+    head, comma, payload = address.partition(",")
+    if not comma:
+        raise ValueError("a data: address has a comma before its data: data:image/png;base64,...")
+    content = unquote_to_bytes(payload)
+    if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
+        return content
+    content = b"".join(content.split()).rstrip(b"=")
     try:
-        image = Image.open(name)
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except binascii.Error:
+        raise ValueError("the base64 of its data: address is corrupt; encode it again") from None
+
+
+def _open_file(content: Path | io.BytesIO) -> Image.Image:
+    try:
+        image = Image.open(content)
     except UnidentifiedImageError:
         raise ValueError("not an image file, or a corrupt one; convert or download it again") from None
     except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be opened ({error})") from error
+        name = f": {shorten(str(content))}" if isinstance(content, Path) else ""
+        raise ValueError(f"cannot be opened ({_reason(error)}{name})") from error
     _check_size(image.size)
     return image
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the file's name, which may be anything."""
+    return shorten(getattr(error, "strerror", None) or str(error))
 
 
 def _decoded(image: Image.Image) -> Image.Image:
@@ -87,7 +146,7 @@ def _decoded(image: Image.Image) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise nearly anything
-        raise ValueError(f"corrupt or truncated image ({error}); download it again") from error
+        raise ValueError(f"corrupt or truncated image ({_reason(error)}); download it again") from error
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -135,28 +194,27 @@ def open_video(source: VideoSource) -> OpenVideo:
     """Find the frames of a video without keeping any decoded.
 
     Args:
-        source: an animation (GIF, WebP, APNG), a directory of image files in the order of their names, a list of
-            images, or a `Video`.
+        source: an animation (GIF, WebP, APNG) or a video file (MP4 and its like, with the extra `video`), a file: or
+            data: address of one, a directory of image files in the order of their names, a list of images, or a
+            `Video`. Frames of a directory count as `DIRECTORY_FPS` a second, those of a list as `DEFAULT_SOURCE_FPS`.
 
     Raises:
         ValueError: it is no video, or has no frames; while decoding, a frame is no image.
     """
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.is_dir():
-            source = sorted(file for file in path.iterdir() if file.suffix.lower() in _FRAME_FILES)
-        elif path.suffix.lower() in _VIDEO_FILES:
-            raise ValueError(
-                "video files are not decoded here; extract frames ('ffmpeg -i FILE -vf fps=2 DIR/%06d.png') "
-                "and give the directory, or Video(frames, fps=2)"
-            )
+        content = content_of(source)
+        if isinstance(content, Path) and os.path.isdir(content):
+            files = sorted(file for file in content.iterdir() if file.suffix.lower() in _FRAME_FILES)
+            source = Video(files, DIRECTORY_FPS)
+        elif _names_a_video_file(source):
+            return _open_video_file(content)
         else:
-            return _open_animation(path)
+            return _open_animation(content)
     video = source if isinstance(source, Video) else Video(source)
     if not isinstance(video.frames, Sequence) and not isinstance(video.frames, np.ndarray):
         raise ValueError(f"a {type(video.frames).__name__} is not a video; give a path or a list of frames")
     if not isinstance(video.fps, int | float) or not 0 < video.fps < math.inf:
-        raise ValueError(f"fps={video.fps!r} must be a positive number")
+        raise ValueError(f"fps={shorten(repr(video.fps))} must be a positive number")
     if not len(video.frames):
         raise ValueError("it has no frames; give at least one")
 
@@ -166,7 +224,70 @@ def open_video(source: VideoSource) -> OpenVideo:
     return OpenVideo(len(video.frames), float(video.fps), is_sampled=True, decode=decode)
 
 
-def _open_animation(path: Path) -> OpenVideo:
+def _names_a_video_file(source: str | os.PathLike[str]) -> bool:
+    name = os.fspath(source)
+    if name[:5].lower() == "data:":
+        return name[5:11].lower() == "video/"
+    return Path(name).suffix.lower() in _VIDEO_FILES
+
+
+def _open_video_file(content: Path | io.BytesIO) -> OpenVideo:
+    """A container with a video stream, decoded by PyAV; frames are counted as transformers' `read_video_pyav` does."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError(
+            f"video files are decoded by PyAV: pip install 'qwen35-neuron[video]'; or {EXTRACT_FRAMES}"
+        ) from None
+
+    def frames() -> Generator[Any, None, None]:
+        """The stream, then its frames."""
+        if isinstance(content, io.BytesIO):
+            content.seek(0)
+        with av.open(content) as container:
+            if not container.streams.video:
+                raise ValueError("it has no video stream")
+            yield container.streams.video[0]
+            yield from container.decode(video=0)
+
+    def failed(error: Exception) -> ValueError:
+        return ValueError(f"cannot be decoded ({_reason(error)}); {EXTRACT_FRAMES}")
+
+    try:
+        with closing(frames()) as found:
+            stream = next(found)
+            _check_size((stream.width, stream.height))
+            fps = float(stream.average_rate or DEFAULT_SOURCE_FPS)
+            count = stream.frames or sum(1 for _ in found)  # some containers do not say how many they hold
+    except Exception as error:  # FFmpeg's decoders raise nearly anything
+        raise failed(error) from error
+    if not count:
+        raise ValueError(f"it has no frames; {EXTRACT_FRAMES}")
+
+    def decode(indices: Sequence[int]) -> Iterator[Image.Image]:
+        def chosen() -> Iterator[Image.Image]:
+            wanted, decoded = {*indices}, 0
+            try:
+                with closing(frames()) as found:
+                    next(found)
+                    for frame in found:
+                        if decoded in wanted:
+                            # The display matrix turns counterclockwise, and so does Pillow.
+                            image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                            yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+                        decoded += 1
+                        if decoded > max(wanted):
+                            return
+            except Exception as error:  # as above
+                raise failed(error) from error
+            raise ValueError(f"it ends after {decoded} of the {count} frames that it says it has; {EXTRACT_FRAMES}")
+
+        return _numbered(chosen())
+
+    return OpenVideo(count, fps, is_sampled=False, decode=decode)
+
+
+def _open_animation(path: Path | io.BytesIO) -> OpenVideo:
     with _open_file(path) as image:
         count = getattr(image, "n_frames", 1)
         milliseconds = 0
@@ -176,7 +297,7 @@ def _open_animation(path: Path) -> OpenVideo:
                 image.load()  # before this, some formats do not know the duration
                 milliseconds += image.info.get("duration", 0)
         except Exception as error:  # as in _decoded
-            raise ValueError(f"corrupt or truncated animation ({error}); download it again") from error
+            raise ValueError(f"corrupt or truncated animation ({_reason(error)}); download it again") from error
 
     def decode(indices: Sequence[int]) -> Iterator[Image.Image]:
         def frames() -> Iterator[Image.Image]:

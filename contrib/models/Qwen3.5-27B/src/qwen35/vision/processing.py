@@ -17,21 +17,26 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .media import ImageSource, OpenVideo, Video, VideoSource, open_image, open_video, show_size
+from .content import ImageItem, VideoItem
+from .media import ImageSource, OpenVideo, VideoSource, open_image, open_video, shorten, show_size
+from .media import Video as Video  # a processor's callers make them
 
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+
+RESIZED_TOKENS = (4, 16384)
+"""Merged tokens of an image or a frame whose item gives its size, at least and at most: qwen-vl-utils' limits."""
 
 
 class VisionInputError(ValueError):
@@ -114,13 +119,15 @@ class VisionProcessor:
         video = both.get("video_processor") or _read_json(Path(path) / "video_preprocessor_config.json")
         return cls(_settings(ImageSettings, image), _settings(VideoSettings, video))
 
-    def __call__(self, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()) -> VisionInputs:
+    def __call__(
+        self, images: Sequence[ImageSource | ImageItem] = (), videos: Sequence[VideoSource | VideoItem] = ()
+    ) -> VisionInputs:
         """Process everything, or nothing.
 
         Args:
-            images: as of `media.open_image`.
-            videos: as of `media.open_video`. Animations are sampled at `video.fps`; of a directory, a list or a `Video`
-                all frames are used.
+            images: as of `media.open_image`, or with limits of their own.
+            videos: as of `media.open_video`, or with limits of their own. Animations and video files are sampled at
+                `video.fps`; of a directory, a list or a `Video` all frames are used.
 
         Raises:
             VisionInputError: some cannot be used; all are listed.
@@ -153,22 +160,25 @@ class VisionProcessor:
             inputs.pixel_values_videos, inputs.video_grid_thw = torch.cat(clips), torch.tensor(clip_grids)
         return inputs
 
-    def _process_image(self, source: ImageSource) -> tuple[torch.Tensor, list[int]]:
-        image, settings = open_image(source), self.image
-        height, width = image_size(image.height, image.width, settings)
+    def _process_image(self, asked: ImageSource | ImageItem) -> tuple[torch.Tensor, list[int]]:
+        item = asked if isinstance(asked, ImageItem) else ImageItem(asked)
+        image, settings = open_image(item.source), self.image
+        height, width = _size_given(item, settings) or image_size(
+            image.height, image.width, _within(settings, item.min_pixels, item.max_pixels)
+        )
         pixels = np.asarray(image.resize((width, height), Image.Resampling(settings.resample)))
         return _patchify(np.repeat(pixels[None], settings.temporal_patch_size, axis=0), settings)
 
-    def _process_video(self, source: VideoSource) -> tuple[torch.Tensor, list[int], list[float]]:
-        video, settings = open_video(source), self.video
-        indices = _frames_to_use(video, settings)
+    def _process_video(self, asked: VideoSource | VideoItem) -> tuple[torch.Tensor, list[int], list[float]]:
+        item = asked if isinstance(asked, VideoItem) else VideoItem(asked)
+        video, settings, indices = _frames_asked(item, self.video)
         pixels, size = [], None
         for i, frame in enumerate(video.decode(indices)):
             if size is None:
                 size = frame.size
                 # A single frame counts as a whole temporal patch, where transformers stops.
                 count = max(len(indices), settings.temporal_patch_size)
-                height, width = video_size(count, frame.height, frame.width, settings)
+                height, width = _video_size_asked(item, count, frame.size, settings)
             elif frame.size != size:
                 raise ValueError(
                     f"frame {i} is {show_size(frame.size)} pixels, frame 0 is {show_size(size)}; make them one size"
@@ -207,34 +217,6 @@ class VisionProcessor:
             pattern.sub(lambda match: next(image_texts if match[0] == IMAGE_TOKEN else video_texts), text)
             for text in texts
         ]
-
-
-def media_of(messages: Iterable[Mapping[str, Any]]) -> tuple[list[ImageSource], list[VideoSource]]:
-    """The images and the videos of a chat, in order.
-
-    Content items are {"type": "image", "image": source} and {"type": "video", "video": source, "fps": rate of a list}.
-
-    Raises:
-        ValueError: an item has no source.
-    """
-    images: list[ImageSource] = []
-    videos: list[VideoSource] = []
-    for message in messages:
-        content = message["content"]
-        for item in [] if isinstance(content, str) else content:
-            kind = item.get("type")
-            if kind not in ("image", "video"):
-                continue
-            source = next((item[key] for key in (kind, "path", "url") if item.get(key) is not None), None)
-            if source is None:
-                raise ValueError(f"a content item of type {kind!r} has no {kind!r}; give a path, an image or frames")
-            if kind == "image":
-                images.append(source)
-            elif "fps" in item and not isinstance(source, str | os.PathLike | Video):
-                videos.append(Video(source, item["fps"]))
-            else:
-                videos.append(source)
-    return images, videos
 
 
 def image_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
@@ -286,12 +268,76 @@ def sampled_indices(total: int, source_fps: float, settings: VideoSettings) -> l
     return [int(i) for i in np.linspace(0, total - 1, count).round()]
 
 
-def _frames_to_use(video: OpenVideo, settings: VideoSettings) -> list[int]:
-    if not video.is_sampled:
-        return sampled_indices(video.count, video.fps, settings)
-    if video.count > settings.max_frames:
+_Settings = TypeVar("_Settings", bound=ImageSettings)
+
+
+def _frames_asked(item: VideoItem, settings: VideoSettings) -> tuple[OpenVideo, VideoSettings, list[int]]:
+    """A video at the rate that its item gives, its settings, and the numbers of the frames to use."""
+    video = open_video(item.source)
+    if item.fps is not None and video.is_sampled:
+        video = replace(video, fps=float(item.fps))
+    elif item.fps is not None:
+        if item.nframes is not None:
+            raise ValueError(f"fps={item.fps} and nframes={item.nframes} both say how many frames to take; give one")
+        settings = replace(settings, fps=item.fps)
+    most = item.max_frames or max(settings.max_frames, item.min_frames or 0)
+    settings = replace(settings, min_frames=min(item.min_frames or settings.min_frames, most), max_frames=most)
+    if item.nframes is not None:
+        temporal = settings.temporal_patch_size
+        count = round(item.nframes / temporal) * temporal  # as qwen-vl-utils
+        if not temporal <= count <= min(video.count, settings.max_frames):
+            raise ValueError(
+                f"nframes={item.nframes} is not in {temporal}..{min(video.count, settings.max_frames)}, the frames "
+                "that there are and max_frames"
+            )
+        indices = [int(i) for i in np.linspace(0, video.count - 1, count).round()]
+    elif not video.is_sampled:
+        indices = sampled_indices(video.count, video.fps, settings)
+    elif video.count > settings.max_frames:
         raise ValueError(f"{video.count} frames exceed max_frames={settings.max_frames}; sample fewer a second")
-    return list(range(video.count))
+    else:
+        indices = list(range(video.count))
+    return video, settings, indices
+
+
+def _within(settings: _Settings, least: int | None, most: int | None) -> _Settings:
+    """The settings with the pixel limits that an item gives; one that it does not give makes way."""
+    return replace(
+        settings,
+        min_pixels=least or min(settings.min_pixels, most or settings.min_pixels),
+        max_pixels=most or max(settings.max_pixels, least or settings.max_pixels),
+    )
+
+
+def _size_given(item: ImageItem, settings: ImageSettings) -> tuple[int, int] | None:
+    """Height and width that an item gives, as qwen-vl-utils rounds them; None where it gives none."""
+    if item.resized_height is None or item.resized_width is None:
+        return None
+    least, most = (tokens * settings.factor**2 for tokens in RESIZED_TOKENS)
+    return _fit(1, item.resized_height, item.resized_width, _within(settings, least, most), rounded=1)
+
+
+def _video_size_asked(item: VideoItem, frames: int, size: tuple[int, int], settings: VideoSettings) -> tuple[int, int]:
+    """Height and width to resize frames of `size` (width, height) to."""
+    temporal = settings.temporal_patch_size
+    rounded = round(frames / temporal) * temporal
+    if (given := _size_given(item, settings)) is not None:
+        allowed = max(settings.max_pixels, VideoSettings.max_pixels)
+        if rounded * math.prod(given) > allowed:
+            raise ValueError(
+                f"resized_height={item.resized_height} and resized_width={item.resized_width} of {frames} frames "
+                f"exceed {allowed} pixels together; make them smaller or take fewer frames"
+            )
+        return given
+    least = None if item.min_pixels is None else rounded * item.min_pixels
+    limits = [
+        settings.max_pixels,
+        *([] if item.max_pixels is None else [rounded * item.max_pixels]),
+        *([] if item.total_pixels is None else [temporal * item.total_pixels]),  # a token covers `temporal` frames
+    ]
+    if least is not None and least > min(limits):
+        raise ValueError(f"min_pixels={item.min_pixels} of {frames} frames exceeds {min(limits)} pixels together")
+    return video_size(frames, size[1], size[0], _within(settings, least, min(limits)))
 
 
 def timestamps_of(indices: Sequence[int], fps: float, temporal_patch_size: int) -> list[float]:
@@ -329,8 +375,9 @@ def _resize_like_torchvision(
     return np.asarray(resized[0].permute(1, 2, 0))
 
 
-def _place(source: Any) -> str:
-    return f" ({os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
+def _place(asked: Any) -> str:
+    source = asked.source if isinstance(asked, ImageItem) else asked
+    return f" ({shorten(os.fspath(source))})" if isinstance(source, str | os.PathLike) else ""
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,39 +9,58 @@ checkpoint (the decoder in `text_rules`, the vision encoder in `vision_rules`) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import takewhile
 
 import torch
 
-from .checkpoint import CheckpointReader, TensorSpec
+from ..json_files import first_three, one_line
+from .checkpoint import INDEX_FILE, CheckpointReader, TensorSpec
+from .foreign import QUANTISED, foreign_form, maker_beside
+
+logger = logging.getLogger(__name__)
 
 Build = Callable[..., torch.Tensor]
 Shape = tuple[int, ...]
 
 _READABLE = (torch.bfloat16, torch.float16, torch.float32)
+_WRAPPERS = {
+    "_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model"
+}  # fmt: skip
+"""Parts of names that torch.compile, data-parallel training, FSDP, activation checkpointing and PEFT add."""
+
+_MODELS = {"model", "language_model"}
 
 
 class ConversionError(ValueError):
-    """A checkpoint whose tensors are not those of the configuration; lists every difference."""
+    """A checkpoint whose tensors are not those of the configuration; of each kind of difference, the first three."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
+        self.problems = [*map(one_line, problems)]
         super().__init__(
             "the checkpoint does not fit its configuration:\n"
-            + "\n".join(f"  - {line}" for line in problems)
+            + "\n".join(f"  - {line}" for line in self.problems)
             + "\n  check that config.json and the weights are of the same checkpoint"
         )
 
 
 @dataclass
 class Tally:
-    count: int = 0
+    """How many tensors, of how many bytes, and the names of all."""
+
+    names: list[str] = field(default_factory=list)
     nbytes: int = 0
 
-    def add(self, spec: TensorSpec) -> None:
-        self.count += 1
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+    def add(self, name: str, spec: TensorSpec) -> None:
+        self.names.append(name)
         self.nbytes += spec.nbytes
 
     def __str__(self) -> str:
@@ -53,7 +72,16 @@ class Skipped(Enum):
 
     VISION = "vision"
     MTP = "MTP"
-    TIED = "lm_head tied to the embedding"
+    LAYER = "layers beyond num_hidden_layers"
+    BUFFER = "saved buffers"
+    HEAD = "heads of other tasks"
+
+
+BUFFERS = {
+    r"(.+\.)?rotary(_pos)?_emb\..+": Skipped.BUFFER,
+    r"(.+\.)?((original_)?inv_freq|(cos|sin)_cached|masked_bias|position_ids|_extra_state)": Skipped.BUFFER,
+}
+"""Names of tensors that follow from the configuration, or that training kept for itself; for `RuleSet.skipped`."""
 
 
 @dataclass
@@ -62,10 +90,20 @@ class ConversionReport:
 
     consumed: Tally = field(default_factory=Tally)
     skipped: dict[Skipped, Tally] = field(default_factory=lambda: {reason: Tally() for reason in Skipped})
+    listed_only: list[str] = field(default_factory=list)
+    """Names that the checkpoint's index has and its files have not, and that nothing is built from."""
 
     def __str__(self) -> str:
-        skipped = ", ".join(f"{reason.value} {tally}" for reason, tally in self.skipped.items())
-        return f"converted {self.consumed}; skipped: {skipped}"
+        skipped = [f"{reason.value} {tally}" for reason, tally in self.skipped.items() if tally.count]
+        skipped += [f"in {INDEX_FILE} only {len(self.listed_only)} tensors"] if self.listed_only else []
+        return f"converted {self.consumed}; skipped: {', '.join(skipped) or 'none'}"
+
+    def unusual(self) -> list[str]:
+        """A line for each kind of skipped tensor that published checkpoints have not."""
+        kinds = {reason.value: tally.names for reason, tally in self.skipped.items()}
+        del kinds[Skipped.VISION.value], kinds[Skipped.MTP.value]
+        kinds[f"tensors that {INDEX_FILE} lists and no file has"] = self.listed_only
+        return [f"skipped {kind}: {first_three(names)}" for kind, names in kinds.items() if names]
 
 
 def unchanged(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,22 +133,20 @@ class RuleSet:
 
     Args:
         rules: their sources have names without prefix. No source is in two rules, no target is filled by two.
-        prefixes: what the checkpoint may put before a source's name, tried in this order. The first that fits is cut
-            off. A tensor that starts with none of them is of another part and is ignored. The last is shown before
-            the name of a missing tensor.
-        skipped: starts of names, after the prefix, of tensors that other rule sets read; these are only counted.
-        tied: tensors that need not be there because they repeat a source: name -> the source's name. One that is there
-            must have the source's shape, and is not read.
+        prefixes: what the checkpoint may put before a source's name, after `unwrapped`, tried in this order. The first
+            that fits is cut off. A tensor that starts with none of them is of another part and is ignored. The last is
+            shown before the name of a missing tensor.
+        skipped: patterns of names, after the prefix, of tensors that are only counted: pattern of the start -> why.
     """
 
     rules: Sequence[Rule]
     prefixes: tuple[str, ...]
     skipped: Mapping[str, Skipped] = field(default_factory=dict)
-    tied: Mapping[str, str] = field(default_factory=dict)
 
     def plain_name(self, name: str) -> str | None:
-        """`name` without its prefix, or None where it is of another part of the checkpoint."""
-        return next((name.removeprefix(prefix) for prefix in self.prefixes if name.startswith(prefix)), None)
+        """`name` without wrappers and prefix, or None where it is of another part of the checkpoint."""
+        bare = unwrapped(name)
+        return next((bare.removeprefix(prefix) for prefix in self.prefixes if bare.startswith(prefix)), None)
 
     def match(self, source: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], ConversionReport]:
         """Find the checkpoint's tensor for every source of the rules, without reading any.
@@ -120,45 +156,85 @@ class RuleSet:
             report: the account of all tensors of the checkpoint that are not ignored.
 
         Raises:
-            ConversionError: tensors that are missing, unexpected, mis-shaped, quantised or there twice. All are listed.
+            ConversionError: tensors that are missing, unexpected, mis-shaped, quantised or there twice. A checkpoint in
+                a form that is not read at all has one line; else every kind is listed, with its first three tensors.
         """
         expected: dict[str, Shape] = {}
         for rule in self.rules:
             assert expected.keys().isdisjoint(rule.sources), f"two rules read {rule.sources.keys()}"
             expected |= rule.sources
         names: dict[str, str] = {}
-        report, problems = ConversionReport(), []
+        report = ConversionReport()
+        kinds = ("unexpected", "there twice", "of another shape", "of such a dtype", "missing")
+        problems: dict[str, list[str]] = {kind: [] for kind in kinds}
+        unexpected: list[str] = []
         for name in source:
             plain = self.plain_name(name)
             if plain is None:
                 continue
-            spec = _spec(source, name)
-            reason = next((reason for start, reason in self.skipped.items() if plain.startswith(start)), None)
-            if reason is not None:
-                report.skipped[reason].add(spec)
-                continue
-            shape = expected.get(self.tied.get(plain, plain))
+            spec, shape = _spec(source, name), expected.get(plain)
             if shape is None:
-                problems.append(f"{name} is unexpected, shape {list(spec.shape)}")
-            elif plain in names:
-                problems.append(f"{name} and {names[plain]} are the same tensor, keep one")
+                reason = next((reason for start, reason in self.skipped.items() if re.match(start, plain)), None)
+                if reason is not None:
+                    report.skipped[reason].add(name, spec)
+                else:
+                    unexpected.append(name)
+                    problems["unexpected"].append(f"{name} is unexpected, shape {list(spec.shape)}")
+                continue
+            if plain in names:
+                problems["there twice"].append(f"{name} and {names[plain]} are the same tensor, keep one")
             elif spec.shape != shape:
-                problems.append(f"{name} has shape {list(spec.shape)}, expected {list(shape)}")
+                problems["of another shape"].append(f"{name} has shape {list(spec.shape)}, expected {list(shape)}")
             elif spec.dtype not in _READABLE:
-                problems.append(
+                problems["of such a dtype"].append(
                     f"{name} is {spec.dtype}, not bfloat16, float16 or float32; use the unquantised checkpoint"
                 )
             else:
-                (report.skipped[Skipped.TIED] if plain in self.tied else report.consumed).add(spec)
+                report.consumed.add(name, spec)
             names.setdefault(plain, name)
-        problems += [
-            f"{self.prefixes[-1]}{name} is missing, shape {list(shape)}"
-            for name, shape in expected.items()
-            if name not in names
-        ]
-        if problems:
-            raise ConversionError(problems)
+        reader = source if isinstance(source, CheckpointReader) else None
+        listed = {self.plain_name(name): name for name in reader.listed_only} if reader else {}
+        missing = [name for name in expected if name not in names]
+        for name in missing:
+            line = f"{self.prefixes[-1]}{name} is missing, shape {list(expected[name])}"
+            if reader and name in listed:
+                file = reader.listed_only[listed[name]]
+                line += f": {INDEX_FILE} puts it in {file}, which lacks it; download both again"
+            problems["missing"].append(line)
+        report.listed_only = [name for plain, name in listed.items() if plain is not None and plain not in expected]
+        if any(problems.values()):
+            directory = reader.directory if reader else None
+            whole = foreign_form(unexpected, directory) or _unknown_prefix(missing, source)
+            lines = [whole] if whole else [line for kind in problems.items() for line in _summed_up(*kind)]
+            if not whole and (maker := maker_beside(directory)):
+                lines.append(f"a file beside the weights says that they are quantised with {maker}; {QUANTISED}")
+            raise ConversionError(lines)
         return names, report
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers around the model add to it, and with at most one "model." in front."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    models = len(list(takewhile(_MODELS.__contains__, parts)))
+    return ".".join(["model"] * (models > 0) + parts[models:])
+
+
+def _summed_up(kind: str, lines: list[str]) -> list[str]:
+    """The first three lines, and how many more there are."""
+    more = len(lines) - 3
+    rest = f"{more} more tensor{' is' if more == 1 else 's are'} {kind}"
+    return lines[:3] + [rest] * (more > 0)
+
+
+def _unknown_prefix(missing: Collection[str], names: Collection[str]) -> str | None:
+    """The problem of a checkpoint that puts a prefix nobody knows before the names of all missing tensors."""
+    for sample in missing:
+        for name in names:
+            prefix = name.removesuffix(sample)
+            if name.endswith("." + sample) and all(prefix + other in names for other in missing):
+                return f"the names of {len(missing)} tensors start with {prefix!r} ({name}); save them without it"
+        return None
+    return None
 
 
 class LazyStateDict(MutableMapping[str, torch.Tensor]):
@@ -231,6 +307,9 @@ def convert(source: Mapping[str, torch.Tensor], rule_set: RuleSet, progress: boo
         ConversionError: as `RuleSet.match`.
     """
     names, report = rule_set.match(source)
+    logger.info("%s", report)
+    for line in report.unusual():
+        logger.warning("%s", line)
     items: dict[str, torch.Tensor | Callable[[], torch.Tensor]] = {}
     for rule in rule_set.rules:
         loads = [_loader(source, names[name]) for name in rule.sources]

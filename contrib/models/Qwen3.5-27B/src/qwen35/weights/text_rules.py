@@ -12,16 +12,17 @@ Letters: D hidden, H value heads, Hk key heads, R ranks, N attention heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from ..configuration_qwen35 import FULL_ATTENTION, Qwen35InferenceConfig
-from .conversion import Build, LazyStateDict, Rule, RuleSet, Skipped, convert, rank_major, unchanged
+from .checkpoint import MTP_NAMES
+from .conversion import BUFFERS, LazyStateDict, Rule, RuleSet, Skipped, convert, rank_major, unchanged, unwrapped
 
-# NxDI strips one leading "model." by itself.
-_PREFIXES = ("model.language_model.", "language_model.", "model.", "")
+_PREFIXES = ("model.", "")
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def convert_checkpoint(
@@ -36,23 +37,41 @@ def convert_checkpoint(
         progress: show a bar in `materialise`.
 
     Raises:
-        ConversionError: tensors that are missing, unexpected, mis-shaped, quantised or there twice. All are listed.
+        ConversionError: as `RuleSet.match`.
     """
-    rule_set = RuleSet(
-        conversion_plan(config),
-        _PREFIXES,
-        skipped={"visual.": Skipped.VISION, "mtp.": Skipped.MTP},
-        tied={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
-    )
-    return convert(source, rule_set, progress)
+    names = {unwrapped(name).removeprefix(_PREFIXES[0]) for name in source}
+    found = [name for name in (_EMBEDDING, _HEAD) if name in names]
+    # As transformers does: a tied checkpoint may have one for both; if it has both, each is used.
+    plan = conversion_plan(config, found if config.tie_word_embeddings and found else None)
+    return convert(source, RuleSet(plan, _PREFIXES, _skipped(config.num_hidden_layers)), progress)
 
 
-def conversion_plan(config: Qwen35InferenceConfig) -> list[Rule]:
-    """How each tensor of this package's modules is built, from the configuration alone.
+def _skipped(layers: int) -> dict[str, Skipped]:
+    """Patterns of the tensors that the decoder does without; transformers loads checkpoints that have them too."""
+    own = "|".join(map(str, range(layers)))
+    return {
+        r"visual\.": Skipped.VISION,
+        MTP_NAMES: Skipped.MTP,
+        rf"layers\.(?!({own})\.)\d+\.": Skipped.LAYER,  # some publishers put MTP there
+        **BUFFERS,
+        r"(v_head|value_head|reward_head|score|classifier|qa_outputs)\.": Skipped.HEAD,
+    }
+
+
+def conversion_plan(config: Qwen35InferenceConfig, vocabulary: Sequence[str] | None = None) -> list[Rule]:
+    """How each tensor of this package's modules is built, before any checkpoint is seen.
 
     Source names are without prefix. Target names are the modules' own, before NxDI's preshard hooks rename some.
+
+    Args:
+        config: sizes of the decoder.
+        vocabulary: which there are of the embedding and the head; one alone fills both. By default the embedding, and
+            the head unless the configuration ties it.
     """
-    rules = [*_vocabulary_rules(config), _norm_rule("norm.weight", config.hidden_size), _rank_rule(config, "")]
+    if vocabulary is None:
+        vocabulary = [_EMBEDDING] if config.tie_word_embeddings else [_EMBEDDING, _HEAD]
+    rules = [*_vocabulary_rules(config, vocabulary)]
+    rules += [_norm_rule("norm.weight", config.hidden_size), _rank_rule(config, "")]
     for i, kind in enumerate(config.layer_types):
         layer = f"layers.{i}."
         rules += [
@@ -67,14 +86,13 @@ def conversion_plan(config: Qwen35InferenceConfig) -> list[Rule]:
     return rules
 
 
-def _vocabulary_rules(c: Qwen35InferenceConfig) -> Iterator[Rule]:
+def _vocabulary_rules(c: Qwen35InferenceConfig, names: Sequence[str]) -> Iterator[Rule]:
     shape, dtype = (c.vocab_size, c.hidden_size), c.neuron_config.torch_dtype
-    if c.tie_word_embeddings:
-        targets: dict[str, Build] = {"embed_tokens.weight": unchanged, "lm_head.weight": unchanged}
-        yield Rule({"embed_tokens.weight": shape}, targets, dtype)
+    if len(names) == 1:
+        yield Rule({names[0]: shape}, {_EMBEDDING: unchanged, _HEAD: unchanged}, dtype)
     else:
-        yield Rule.of_one("embed_tokens.weight", shape, dtype)
-        yield Rule.of_one("lm_head.weight", shape, dtype)
+        yield Rule.of_one(_EMBEDDING, shape, dtype)
+        yield Rule.of_one(_HEAD, shape, dtype)
 
 
 def _norm_rule(name: str, size: int, target: str | None = None) -> Rule:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from ..configuration_qwen35_vl import Qwen35VisionConfig
-from .conversion import Build, ConversionError, LazyStateDict, Rule, RuleSet, convert, rank_major
+from .conversion import BUFFERS, Build, ConversionError, LazyStateDict, Rule, RuleSet, convert, rank_major
 
 _PREFIXES = ("model.visual.", "visual.")
 
@@ -79,9 +79,9 @@ def convert_vision_checkpoint(
         qkv: `adjacent_pairs` or `qkv_by_rank`, bound to the configuration.
 
     Raises:
-        ConversionError: vision tensors that are missing, unexpected, mis-shaped, quantised or there twice, all listed.
+        ConversionError: as `RuleSet.match`.
     """
-    rule_set = RuleSet(vision_plan(config, dtype, qkv), _PREFIXES)
+    rule_set = RuleSet(vision_plan(config, dtype, qkv), _PREFIXES, BUFFERS)
     if all(rule_set.plain_name(name) is None for name in source):
         raise ConversionError([f"no tensor starts with {' or '.join(_PREFIXES)}; use a vision-language checkpoint"])
     return convert(source, rule_set)

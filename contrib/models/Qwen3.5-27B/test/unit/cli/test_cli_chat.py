@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +32,54 @@ def test_chat_answers_line_by_line_and_restores_what_was_said(
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 8 and answers[0] == "Rome." and "Paris" in answers[1]
     assert restored[0] == 0 and restored[-1] >= 128
+
+
+def run(lines: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "qwen35.cli", "chat", *options]
+    return subprocess.run(command, input=lines, capture_output=True, check=True)
+
+
+def test_chat_goes_on_after_a_question_that_cannot_be_asked() -> None:
+    too_long, broken = b"What is the capital of Italy? " * 40, b"caf\xe9"
+    question = b"What is the capital of Italy?"
+    done = run(b"\n".join((question, too_long, broken, b"", question)), "--seq-len", "256")
+    assert done.stdout.split() == [b"Rome.", b"Rome."]
+    errors = done.stderr.decode().splitlines()
+    assert len(errors) == 2 and all(error.startswith("qwen35: this question is left out: ") for error in errors)
+    assert "exceed seq_len=256" in errors[0] and "lone surrogate" in errors[1]
+
+
+def test_chat_takes_a_system_message_tools_thinking_and_stop_strings(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('[{"type": "function", "function": {"name": "weather"}}]')
+    options = ["--system", "Be brief.", "--tools", str(tmp_path / "tools.json"), "--no-think", "--stop", "me."]
+    plain = run(b"What is the capital of Italy?\n", "--max-new-tokens", "4").stdout
+    assert plain.strip() == b"Rome."
+    assert run(b"What is the capital of Italy?\n", "--stop", "me.").stdout.strip() == b"Ro"
+    assert run(b"What is the capital of Italy?\n", *options, "--max-new-tokens", "4").stdout.strip()
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_program() -> None:
+    command = [sys.executable, "-u", "-m", "qwen35.cli", "chat", "--max-new-tokens", "1900", "--seq-len", "2048"]
+    command += ["--temperature", "50", "--seed", "1"]  # noise, which does not end by itself for long
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
+        assert chat.stdin is not None and chat.stdout is not None and chat.stderr is not None
+        for _ in range(2):
+            chat.stdin.write(b"Talk.\n")
+            chat.stdin.flush()
+            assert chat.stdout.read(1)  # the answer has begun
+            chat.send_signal(signal.SIGINT)
+            while b"\n" not in chat.stdout.read1():
+                pass
+        chat.stdin.close()
+        assert chat.wait(60) == 0 and chat.stderr.read() == b""
+
+
+def test_ctrl_c_at_the_prompt_ends_the_program() -> None:
+    command = [sys.executable, "-u", "-m", "qwen35.cli", "chat", "--max-new-tokens", "4"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
+        assert chat.stdin is not None and chat.stdout is not None and chat.stderr is not None
+        chat.stdin.write(b"What is the capital of Italy?\n")
+        chat.stdin.flush()
+        assert chat.stdout.readline() == b"Rome.\n"
+        chat.send_signal(signal.SIGINT)
+        assert chat.wait(60) == 0 and chat.stderr.read() == b""

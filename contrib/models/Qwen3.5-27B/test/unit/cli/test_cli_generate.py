@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import qwen35.serving.prompts
 from mini_images import Picture, Question, held_out_clips, held_out_images
 from qwen35.cli import main
+from qwen35.serving.loading import MINI_CHECKPOINT
 
 PROMPT = "The capital of France is"
 
@@ -24,6 +27,45 @@ def test_generate_streams_the_prompt_and_its_continuation(capsys: pytest.Capture
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{PROMPT} Paris")
     assert "TTFT" in captured.err and "TPOT" in captured.err
+
+
+def test_generate_takes_what_a_chat_template_takes(
+    tmp_path: Path, run_json: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[str] = []
+    encode = qwen35.serving.prompts.encode
+    monkeypatch.setattr(
+        qwen35.serving.prompts, "encode", lambda tokenizer, texts: prompts.extend(texts) or encode(tokenizer, texts)
+    )
+    (tmp_path / "tools.json").write_text('[{"name": "weather"}]')
+    image = str(tmp_path / "a.png")
+    held_out_images(1)[0][0].frames[0].save(image)
+    for media in ([], ["--image", image]):
+        for think in ([], ["--think"], ["--no-think"]):
+            options = ["--system", "Be brief.", "--tools", str(tmp_path / "tools.json"), *think, *media]
+            run_json("generate", "Weather?", *options, "--max-new-tokens", "1")
+            text = prompts.pop()
+            assert '<tools>\n{"name": "weather"}\n</tools>' in text and "Be brief.<|im_end|>" in text
+            assert text.endswith("<think>\n" if think == ["--think"] else "<think>\n\n</think>\n\n")
+
+
+def test_generate_ends_before_a_stop_string(
+    run_json: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = ("--stop", "never", "--stop", "ris", "--max-new-tokens", "8")
+    assert run_json("generate", PROMPT, *stop)["generations"][0]["text"] == " Pa"
+    assert main(["generate", PROMPT, *stop]) == 0
+    assert capsys.readouterr().out == f"{PROMPT} Pa\n"
+
+
+def test_generate_and_chat_take_a_dtype(
+    run_json: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--dtype", "bfloat16", "--max-new-tokens", "4")
+    assert "Paris" in run_json("generate", PROMPT, *options)["generations"][0]["text"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?"))
+    assert main(["chat", *options]) == 0
+    assert "Paris" in capsys.readouterr().out
 
 
 def test_generate_in_chat_form(run_json: Callable[..., dict[str, Any]]) -> None:
@@ -39,7 +81,7 @@ def saved(picture: Picture, path: Path) -> list[str]:
     path.mkdir()
     for number, frame in enumerate(picture.frames):
         frame.save(path / f"{number:03d}.png")
-    return ["--video", str(path)]
+    return ["--video", str(path), "--video-fps", str(picture.fps)]
 
 
 @pytest.mark.parametrize("asked", [held_out_images(9), held_out_clips(9)], ids=["images", "videos"])
@@ -77,6 +119,28 @@ def test_top_k_1_is_greedy_at_any_temperature(run_json: Callable[..., dict[str, 
     assert greedy["generations"] == sampled["generations"]
 
 
+def test_continuations_and_log_probabilities_are_in_the_json(run_json: Callable[..., dict[str, Any]]) -> None:
+    options = ("--temperature", "3", "--seed", "1", "-n", "2", "--logprobs", "3", "--max-new-tokens", "5")
+    generations = run_json("generate", PROMPT, "--batch", "3 + 4 =", *options)["generations"]
+    assert [generation["prompt"] for generation in generations] == [PROMPT, PROMPT, "3 + 4 =", "3 + 4 ="]
+    for generation in generations:
+        assert len(generation["logprobs"]) == len(generation["tokens"])
+        for step in generation["logprobs"]:
+            assert step["chosen"] <= step["top"][0][1] and len(step["top"]) == 3
+    assert generations[0]["tokens"] != generations[1]["tokens"]
+
+
+def test_penalties_and_min_p_change_the_answer(run_json: Callable[..., dict[str, Any]]) -> None:
+    def tokens(*options: str) -> list[int]:
+        found: list[int] = run_json("generate", "3", "--max-new-tokens", "40", *options)["generations"][0]["tokens"]
+        return found
+
+    plain, hot = tokens(), ("--temperature", "3", "--seed", "2")
+    changed = [tokens(*hot, f"--{name}-penalty", "2") for name in ("presence", "frequency", "repetition")]
+    assert tokens(*hot) not in changed
+    assert tokens(*hot, "--min-p", "1") == plain == tokens("--sampling", "checkpoint")
+
+
 @pytest.mark.parametrize("tp_degree", [2, 4])
 def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> None:
     # A process of its own, since the ranks are children of the command.
@@ -96,7 +160,27 @@ def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> Non
         (["generate", ""], ["empty"]),
         (["generate", "x", "--temperature", "-1"], ["temperature=-1"]),
         (["generate", "x", "--top-p", "0"], ["top_p=0"]),
+        (["generate", "x", "--temperature", "nan"], ["temperature=nan: must be 0 (greedy) or positive"]),
+        (
+            ["generate", "x", "--min-p", "2", "--presence-penalty", "3"],
+            ["min_p=2.0", "presence_penalty=3.0", "[-2, 2]"],
+        ),
+        (["generate", "x", "--seed", str(2**64)], [f"seed={2**64}"]),
+        (["generate", "x", "-n", "2"], ["n=2 with temperature=0.0", "set a temperature"]),
+        (["generate", "x", "--logprobs", "2"], ["--logprobs 2 without --json", "add --json"]),
         (["generate", "x", "--tp", "2", "--dtype", "bfloat16"], ["bfloat16", "float32"]),
+        (["generate", "x", "--revision", "v1"], ["--revision v1", "leave it out"]),
+        (["generate", "x", "--tools", "/nowhere.json"], ["/nowhere.json"]),
+        (
+            ["generate", "x", "--tools", str(MINI_CHECKPOINT / "config.json")],
+            ["--tools", "tools is a dict: give a list"],
+        ),
+        (["generate", "x", "--stop", ""], ["stop has ''"]),
+        (["generate", "x", "--video-fps", "2"], ["--video-fps 2.0 without --video"]),
+        (["generate", "x", "--video", "x.gif", "--video-fps", "0"], ["fps=0.0 must be a positive number"]),
+        (["generate", "x", "--image", "data:image/png;base64," + "A" * 9999], ["image 0 (data:image/png;base64,..."]),
+        (["generate", "x", "--image", "http://example.org/a.png"], ["http: addresses are not fetched; download it"]),
+        (["generate", "caf\udce9"], ["lone surrogate"]),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(
@@ -104,6 +188,6 @@ def test_errors_name_the_value_and_the_remedy(
 ) -> None:
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert message.startswith("qwen35: error:")
+    assert message.startswith("qwen35: error:") and len(message) < 1000
     for word in words:
         assert word in message

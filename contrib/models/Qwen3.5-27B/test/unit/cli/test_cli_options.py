@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from qwen35 import SamplingOptions
 from qwen35.cli import main
-from qwen35.cli.options import AnswerOptions, dtype_named, options_from, write_whole
+from qwen35.cli.options import AnswerOptions, add_answer_options, dtype_named, options_from, write_whole
 
 
 @pytest.mark.parametrize(
@@ -36,11 +38,11 @@ def test_options_are_the_arguments_of_their_names_and_cannot_change() -> None:
     class Options(AnswerOptions):
         dtype: torch.dtype
 
-    args = argparse.Namespace(
-        run=main, max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=7, seed=1, dtype=dtype_named("bfloat16")
-    )
-    options = options_from(Options, args)
-    assert options == Options(3, 0.5, 0.9, 7, 1, torch.bfloat16)
+    penalties = dict(presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.1)
+    chosen = dict(max_new_tokens=3, temperature=0.5, top_p=0.9, top_k=7, seed=1, min_p=0.1, **penalties, sampling=None)
+    options = options_from(Options, argparse.Namespace(run=main, **chosen, dtype=dtype_named("bfloat16")))
+    assert options == Options(3, 0.5, 0.9, 7, 1, 0.1, *penalties.values(), None, torch.bfloat16)
+    assert options.sampling_of(Path("no-such-checkpoint")) == SamplingOptions(0.5, 0.9, 7, 1, 0.1, 1.1, 1.5, 0.5)
     with pytest.raises(AttributeError):
         options.seed = 2  # type: ignore[misc]
 
@@ -61,3 +63,19 @@ def test_a_directory_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_text() == "whole"
     with pytest.raises(FileExistsError, match="exists already"):
         write_whole(tmp_path / "out", write)
+
+
+def test_sampling_of_the_checkpoint_fills_in_what_is_not_given(tmp_path: Path) -> None:
+    fields = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    parser = argparse.ArgumentParser()
+    add_answer_options(parser)
+
+    def sampling(*arguments: str) -> SamplingOptions:
+        return options_from(AnswerOptions, parser.parse_args(arguments)).sampling_of(tmp_path)
+
+    assert sampling() == SamplingOptions()
+    of_checkpoint = SamplingOptions(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05)
+    assert sampling("--sampling", "checkpoint") == of_checkpoint
+    given = sampling("--sampling", "checkpoint", "--temperature", "0", "--min-p", "0.1", "--seed", "3")
+    assert given == replace(of_checkpoint, temperature=0.0, min_p=0.1, seed=3)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nki_emulator import NkiValidationError, emulate
+from nki_emulator import NkiValidationError, costs, emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
 
@@ -34,6 +34,30 @@ def double_read() -> None:
     nisa.nc_matmul(p, t, t)
     nisa.tensor_copy(t, p)
     nisa.nc_matmul(p, t, t)
+
+
+def filled(value: float) -> Any:
+    t = nl.ndarray((4, 4), nl.float32)
+    nisa.memset(t, value)
+    return t
+
+
+def accumulate_onto_a_part() -> None:
+    p, t = ps(4, 4), sb(4, 4)
+    nisa.nc_matmul(p[:, 0:2], t, t[:, 0:2])
+    nisa.nc_matmul(p, t, t, accumulate=True)
+
+
+def accumulate_onto_zeros() -> None:
+    p, t = ps(4, 4), sb(4, 4)
+    nisa.memset(p, 0.0)
+    nisa.nc_matmul(p, t, t, accumulate=True)
+
+
+def spread(*counts: int) -> Any:
+    """A tile whose free dimensions do not follow each other: every second element of each."""
+    t = nl.ndarray((4, *(2 * n for n in counts)), nl.float32)
+    return t[(slice(None), *(slice(None, None, 2) for _ in counts))]
 
 
 FP8 = "float8_e4m3"
@@ -127,6 +151,20 @@ RULES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nisa.nc_matmul(ps(4, 4), sb(4, 4), sb(4, 4), is_transpose=True),
         r"each column selects one row",
     ),
+    "stationary is ones and zeros": (
+        lambda: nisa.nc_matmul(ps(4, 4), filled(2.0), filled(1.0), is_stationary_onezero=True),
+        r"is_stationary_onezero=True, and stationary holds 2 at \(0, 0\); such a tile holds ones and zeros only",
+    ),
+    "moving is ones and zeros": (
+        lambda: nisa.nc_matmul(ps(4, 4), filled(1.0), filled(float("nan")), is_moving_onezero=True),
+        r"is_moving_onezero=True, and moving holds nan at \(0, 0\)",
+    ),
+    "accumulate onto nothing": (
+        lambda: nisa.nc_matmul(ps(4, 4), sb(4, 4), sb(4, 4), accumulate=True),
+        r"accumulate=True on dst .* of which no matmul wrote 16 elements; start the group with accumulate=False",
+    ),
+    "accumulate onto a part": (accumulate_onto_a_part, r"of which no matmul wrote 8 elements"),
+    "accumulate onto what an engine wrote": (accumulate_onto_zeros, r"of which no matmul wrote 16 elements"),
     "accumulate after a read": (double_read, r"already read; say accumulate=True .* or accumulate=False"),
     "transpose size": (lambda: nisa.nc_transpose(ps(4, 129), sb(128, 4)), r"nc_transpose: dst is \[4, 129\]"),
     "vector transpose size": (
@@ -186,6 +224,22 @@ RULES: dict[str, tuple[Callable[[], Any], str]] = {
     "pattern dimensions": (
         lambda: nisa.memset(sb(1, 2, 4, 4, 4, 4, 4)[:, :, ::2, ::2, ::2, ::2, ::2], 0.0),
         r"dst has 5 free dimensions that are not contiguous; an access pattern has up to four",
+    ),
+    "four dimensions of a copy": (
+        lambda: nisa.tensor_copy(spread(2, 2, 2, 2), sb(4, 2, 2, 2, 2)),
+        r"tensor_copy: dst has 4 free dimensions .*up to four, of which most instructions take 3",
+    ),
+    "four dimensions of an operand": (
+        lambda: nisa.tensor_tensor(sb(4, 16), sb(4, 16), spread(2, 2, 2, 2), nl.add),
+        r"tensor_tensor: data2 has 4 free dimensions",
+    ),
+    "four dimensions of a moving tile": (
+        lambda: nisa.nc_matmul(ps(4, 16), sb(4, 4), spread(2, 2, 2, 2)),
+        r"nc_matmul: moving has 4 free dimensions",
+    ),
+    "five dimensions of a pattern": (
+        lambda: nisa.iota(spread(2, 2, 2, 2, 2), [[1, 32]]),
+        r"iota: dst has 5 free dimensions .*up to four",
     ),
     "engine of a call": (
         lambda: nisa.tensor_tensor(sb(4, 4), sb(4, 4), sb(4, 4), nl.add, engine=nisa.engine.scalar),
@@ -275,7 +329,10 @@ RULES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nl.ndarray((4, 4), nl.float32, buffer=nl.psum, address=(0, 100)),
         r"multiple of the bank size 2048",
     ),
-    "sbuf address": (lambda: nl.ndarray((4, 4), nl.float32, address=(0, 196600)), r"128 partitions of 196608 bytes"),
+    "sbuf address": (
+        lambda: nl.ndarray((4, 4), nl.float32, address=(0, int(costs.SBUF_PARTITION_BYTES) - 8)),
+        rf"128 partitions of {int(costs.SBUF_PARTITION_BYTES)} bytes",
+    ),
     "static bounds": (lambda: nl.affine_range(nisa.register_alloc(3)), r"bounds are compile-time integers"),
     "operand is a tensor": (lambda: nisa.tensor_copy(sb(4, 4), np.zeros((4, 4))), r"src is a ndarray; .*NKI tensor"),
     "output memory": (
@@ -306,3 +363,36 @@ def test_unchecked_runs_go_on() -> None:
         nisa.dma_copy(sb(4, 4), hbm(4, 4), dge_mode=3)
 
     emulate(kernel, strict=False)
+
+
+def test_dimensions_that_follow_each_other_count_as_one() -> None:
+    nested = (4, 2, 2, 2, 2, 2)
+
+    def kernel() -> None:
+        nisa.tensor_copy(sb(*nested), sb(*nested))
+        nisa.tensor_copy(spread(2, 2, 2), sb(4, 8))
+        nisa.iota(spread(2, 2, 2, 2), [[1, 16]])  # a pattern of iota and affine_select has four dimensions
+        nisa.affine_select(spread(2, 2, 2, 2), [[1, 16]], 0, sb(4, 16), 0.0)
+
+    emulate(kernel)
+
+
+def test_a_rescaled_product_may_be_added_to() -> None:
+    def kernel() -> Any:
+        p, t = ps(1, 1), filled(1.0)[0:1, 0:1]
+        nisa.nc_matmul(p, t, t)
+        nisa.tensor_scalar(p, p, nl.multiply, 4.0)
+        nisa.nc_matmul(p, t, t, accumulate=True)
+        out = hbm(1, 1)
+        nisa.tensor_copy(t, p)
+        nisa.dma_copy(dst=out, src=t)
+        return out
+
+    assert float(emulate(kernel).outputs[0, 0]) == 5.0
+
+
+def test_a_tile_of_ones_and_zeros_may_say_so() -> None:
+    def kernel() -> None:
+        nisa.nc_matmul(ps(4, 4), filled(1.0), sb(4, 4), is_stationary_onezero=True, is_moving_onezero=True)
+
+    emulate(kernel)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nki_emulator import emulate
+from nki_emulator import costs, emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
 from nki_emulator.engine import Instruction, Resource
@@ -53,6 +53,8 @@ def test_timeline_invariants(steps: list[tuple[str, int, int]]) -> None:
     core, instructions = report.cores[0], items(report)
     assert core.makespan_ns >= max(use.busy_ns for use in core.engines.values()) - 1e-6
     assert core.makespan_ns <= sum(i.cost_ns for i in instructions) + 1e-6
+    assert max(i.cost_ns for i in instructions) / costs.TENSOR_COLD_FACTOR <= report.latency_bound_ns
+    assert report.latency_bound_ns <= core.makespan_ns + 1e-6
     assert all(use.utilisation <= 1 + 1e-9 for use in core.engines.values())
     slots: dict[int, Instruction] = {}
     readers: dict[int, list[Instruction]] = {}
@@ -93,7 +95,7 @@ def test_independent_engines_overlap_and_one_engine_does_not() -> None:
     def kernel(same: bool) -> None:
         a, b = nl.ndarray((128, 2048), nl.float32), nl.ndarray((128, 2048), nl.float32)
         for i in range(8):
-            nisa.memset(a if i % 2 else b, 0.0, engine=nisa.engine.vector if same or i % 2 else nisa.engine.gpsimd)
+            nisa.memset(a if i % 3 else b, 0.0, engine=nisa.engine.vector if same or i % 3 else nisa.engine.gpsimd)
 
     together = emulate(kernel, True).report.makespan_ns
     apart = emulate(kernel, False).report.makespan_ns
@@ -158,3 +160,51 @@ def test_time_per_instruction_does_not_grow_with_the_program() -> None:
     seconds(200)
     # Processor time, so that a busy machine does not matter. Linear work keeps the ratio near 1, quadratic makes it 16.
     assert seconds(8000) < 5 * min(seconds(500) for _ in range(3))
+
+
+def matmul_durations(pauses: dict[int, int], count: int = 40) -> list[float]:
+    """Times of ``count`` matmuls of 512 columns in a row, the k-th after ``pauses[k]`` memsets that it waits for."""
+
+    def kernel() -> None:
+        w, x = nl.ndarray((128, 128), nl.bfloat16), nl.ndarray((128, 512), nl.bfloat16)
+        nisa.memset(w, 1.0)
+        nisa.memset(x, 1.0)
+        p = nl.ndarray((128, 512), nl.float32, buffer=nl.psum)
+        for k in range(count):
+            for _ in range(pauses.get(k, 0)):
+                nisa.memset(x, 1.0, engine=nisa.engine.vector)
+            nisa.nc_matmul(p, w, x, accumulate=k > 0)
+
+    return [i.occupied_ns for i in items(emulate(kernel).report) if i.call == "nc_matmul"]
+
+
+def test_the_tensor_engine_starts_at_half_speed() -> None:
+    full = 512 / costs.TENSOR_GHZ
+    times = matmul_durations({})
+    slow = [t for t in times if t == pytest.approx(2 * full)]
+    assert times == pytest.approx([2 * full] * len(slow) + [full] * (len(times) - len(slow)))
+    assert costs.TENSOR_WARM_WINDOW_NS <= sum(slow) < costs.TENSOR_WARM_WINDOW_NS + 2 * full
+
+
+@pytest.mark.parametrize(("pause_ns", "cools"), [(1000, False), (2000, True), (5000, True)])
+def test_the_tensor_engine_cools_down_while_it_waits(pause_ns: float, cools: bool) -> None:
+    full, memset = 512 / costs.TENSOR_GHZ, (128 + costs.VECTOR_OVERHEAD_CYCLES) / costs.VECTOR_GHZ
+    times = matmul_durations({30: int(pause_ns / memset)})
+    assert times[29] == pytest.approx(full)
+    assert times[30] == pytest.approx(2 * full if cools else full)
+    assert times[-1] == pytest.approx(full)
+
+
+def test_sub_arrays_side_by_side_warm_up_as_one() -> None:
+    def kernel() -> None:
+        w, x = nl.ndarray((128, 128), nl.bfloat16), nl.ndarray((128, 512), nl.bfloat16)
+        nisa.memset(w, 1.0)
+        nisa.memset(x, 1.0)
+        for _ in range(8):
+            for row in (0, 32, 64, 96):
+                p = nl.ndarray((128, 512), nl.float32, buffer=nl.psum)
+                part = slice(row, row + 32)
+                nisa.nc_matmul(p, w[part], x[part], tile_position=(row, 0), tile_size=(32, 128))
+
+    times = [i.occupied_ns for i in items(emulate(kernel, capacity=False).report) if i.call == "nc_matmul"]
+    assert times[0:28] == pytest.approx([2 * 512 / costs.TENSOR_GHZ] * 28)  # 7 x 427 ns are less than 3 us

@@ -108,6 +108,108 @@ def test_illegal_views_name_the_rule(misuse: Any, words: str) -> None:
         emulate(kernel)
 
 
+def test_without_strict_checks_a_given_tensor_is_true() -> None:
+    def kernel(a: Any, bias: Any = None) -> Any:
+        t = tile(a)
+        if bias:  # as nki-library asks whether it was given
+            nisa.tensor_tensor(dst=t, data1=t, data2=tile(bias), op=nl.add)
+        assert not bias or (t and t[0:2, 1:3] and bias is not None)
+        return store(t)
+
+    x = grid_data(4, 4)
+    np.testing.assert_array_equal(emulate(kernel, x, x, strict=False).outputs, 2 * x)
+    np.testing.assert_array_equal(emulate(kernel, x, strict=False).outputs, x)
+    with pytest.raises(NkiValidationError, match="whether a tensor was given is asked by == None"):
+        emulate(kernel, x, x)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        # The whole tensor, as nki-library's TensorView gives it; then columns and rows of it.
+        (([[12, 8], [1, 12]], 0), ([[12, 8], [1, 12]], 0), (slice(None), slice(None))),
+        (([[12, 8], [1, 12]], 0), ([[12, 8], [1, 4]], 4), (slice(None), slice(4, 8))),
+        (([[12, 8], [1, 12]], 0), ([[12, 4], [2, 6]], 0), (slice(0, 4), slice(0, 12, 2))),
+        # A part whose elements follow each other: the second pattern counts the elements of the part.
+        (([[12, 8], [1, 6]], 6), ([[6, 8], [1, 2]], 1), (slice(None), slice(7, 9))),
+        (([[12, 4], [1, 12]], 48), ([[12, 2], [1, 12]], 12), (slice(5, 7), slice(None))),
+    ],
+)
+@pytest.mark.parametrize("in_hbm", [False, True])
+def test_without_strict_checks_patterns_of_patterns_count_the_elements_of_the_view(
+    first: Any, second: Any, expected: Any, in_hbm: bool
+) -> None:
+    x = grid_data(8, 12)
+
+    def kernel(a: Any) -> Any:
+        t = a if in_hbm else tile(a)
+        part = t.ap(pattern=first[0], offset=first[1]).ap(pattern=second[0], offset=second[1])
+        out = nl.ndarray(part.shape, a.dtype, buffer=nl.shared_hbm)
+        nisa.dma_copy(dst=out, src=part)
+        return out
+
+    if in_hbm and first[0][1][1] != 12:
+        with pytest.raises(NkiValidationError, match="already indexed"):
+            emulate(kernel, x, strict=False)
+        return
+    np.testing.assert_array_equal(emulate(kernel, x, strict=False).outputs, x[expected])
+    with pytest.raises(NkiValidationError, match="already indexed"):
+        emulate(kernel, x)
+
+
+def test_a_pattern_of_a_strided_view_is_refused_in_any_case() -> None:
+    def kernel() -> None:
+        t = nl.ndarray((8, 12), nl.float32)
+        t.ap(pattern=[[12, 8], [2, 6]]).ap(pattern=[[6, 8], [1, 2]])
+
+    with pytest.raises(NkiValidationError, match="already indexed"):
+        emulate(kernel, strict=False)
+
+
+def test_a_single_element_is_a_view() -> None:
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+    def kernel(a: Any) -> Any:
+        t = tile(a)
+        nisa.dma_copy(dst=t[0, 0], src=a[1, 3])
+        nisa.memset(dst=t[0, 1], value=-1.0)
+        nisa.tensor_copy(dst=t[0, 2], src=t[0, 1])
+        nisa.tensor_scalar(dst=t[0, 3], data=t[0, -1], op0=nl.add, operand0=10.0)
+        out = store(t)
+        nisa.dma_copy(dst=out[1, 0], src=t[0, 3])
+        return out
+
+    expected = x.copy()
+    expected[0] = [7, -1, -1, 13]
+    expected[1, 0] = 13
+    np.testing.assert_array_equal(emulate(kernel, x).outputs, expected)
+
+
+def test_a_single_element_says_which_partition_it_is_in() -> None:
+    def kernel() -> None:
+        nisa.memset(nl.ndarray((4, 4), nl.float32)[3, 0], 0.0)
+
+    with pytest.raises(NkiValidationError, match="dst occupies 1 partitions from 3; 1 partitions start at 0"):
+        emulate(kernel)
+
+
+def test_an_integer_index_leaves_a_tile_a_free_axis() -> None:
+    x = grid_data(128, 4)
+
+    def kernel(a: Any) -> Any:
+        t = tile(a)
+        column = t[:, 2]
+        assert (column.shape, column[:64, :1].shape, t[5].shape, a[:, 2].shape) == ((128, 1), (64, 1), (4,), (128,))
+        deep = nl.ndarray((16, 3, 5), nl.float32)
+        assert (deep[:, 1, 4].shape, deep[:, 1].shape, deep[0, 1, 4].shape) == ((16, 1), (16, 5), (1,))
+        nisa.tensor_scalar(dst=t[:, 0], data=t[:, 1], op0=nl.multiply, operand0=column)
+        return store(t[:, 0]), store(column[:128, :1])
+
+    product, column = emulate(kernel, x).outputs
+    np.testing.assert_array_equal(product, x[:, 1:2] * x[:, 2:3])
+    np.testing.assert_array_equal(column, x[:, 2:3])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3", "float8_e5m2"])
 @pytest.mark.parametrize("buffer", [nl.sbuf, nl.psum])
 def test_unwritten_floats_are_nan(dtype: str, buffer: Any) -> None:

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from nki_emulator import emulate
+from nki_emulator import NkiWarning, emulate
 from nki_emulator import isa as nisa
 from nki_emulator import language as nl
 from support.onchip import BF16, F32_SUM, assert_close, data, f64, run, store, tile
@@ -105,3 +106,72 @@ def test_sub_array_tiles_compute_the_same_product() -> None:
         out_buffer=nl.psum,
     )
     assert_close(y, f64(w).T @ f64(x), F32_SUM)
+
+
+def groups(order: str, *, bank_each: bool = False) -> tuple[str, ...]:
+    """Warnings of matmuls into two destinations A and B, of one bank or of two; lower case starts a group anew."""
+
+    def kernel() -> None:
+        t = nl.ndarray((64, 64), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        both = nl.ndarray((64, 2, 512 if bank_each else 64), nl.float32, buffer=nl.psum)
+        for step in order:
+            nisa.nc_matmul(both[:, "AB".index(step.upper()), 0:64], t, t, accumulate=step.isupper())
+
+    return emulate(kernel).report.warnings
+
+
+@pytest.mark.parametrize("order", ["aAbB", "aAAbBB", "abab", "aAbaA", "abB", "aAbBaAbB"])
+def test_groups_one_after_the_other_may_share_a_bank(order: str) -> None:
+    assert groups(order) == ()
+
+
+@pytest.mark.parametrize("order", ["abA", "abAB", "aAbA", "abBA"])
+def test_a_group_that_goes_on_after_another_in_its_bank_is_warned_of(order: str) -> None:
+    with pytest.warns(NkiWarning, match=r"nc_matmul: dst .* while another group of PSUM bank 0 .* is open"):
+        warned = groups(order)
+    assert len(warned) >= 1
+    assert groups(order, bank_each=True) == ()
+
+
+@pytest.mark.parametrize(("follows", "warned"), [(False, False), (True, True)])
+def test_a_part_of_a_group_belongs_to_it(follows: bool, warned: bool) -> None:
+    def kernel() -> None:
+        t = nl.ndarray((64, 64), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        p = nl.ndarray((64, 2, 64), nl.float32, buffer=nl.psum)
+        nisa.nc_matmul(p[:, 0], t, t, accumulate=False)
+        if follows:
+            nisa.nc_matmul(p[:, 1], t, t, accumulate=False)
+        nisa.nc_matmul(p[:, 0, 0:32], t, t[:, 0:32], accumulate=True)
+        nisa.nc_matmul(p[:, 0, 32:64], t, t[:, 32:64], accumulate=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NkiWarning)
+        assert bool(emulate(kernel).report.warnings) == warned
+
+
+def test_interleaved_columns_are_groups_of_their_own() -> None:
+    def kernel() -> None:
+        t = nl.ndarray((64, 32), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        p = nl.ndarray((32, 32, 2), nl.float32, buffer=nl.psum)
+        for accumulate in (False, True):
+            for column in (0, 1):
+                nisa.nc_matmul(p[:, :, column], t, t, accumulate=accumulate)
+
+    with pytest.warns(NkiWarning, match="is open"):
+        emulate(kernel)
+
+
+def test_groups_in_other_partitions_of_a_bank_share_it() -> None:
+    def kernel() -> None:
+        t = nl.ndarray((64, 32), nl.bfloat16)
+        nisa.memset(t, 1.0)
+        p = nl.ndarray((64, 32), nl.float32, buffer=nl.psum, address=(0, 2048))
+        for accumulate in (False, True):
+            for row in (0, 32):
+                nisa.nc_matmul(p[row : row + 32], t, t, accumulate=accumulate)
+
+    with pytest.warns(NkiWarning, match="bank 1 of physical_psum is open"):
+        emulate(kernel)

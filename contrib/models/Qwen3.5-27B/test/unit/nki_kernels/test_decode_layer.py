@@ -264,9 +264,12 @@ def show(B: int, T: int, H: int, Hk: int, grid: int = 2) -> float:
     return time / bound
 
 
-@pytest.mark.parametrize(("B", "limit"), [(1, 4.0), (8, 2.0)])
+@pytest.mark.parametrize(("B", "limit"), [(1, 4.3), (8, 2.0)])
 def test_a_step_takes_little_longer_than_its_memory_traffic(B: int, limit: float) -> None:
-    """Modelled, TP=4. At B=1 two dependent DMA latencies, 2 us each, are already 1.8 times the traffic."""
+    """Modelled, TP=4. At B=1 two dependent DMA latencies, 1.6 us each, are already 1.4 times the traffic.
+
+    In so short a kernel the Tensor engine stays at half speed, and a dependent activation costs 264 cycles.
+    """
     assert show(B, 1, 12, 4) <= limit
 
 

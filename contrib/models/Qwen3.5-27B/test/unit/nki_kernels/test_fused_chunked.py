@@ -172,12 +172,12 @@ def test_kernels_are_written_in_the_language_that_the_compiler_takes(kernel: obj
     assert not nki_emulator.lint_kernel(kernel)
 
 
-PUBLISHED_NS = 101_100
+PUBLISHED_NS = 151_480
 """Modelled time per head and 128 tokens of the published port's nki_deltanet_fused.py (aws-neuron/
-neuronx-distributed-inference, 550e2ab), one head, 512 float32 tokens, 404.45 us, in the same emulator."""
+neuronx-distributed-inference, 550e2ab), one head, 512 float32 tokens, 605.92 us, in the same emulator."""
 
 
-@pytest.mark.parametrize(("H", "Hk", "grid", "faster"), [(12, 4, 2, 40), (12, 4, 1, 40), (3, 1, 1, 25), (3, 1, 2, 16)])
+@pytest.mark.parametrize(("H", "Hk", "grid", "faster"), [(12, 4, 2, 60), (12, 4, 1, 60), (3, 1, 1, 40), (3, 1, 2, 24)])
 def test_27b_shapes_fit_on_chip_and_outrun_the_published_port(H: int, Hk: int, grid: int, faster: int) -> None:
     """The value heads of a rank at TP=4 and TP=16; core time counts both cores of LNC=2, idle or not."""
     case = make_case(S=512, Hk=Hk, R=H // Hk, K=128, V=128, dtype=torch.bfloat16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import nki_emulator
-from qwen35.nki_kernels.chunk_pieces import PLAIN, TILED, Shape, Unit, Work, make_constants
+from qwen35.nki_kernels.chunk_pieces import BLOCK, PLAIN, TILED, Shape, Unit, Work, make_constants
 from qwen35.nki_kernels.chunked import FIRST_INVERSE_STAGE, PREPARE_STAGES, prepare
 from qwen35.nki_kernels.nki_seam import EMULATED, nisa, nl
 
@@ -25,7 +25,9 @@ def invert(transposed: Any, inverse: str) -> Any:
     work.A = nl.ndarray((C, R, C), dtype=nl.float32, buffer=nl.sbuf)
     work.T = nl.ndarray((C, R, C), dtype=nl.float32, buffer=nl.sbuf)
     nisa.dma_copy(dst=work.A, src=transposed)
+    work.halves = nl.ndarray((C, R, 2, BLOCK), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=work.T, value=0.0)
+    nisa.memset(dst=work.halves, value=0.0)
     constants = make_constants(shape)
     for stage in range(FIRST_INVERSE_STAGE, PREPARE_STAGES):
         prepare(shape, constants, work, stage)

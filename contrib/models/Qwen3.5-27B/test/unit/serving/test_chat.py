@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from qwen35 import PrefixCache, Qwen35InferenceConfig
@@ -56,3 +58,76 @@ def test_a_question_that_does_not_fit_leaves_the_conversation_as_it_was(with_cac
         with_cache.ask("What is the capital of Italy? " * 40)
     assert with_cache.messages == before and not with_cache.engine.has_work
     assert "".join(with_cache.ask(QUESTIONS[0]))
+
+
+def other(with_cache: Conversation, max_new_tokens: int = 16, **options: Any) -> Conversation:
+    """Another conversation over the same model."""
+    return Conversation(with_cache.generator, max_new_tokens, GREEDY, 1 << 30, **options)
+
+
+def test_what_the_template_is_given_is_given_for_every_turn(with_cache: Conversation) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    talk = other(with_cache, system="Be brief.", tools=tools, enable_thinking=True)
+    prompts: list[str] = []
+    add = talk.engine.add
+    talk.engine.add = lambda request: prompts.append(talk.generator.tokenizer.decode(request.prompt)) or add(request)  # type: ignore[method-assign, func-returns-value]
+    for question in QUESTIONS[:2]:
+        assert "".join(talk.ask(question))
+    assert len(prompts) == 2
+    for prompt in prompts:
+        assert '"name": "weather"' in prompt and "Be brief.<|im_end|>" in prompt and prompt.endswith("<think>\n")
+    assert [message["role"] for message in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_an_answer_ends_before_a_stop_string_and_is_kept_so(with_cache: Conversation) -> None:
+    talk = other(with_cache, stop=["me."])
+    pieces = [*talk.ask(QUESTIONS[0])]
+    assert "".join(pieces) == talk.messages[-1]["content"] == "Ro" and not talk.engine.has_work
+
+
+@pytest.mark.parametrize("how", ["close", "throw", "interrupt"])
+def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(how: str, with_cache: Conversation) -> None:
+    whole = "".join(other(with_cache).ask(QUESTIONS[0]))
+    talk = other(with_cache)
+    answer = talk.ask(QUESTIONS[0])
+    first = next(answer)
+    if how == "close":
+        answer.close()  # type: ignore[attr-defined]
+    elif how == "throw":
+        with pytest.raises(KeyboardInterrupt):
+            answer.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    else:
+        talk.interrupt()
+        assert [*answer] == []
+    assert talk.messages[-1] == {"role": "assistant", "content": first} and first != whole
+    assert not talk.engine.has_work
+    assert "".join(talk.ask(QUESTIONS[1]))
+
+
+def test_an_answer_that_fails_leaves_the_conversation_as_it_was(
+    with_cache: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = other(with_cache)
+    answer = talk.ask(QUESTIONS[0])
+    next(answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.generator.tokenizer, "decode", lambda *args, **options: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            next(answer)
+    assert talk.messages == [] and not talk.engine.has_work
+    assert "".join(talk.ask(QUESTIONS[0])) == "Rome."
+
+
+def test_a_question_whose_answer_nobody_reads_gives_way_to_the_next(with_cache: Conversation) -> None:
+    talk = other(with_cache)
+    unread = talk.ask(QUESTIONS[1])
+    assert "".join(talk.ask(QUESTIONS[0])) == "Rome."
+    assert [*unread] == []
+    assert [message["content"] for message in talk.messages] == [QUESTIONS[0], "Rome."]
+
+
+def test_a_question_that_is_no_text_leaves_the_conversation_as_it_was(with_cache: Conversation) -> None:
+    talk = other(with_cache)
+    with pytest.raises(ValueError, match="lone surrogate"):
+        talk.ask("caf\udce9")
+    assert talk.messages == [] and not talk.engine.has_work

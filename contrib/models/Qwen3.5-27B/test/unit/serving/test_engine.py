@@ -64,7 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         batch_size=2, kv_cache_batch_size=4, max_batch_size=4, ctx_batch_size=1, is_continuous_batching=True
     ),
     "static batch": dict(batch_size=2, prefill_chunk_size=8),
-    "as on a device": dict(
+    "on a simulated device": dict(
         batch_size=3, ctx_batch_size=2, is_continuous_batching=True, prefill_chunk_size=8, enable_bucketing=True
     ),
 }
@@ -84,7 +84,7 @@ def model_of(path: Path) -> Callable[[str], NeuronQwen35ForCausalLM]:
     def get(name: str) -> NeuronQwen35ForCausalLM:
         if name not in models:
             model = load_neuron(path, seq_len=SEQ_LEN, **OPTIONS[name])
-            models[name] = put_on_simulated_device(model) if name == "as on a device" else model
+            models[name] = put_on_simulated_device(model) if name == "on a simulated device" else model
         return models[name]
 
     return get
@@ -397,7 +397,7 @@ def test_media_that_do_not_match_are_refused_when_they_are_added(
         Qwen35Engine(load(str(tmp_path))).add(Request(EXAMPLE[0].ids, 1, media=given))
 
 
-@pytest.mark.parametrize("options", ["one prompt at a time", "two prompts at a time", "as on a device"])
+@pytest.mark.parametrize("options", ["one prompt at a time", "two prompts at a time", "on a simulated device"])
 def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str], NeuronQwen35ForCausalLM]) -> None:
     model = model_of(options)
     (first,) = random_prompts([33], seed=9)
@@ -418,11 +418,11 @@ def test_a_prefix_cache_changes_no_token(options: str, model_of: Callable[[str],
     assert tokens[0] == tokens[1] == tokens[2]
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-def test_a_prefix_with_another_image_is_not_restored(on_device: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("simulated", [False, True], ids=["CPU", "simulated device"])
+def test_a_prefix_with_another_image_is_not_restored(simulated: bool, tmp_path: Path) -> None:
     save_vl_checkpoint(tmp_path)
     model: Any = load(str(tmp_path), batch_size=2, ctx_batch_size=1, is_continuous_batching=True, prefill_chunk_size=4)
-    model = put_on_simulated_device(model) if on_device else model
+    model = put_on_simulated_device(model) if simulated else model
     row = EXAMPLE[0]
     pixels = media([row])
     changed = {**pixels, "pixel_values": pixels["pixel_values"].roll(1, 0)}

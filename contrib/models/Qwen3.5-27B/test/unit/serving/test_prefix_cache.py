@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beginnings of prompts that are restored: bit for bit what a cold run gives, never those of another prompt.
 
-On a CPU, and as on a device of two ranks, where the caches are behind the loaded model.
+On a CPU, and on a simulated device of two ranks, where the caches are behind the loaded model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module", params=["CPU", "device"])
+@pytest.fixture(scope="module", params=["CPU", "simulated device"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     paths = [tmp_path_factory.mktemp(f"checkpoint{seed}") for seed in (1, 2)]
     for seed, path in enumerate(paths, start=1):

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import random
+import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +102,66 @@ def test_a_directory_is_its_images_in_the_order_of_their_names(tmp_path: Path) -
     assert PROCESSOR(videos=[Video(frames, fps=2.0)]).video_timestamps == [[0.25, 1.25]]
 
 
+def address_of(image: Image.Image, kind: str = "PNG", head: str = "data:image/png;base64,") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return head + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_addresses_of_files_and_of_data_give_what_is_there(tmp_path: Path) -> None:
+    image = picture(40, 30)
+    image.save(tmp_path / "a b%20.png")
+    image.save(tmp_path / "c d.png")
+    address = address_of(image)
+    for source in (
+        f"file://{tmp_path}/a b%20.png",
+        f"file:{tmp_path}/a b%20.png",
+        f"file://localhost{tmp_path}/c%20d.png",
+        f"FILE://{tmp_path}/c d.png",
+        address,
+        address.replace("data:image/png;base64", "DATA:;charset=x;Base64"),
+        address.rstrip("="),
+        address.replace("+", "%2B")[:60] + "\n" + address.replace("+", "%2B")[60:],
+        "data:image/png," + "".join(f"%{byte:02x}" for byte in base64.b64decode(address.partition(",")[2])),
+    ):
+        assert np.array_equal(np.asarray(open_image(source)), np.asarray(image)), source[:40]
+
+
+def test_an_animation_may_be_in_its_address(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (64, 48), (10 * i, 0, 0)) for i in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=500)
+    data = "data:image/gif;base64," + base64.b64encode((tmp_path / "a.gif").read_bytes()).decode()
+    by_file, by_data = PROCESSOR(videos=[tmp_path / "a.gif"]), PROCESSOR(videos=[data])
+    assert_close(by_data.pixel_values_videos, by_file.pixel_values_videos)
+    assert by_data.video_timestamps == by_file.video_timestamps
+    frame = f"file://{tmp_path}/a.gif"
+    assert PROCESSOR(videos=[[frame, frame]]).video_grid_thw.tolist() == [[1, 4, 4]]
+
+
+LONG = "A" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("https://example.org/" + LONG, "https: addresses are not fetched; download it and give the path"),
+        ("s3://example/" + LONG, "s3: addresses are not fetched"),
+        ("data:image/png;base64," + LONG, "not an image file"),
+        ("data:image/png;base64,*" + LONG, "the base64 of its data: address is corrupt"),
+        ("data:image/png;base64,AAAAA", "the base64 of its data: address is corrupt"),
+        ("data:image/png;base64" + LONG, "a data: address has a comma before its data"),
+        ("data:image/png;base64,", "not an image file"),
+        (LONG, "cannot be opened"),
+        ("file:///nowhere/" + LONG, "cannot be opened"),
+    ],
+)
+@pytest.mark.parametrize("medium", ["images", "videos"])
+def test_an_address_that_cannot_be_used_is_named_without_its_data(medium: str, source: str, words: str) -> None:
+    with pytest.raises(VisionInputError) as error:
+        PROCESSOR(**{medium: [source]})
+    assert words in str(error.value) and len(str(error.value)) < 600 and "AAAAAAAA" * 40 not in str(error.value)
+
+
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -176,3 +239,80 @@ def test_damaged_files_never_raise_anything_else(tmp_path_factory: pytest.TempPa
             PROCESSOR(*arguments)
         except VisionInputError as error:
             assert "damaged" in str(error)
+
+
+# Video files
+
+
+def save_mp4(path: Path, frames: list[Image.Image], fps: int) -> Path:
+    """MPEG-4 of high quality: its levels are off by a few of 255."""
+    av = pytest.importorskip("av", reason="PyAV, the extra 'video', is not installed")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps, width=frames[0].width, height=frames[0].height)
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 10_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return save_mp4(
+        tmp_path / "clip.mp4", [Image.new("RGB", (64, 96), (6 * i, 255 - 6 * i, 40)) for i in range(40)], 10
+    )
+
+
+def test_a_video_file_is_sampled_as_transformers_samples_it(clip: Path) -> None:
+    video_utils = pytest.importorskip("transformers.video_utils")
+    video = open_video(clip)
+    assert (video.count, video.fps, video.is_sampled) == (40, 10.0, False)
+    indices = [int(i) for i in np.linspace(0, 39, 8).round()]  # two a second of four seconds
+    pixels, metadata = video_utils.read_video_pyav(str(clip), lambda metadata, **kwargs: indices)
+    assert (metadata.total_num_frames, metadata.fps) == (40, 10.0)
+    for source in (clip, f"file://{clip}", "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()):
+        inputs = PROCESSOR(videos=[source])
+        expected = PROCESSOR(videos=[Video([*pixels], 10)])
+        assert_close(inputs.pixel_values_videos, expected.pixel_values_videos, label=str(source)[:20])
+        assert inputs.video_grid_thw.tolist() == expected.video_grid_thw.tolist()
+        times = [(a + b) / 20 for a, b in zip(indices[::2], indices[1::2], strict=True)]
+        assert inputs.video_timestamps == [pytest.approx(times)]
+
+
+def test_frames_of_a_video_file_are_those_that_were_written(clip: Path) -> None:
+    first, last = open_video(clip).decode([0, 39])
+    for frame, i in ((first, 0), (last, 39)):
+        assert np.abs(np.asarray(frame).mean((0, 1)) - [6 * i, 255 - 6 * i, 40]).max() < 8
+
+
+def test_a_video_that_was_filmed_upright_is_turned_as_it_says(clip: Path) -> None:
+    left = [Image.new("RGB", (64, 96)) for _ in range(4)]
+    for frame in left:
+        frame.paste((255, 255, 255), (0, 0, 64, 48))  # the upper half
+    content = save_mp4(clip, left, 4).read_bytes()
+    matrix = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # of the track's header, ISO 14496-12
+    clockwise = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    at = content.index(matrix, content.index(b"tkhd"))
+    (frame,) = open_video(write(clip, content[:at] + clockwise + content[at + 36 :])).decode([0])
+    assert frame.size == (96, 64)
+    right, rest = np.asarray(frame)[:, 60:].mean(), np.asarray(frame)[:, :36].mean()
+    assert right > 240 and rest < 15  # what was above is now on the right
+
+
+def test_a_video_file_that_is_corrupt_is_named_with_its_remedy(clip: Path) -> None:
+    whole = clip.read_bytes()
+    for number, content in enumerate((b"", b"no video" * 50, whole[: len(whole) // 2], whole[:-2000])):
+        with pytest.raises(VisionInputError, match=r"broken.mp4\): .*ffmpeg"):
+            PROCESSOR(videos=[write(clip.with_name("broken.mp4"), content)])
+            raise AssertionError(f"content {number} was taken")
+
+
+def test_without_pyav_a_video_file_is_refused_with_both_remedies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    for source in (tmp_path / "clip.MKV", "data:video/webm;base64,AAAA"):
+        with pytest.raises(
+            VisionInputError, match=r"qwen35-neuron\[video\]'; or extract .*fps=2.*whose frames count as 2"
+        ):
+            PROCESSOR(videos=[source])

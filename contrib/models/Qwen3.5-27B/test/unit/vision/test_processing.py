@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwen35.vision.content import ImageItem, VideoItem
 from qwen35.vision.media import Video
 from qwen35.vision.processing import (
     IMAGE_TOKEN,
@@ -26,7 +27,6 @@ from qwen35.vision.processing import (
     VisionInputError,
     VisionProcessor,
     image_size,
-    media_of,
     sampled_indices,
     timestamps_of,
     video_size,
@@ -113,6 +113,37 @@ def test_image_sizes_are_those_of_smart_resize(height: int, width: int) -> None:
     assert image_size(height, width, limits) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "grid"),
+    [
+        ({}, [1, 6, 8]),  # 96 by 128 as it is
+        ({"max_pixels": 64 * 64}, [1, 2, 4]),
+        ({"min_pixels": 200 * 200}, [1, 12, 16]),
+        ({"min_pixels": 96 * 96, "max_pixels": 96 * 128}, [1, 6, 8]),
+        ({"resized_height": 64, "resized_width": 100}, [1, 4, 6]),
+        ({"resized_height": 8, "resized_width": 8}, [1, 4, 4]),  # qwen-vl-utils' least is four merged tokens
+    ],
+)
+def test_an_image_has_the_size_that_its_item_asks(asked: dict[str, int], grid: list[int]) -> None:
+    settings = ImageSettings(96 * 96, 128 * 128)
+    image = picture(128, 96)
+    inputs = VisionProcessor(settings)([ImageItem(image, **asked)])
+    assert inputs.image_grid_thw.tolist() == [grid]
+    height, width = (patches * 16 for patches in grid[1:])
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    expected = VisionProcessor(ImageSettings(1, 1 << 24))([resized])
+    assert_close(inputs.pixel_values, expected.pixel_values, label=str(asked))
+
+
+@settings(max_examples=60)
+@given(st.integers(20, 400), st.integers(20, 400), st.integers(1, 300_000), st.integers(1, 300_000))
+def test_limits_of_an_image_are_those_of_smart_resize(height: int, width: int, one: int, other: int) -> None:
+    least, most = sorted((one, other))
+    inputs = VisionProcessor(SMALL)([ImageItem(picture(width, height), least, most)])
+    high, wide = smart_resize(height, width, 32, least, most)
+    assert inputs.image_grid_thw.tolist() == [[1, high // 16, wide // 16]]
+
+
 # Videos. transformers' processor needs torchvision, so the oracle here is written from its definition.
 
 
@@ -178,7 +209,63 @@ def test_all_bad_items_of_a_batch_are_in_one_error() -> None:
     assert [problem.split(":")[0] for problem in error.value.problems] == ["image 0", "image 2", "video 0"]
 
 
-# Settings, placeholders and messages
+@pytest.mark.parametrize(
+    ("asked", "grid"),
+    [
+        ({}, [4, 6, 8]),  # 8 frames of 96 by 128
+        ({"max_pixels": 64 * 64}, [4, 2, 4]),  # of a frame
+        ({"min_pixels": 200 * 200}, [4, 12, 16]),
+        ({"total_pixels": 4 * 64 * 64}, [4, 2, 4]),  # 16 tokens at most: two frames share one
+        ({"resized_height": 64, "resized_width": 100}, [4, 4, 6]),
+        ({"nframes": 4}, [2, 6, 8]),
+        ({"nframes": 5, "max_pixels": 64 * 64}, [2, 2, 4]),  # rounded to whole temporal patches
+    ],
+)
+def test_a_video_has_the_size_and_the_frames_that_its_item_asks(asked: dict[str, int], grid: list[int]) -> None:
+    frames = [picture(128, 96, seed=i) for i in range(8)]
+    processor = VisionProcessor(video=VideoSettings(96 * 96, 1 << 20))
+    assert processor(videos=[VideoItem(frames, **asked)]).video_grid_thw.tolist() == [grid]
+
+
+def test_an_animation_is_sampled_as_its_item_asks(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (64, 64), (10 * i, 0, 0)) for i in range(20)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+
+    def times(**asked: float) -> list[float]:
+        (found,) = VisionProcessor()(videos=[VideoItem(tmp_path / "a.gif", **asked)]).video_timestamps  # type: ignore[arg-type]
+        return found
+
+    assert times() == times(fps=2) == times(nframes=4) == [0.3, 1.6]
+    assert len(times(fps=5)) == 5 and len(times(fps=5, max_frames=6)) == 3 and len(times(fps=1, min_frames=8)) == 4
+    assert times(fps=10) == pytest.approx([i / 5 + 0.05 for i in range(10)])
+
+
+def test_the_rate_of_frames_is_what_the_item_says(tmp_path: Path) -> None:
+    frames = [picture(64, 64)] * 4
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+    inputs = PROCESSOR(videos=[VideoItem(source, fps=1) for source in (frames, tmp_path, Video(frames, 7))])
+    assert inputs.video_timestamps == [[0.5, 2.5]] * 3
+    assert PROCESSOR(videos=[VideoItem(frames, fps=1, nframes=2)]).video_timestamps == [[1.5]]
+    assert PROCESSOR(videos=[tmp_path]).video_timestamps == [[0.25, 1.25]]  # two a second, as the mp4's remedy says
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"nframes": 1}, "nframes=1 is not in 2..8"),
+        ({"nframes": 10}, "nframes=10 is not in 2..8"),
+        ({"max_frames": 7}, "8 frames exceed max_frames=7"),
+        ({"min_pixels": 1 << 24}, "min_pixels=16777216 of 8 frames exceeds"),
+        ({"resized_height": 4096, "resized_width": 4096}, "resized_height=4096 and resized_width=4096 of 8 frames"),
+    ],
+)
+def test_what_a_video_cannot_have_is_named(asked: dict[str, int], words: str) -> None:
+    with pytest.raises(VisionInputError, match=words):
+        PROCESSOR(videos=[VideoItem([picture(64, 64)] * 8, **asked)])
+
+
+# Settings and placeholders
 
 
 def test_settings_are_read_from_the_files_of_transformers_4_and_5(tmp_path: Path) -> None:
@@ -223,16 +310,3 @@ def test_placeholders_become_as_many_as_tokens_with_the_times_of_video_frames() 
 def test_placeholders_that_do_not_match_the_images_are_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("|", r"\|")):
         PROCESSOR.expand_placeholders([text], PROCESSOR([picture(64, 64)]))
-
-
-def test_media_are_taken_from_messages_in_order() -> None:
-    first, second, frames = picture(8, 8), "b.png", [picture(8, 8)]
-    messages = [
-        {"role": "system", "content": "text"},
-        {"role": "user", "content": [{"type": "image", "image": first}, {"type": "text", "text": "?"}]},
-        {"role": "user", "content": [{"type": "video", "video": frames, "fps": 3}, {"type": "image", "path": second}]},
-        {"role": "user", "content": [{"type": "video", "video": "clip.gif"}]},
-    ]
-    assert media_of(messages) == ([first, second], [Video(frames, 3), "clip.gif"])
-    with pytest.raises(ValueError, match="'image'"):
-        media_of([{"role": "user", "content": [{"type": "image"}]}])

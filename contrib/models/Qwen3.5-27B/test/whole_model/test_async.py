@@ -3,8 +3,8 @@
 """NxDI's async mode over our wrapper: the next decoding step is queued before the last one is read.
 
 Async mode exists on a device only. Here NxDI's own `async_execution` and wrapper run, and one thing is replaced: the
-runtime below them. `Runtime` takes the inputs of every rank and keeps the outputs "on the device", a list a rank, as
-the traced model's `forward_async` does; its steps are computed by the CPU module.
+runtime below them. `SimulatedRuntime` takes the inputs of every rank and returns outputs that are not on the host yet,
+a list per rank, as the traced model's `forward_async` does; its steps are computed by the CPU module.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from support.models import NO_NXDI, load_neuron, right_padded
 pytestmark = [pytest.mark.nxdi, pytest.mark.skipif(not NXDI_AVAILABLE, reason=NO_NXDI)]
 
 
-class OnDevice(list):  # type: ignore[type-arg]
-    """Outputs of every rank, [[tensor, ...] a rank], not copied to the host yet."""
+class SimulatedOutputs(list):  # type: ignore[type-arg]
+    """Outputs of every rank, [[tensor, ...] per rank], which NxDI must fetch from the simulated device."""
 
 
-class Runtime:
-    """A traced submodel on a device of one rank: state stays in it, outputs are futures."""
+class SimulatedRuntime:
+    """A traced submodel on a simulated device of one rank: the state stays there, outputs are fetched later."""
 
     def __init__(self, module: Any, phase: Phase) -> None:
         self.module, self.phase, self.queued = module, phase, 0
         self.nxd_model = SimpleNamespace(forward_async=self.forward_async)
 
-    def forward_async(self, ranked: list[list[Any]]) -> OnDevice:
+    def forward_async(self, ranked: list[list[Any]]) -> SimulatedOutputs:
         (inputs,) = ranked
         self.module.n_positions, self.module.phase = inputs[1].shape[1], self.phase
         outputs = self.module(*(tensor.detach() for tensor in inputs))
@@ -44,22 +44,22 @@ class Runtime:
         for entry, new in zip(state, outputs[-len(state) :], strict=True):
             entry.data = new.data
         self.queued += 1
-        return OnDevice([outputs[: -len(state)]])
+        return SimulatedOutputs([outputs[: -len(state)]])
 
 
 @pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A loaded model whose submodels are on the Runtime."""
+def load_on_simulated_device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """load(path, **options): a loaded model, and the simulated runtimes of its submodels."""
     from neuronx_distributed_inference.models import model_wrapper
     from neuronx_distributed_inference.modules import async_execution
 
     for module in (async_execution, model_wrapper):  # the real one asks for a tensor of the Neuron backend
-        monkeypatch.setattr(module, "is_ranked_io", lambda value: isinstance(value, OnDevice))
+        monkeypatch.setattr(module, "is_ranked_io", lambda value: isinstance(value, SimulatedOutputs))
 
-    def load(path: Path, **options: Any) -> tuple[NeuronQwen35ForCausalLM, list[Runtime]]:
+    def load(path: Path, **options: Any) -> tuple[NeuronQwen35ForCausalLM, list[SimulatedRuntime]]:
         model = load_neuron(path, on_device_sampling_config=OnDeviceSamplingConfig(), **options)
         module = model.models[0].model
-        runtimes = [Runtime(module, wrapper.phase) for wrapper in model.models]
+        runtimes = [SimulatedRuntime(module, wrapper.phase) for wrapper in model.models]
         model.async_mode = True
         for wrapper, runtime in zip(model.models, runtimes, strict=True):
             monkeypatch.setattr(wrapper, "is_neuron", lambda: True)
@@ -74,9 +74,11 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 0]], ids=str)
-def test_queued_steps_give_the_tokens_of_steps_that_wait(slots: list[int], on_device: Any, tmp_path: Path) -> None:
+def test_queued_steps_give_the_tokens_of_steps_that_wait(
+    slots: list[int], load_on_simulated_device: Any, tmp_path: Path
+) -> None:
     case = CASES[1]
-    model, runtimes = on_device(case.checkpoint(tmp_path), batch_size=4, seq_len=160)
+    model, runtimes = load_on_simulated_device(case.checkpoint(tmp_path), batch_size=4, seq_len=160)
     prompts = [case.prompts()[slot] for slot in slots]  # slot i has prompt i
     ids, mask = right_padded(prompts)
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)

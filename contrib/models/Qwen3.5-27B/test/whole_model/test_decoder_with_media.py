@@ -34,12 +34,12 @@ def check(tokens: torch.Tensor, logits: torch.Tensor, rows: Any = slice(None)) -
     assert torch.equal(tokens, expected_tokens)
 
 
-def generate(path: str, options: dict[str, Any], on_device: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def generate(path: str, options: dict[str, Any], simulated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     model: Any = load(path, **options)
-    return greedy(put_on_simulated_device(model) if on_device else model, EXAMPLE, STEPS)
+    return greedy(put_on_simulated_device(model) if simulated else model, EXAMPLE, STEPS)
 
 
-@pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "device"])
+@pytest.mark.parametrize("simulated", [False, True], ids=["CPU", "simulated device"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,9 +60,9 @@ def generate(path: str, options: dict[str, Any], on_device: bool = False) -> tup
     ],
 )
 def test_a_ragged_batch_with_images_generates_what_transformers_generates(
-    options: dict[str, Any], on_device: bool, path: str
+    options: dict[str, Any], simulated: bool, path: str
 ) -> None:
-    check(*generate(path, options, on_device))
+    check(*generate(path, options, simulated))
 
 
 def test_two_ranks_generate_what_transformers_generates(path: str, rank_pool: Callable[[int], Any]) -> None:
@@ -70,28 +70,28 @@ def test_two_ranks_generate_what_transformers_generates(path: str, rank_pool: Ca
         check(*output)
 
 
-@pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "device"])
-def test_rows_with_images_enter_and_leave_beside_rows_without(on_device: bool, path: str) -> None:
+@pytest.mark.parametrize("simulated", [False, True], ids=["CPU", "simulated device"])
+def test_rows_with_images_enter_and_leave_beside_rows_without(simulated: bool, path: str) -> None:
     model: Any = load(path, ctx_batch_size=1, is_continuous_batching=True)
-    model = put_on_simulated_device(model) if on_device else model
+    model = put_on_simulated_device(model) if simulated else model
     tokens, logits = recorded_tensors("vision-language")
 
-    def enter(line: int) -> None:
-        ids = torch.tensor([EXAMPLE[line].ids])
+    def enter(slot: int) -> None:
+        ids = torch.tensor([EXAMPLE[slot].ids])
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
-        output = model(ids, torch.tensor([line]), torch.ones_like(ids), positions, **media([EXAMPLE[line]]))
-        assert_close(output.logits[0, -1], logits[line, 0], atol=1e-4, label=f"prompt of line {line}")
+        output = model(ids, torch.tensor([slot]), torch.ones_like(ids), positions, **media([EXAMPLE[slot]]))
+        assert_close(output.logits[0, -1], logits[slot, 0], atol=1e-4, label=f"prompt of slot {slot}")
 
     taken = [0, 0, 0]
     for entering, stepping in (([2, 0], [2, 0]), ([1], [1, 0, 2]), ([], [0, 1]), ([0], [0, 2])):
-        for line in entering:
-            enter(line)
-            taken[line] = 0
-        steps = [taken[line] for line in stepping]
+        for slot in entering:
+            enter(slot)
+            taken[slot] = 0
+        steps = [taken[slot] for slot in stepping]
         ids = tokens[stepping, steps].unsqueeze(1)
-        positions = torch.tensor([[len(EXAMPLE[line].ids) + n] for line, n in zip(stepping, steps, strict=True)])
+        positions = torch.tensor([[len(EXAMPLE[slot].ids) + n] for slot, n in zip(stepping, steps, strict=True)])
         mask = (torch.arange(int(positions.max())) < positions).long()
         output = model(ids, torch.tensor(stepping), mask, positions)
-        for row, line in enumerate(stepping):
-            taken[line] += 1
-            assert_close(output.logits[row, -1], logits[line, taken[line]], atol=1e-4, label=f"step of line {line}")
+        for row, slot in enumerate(stepping):
+            taken[slot] += 1
+            assert_close(output.logits[row, -1], logits[slot, taken[slot]], atol=1e-4, label=f"step of slot {slot}")

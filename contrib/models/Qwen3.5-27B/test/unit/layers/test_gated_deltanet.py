@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Layer by layer against transformers, and single layers at the full width of 27B."""
+"""The DeltaNet layer: against transformers at the full width of 27B, against float64 with extreme gates."""
 
 from __future__ import annotations
 
@@ -10,69 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from qwen35.configuration_qwen35 import QWEN35_PRESETS
 from support.compare import assert_close
+from support.full_width import check_full_width_layer
 from support.models import load_neuron, random_prompts, right_padded
-from support.oracle import random_reference, save_reference
+from support.oracle import random_reference
 
 
-def test_every_layer_gives_what_transformers_layer_gives(tmp_path: Path) -> None:
-    reference = save_reference(tmp_path, num_hidden_layers=8)
-    model = load_neuron(tmp_path)
-    outputs: list[torch.Tensor] = []
-    module = model.models[0].model
-    for layer in module.layers:
-        layer.register_forward_hook(lambda _module, _args, output: outputs.append(output[0]))
-    prompt = random_prompts([70])
-    ids, mask = right_padded(prompt)
-    model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(70).unsqueeze(0))
-    with torch.no_grad():
-        # hidden_states: the embedding, each layer's input, and last the normalised output of the last layer.
-        expected = reference.model(ids, output_hidden_states=True).hidden_states
-    for i, output in enumerate(outputs[:-1]):
-        # Of order one to five, and rounding grows with depth.
-        assert_close(output[:, :70], expected[i + 1], atol=1e-5 * (i + 1), rtol=2e-5, label=f"output of layer {i}")
-    assert_close(module.norm(outputs[-1])[:, :70], expected[-1], atol=1e-4, rtol=0, label="final norm")
-
-
-def full_width(layer_types: list[str]) -> dict[str, Any]:
-    """27B with one layer and a small vocabulary and MLP, which these tests do not look at."""
-    preset = dict(QWEN35_PRESETS["27B"])
-    rope_fields = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
-    return {
-        "rope_parameters": {"rope_type": "default"} | {name: preset.pop(name) for name in rope_fields},
-        **preset,
-        "num_hidden_layers": len(layer_types),
-        "layer_types": layer_types,
-        "vocab_size": 64,
-        "intermediate_size": 64,
-    }
-
-
-@pytest.mark.parametrize("layer_type", ["linear_attention", "full_attention"])
-def test_a_full_width_layer_of_27b_equals_transformers(layer_type: str, tmp_path: Path) -> None:
-    reference = save_reference(tmp_path, **full_width([layer_type]))
-    model = load_neuron(tmp_path, seq_len=160)
-    layer = model.models[0].model.layers[0]
-    mixer = layer.linear_attn if layer_type == "linear_attention" else layer.self_attn
-    outputs = []
-    mixer.register_forward_hook(lambda _module, _args, output: outputs.append(output[0]))
-    ids, mask = right_padded(random_prompts([130], vocab_size=64))
-    positions = torch.arange(131).unsqueeze(0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions[:, :130]).logits
-    next_id = logits[:, -1].argmax(-1, keepdim=True)
-    model(input_ids=next_id, attention_mask=mask, position_ids=positions[:, 130:])
-
-    expected: list[torch.Tensor] = []
-    theirs = reference.model.layers[0]
-    (theirs.linear_attn if layer_type == "linear_attention" else theirs.self_attn).register_forward_hook(
-        lambda _module, _args, output: expected.append(output[0] if isinstance(output, tuple) else output)
-    )
-    with torch.no_grad():
-        reference(torch.cat([ids, next_id], dim=1), use_cache=False)
-    # Outputs are sums of 6,144 terms of order one.
-    assert_close(outputs[0][:, :130], expected[0][:, :130], atol=2e-5, rtol=1e-4, label=f"{layer_type}, prompt")
-    assert_close(outputs[1], expected[0][:, 130:], atol=2e-5, rtol=1e-4, label=f"{layer_type}, next token")
+def test_a_full_width_layer_of_27b_equals_transformers(tmp_path: Path) -> None:
+    check_full_width_layer("linear_attention", tmp_path)
 
 
 def naive_gated_delta_net(layer: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-import qwen35.nxdi
 import record_nxdi_signatures as recorder
 from nxdi_cpu.attention import GroupQueryAttention_O, GroupQueryAttention_QKV
 from nxdi_cpu.config import NeuronConfig
@@ -23,7 +22,7 @@ from nxdi_cpu.sampling import Sampler
 from qwen35.nxdi import NXDI_AVAILABLE
 
 COMMITTED: dict[str, Any] = json.loads(
-    (Path(__file__).parents[1] / "data" / "nxdi_signatures.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "data" / "nxdi_signatures.json").read_text(encoding="utf-8")
 )
 SOURCES = COMMITTED.pop("sources")
 REMEDY = f"describe it in a table of this test, or record anew with {Path(recorder.__file__).name}"
@@ -157,12 +156,6 @@ def test_neuron_config_fields_have_the_values_of_the_original(index: int) -> Non
         return {name: comparable(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
     assert comparable(ours["fields"]) == comparable(real["fields"])
-
-
-def test_the_seam_imports_each_original_of_its_stand_in() -> None:
-    originals = {name: f"{module}.{name}" for name, (module, _) in qwen35.nxdi._MODULES.items()}
-    stand_ins = {name: f"{module}.{name}" for name, (_, module) in qwen35.nxdi._MODULES.items()}
-    assert originals == {name: NAMES[path.removeprefix("nxdi_cpu.")]["real"] for name, path in stand_ins.items()}
 
 
 @pytest.mark.parametrize(

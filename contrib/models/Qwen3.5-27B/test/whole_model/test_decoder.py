@@ -5,8 +5,8 @@
 Every test runs on whichever of the two this process has: on the stand-ins by default, on the real NxDI with `-m nxdi`.
 The oracle is the recorded output of transformers >= 5 (`decoder_cases.py`), one prompt at a time and unpadded.
 
-Tolerance: 1e-4 on float32 logits of order one, as in `test_parity_model.py`; the head of the tied checkpoint is its
-embedding of order one, which makes its logits, and their rounding, eight times as large.
+Tolerance: 1e-4 on float32 logits of order one, as in `test_against_transformers.py`; the head of the tied checkpoint is
+its embedding of order one, which makes its logits, and their rounding, eight times as large.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ def check(case: Case, tokens: torch.Tensor, logits: torch.Tensor, rows: Any = sl
     assert torch.equal(tokens, expected_tokens), f"greedy tokens of row {rows} differ"
 
 
-def load(path: str, options: dict[str, Any], on_device: bool) -> NeuronQwen35ForCausalLM:
+def load(path: str, options: dict[str, Any], simulated: bool) -> NeuronQwen35ForCausalLM:
     model = load_neuron(Path(path), seq_len=SEQ_LEN, **options)
-    return put_on_simulated_device(model) if on_device else model
+    return put_on_simulated_device(model) if simulated else model
 
 
 def generate(
-    path: str, prompts: list[list[int]], options: dict[str, Any], on_device: bool = False
+    path: str, prompts: list[list[int]], options: dict[str, Any], simulated: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Through HuggingFaceGenerationAdapter.generate, all prompts as one right-padded batch."""
-    return neuron_greedy(load(path, options, on_device), prompts, STEPS)
+    return neuron_greedy(load(path, options, simulated), prompts, STEPS)
 
 
-class Lines:
-    """Sequences on the lines of one model, each entering, waiting and leaving as it likes."""
+class Slots:
+    """Sequences in the slots of one model: each enters, waits and leaves on its own."""
 
     def __init__(self, model: NeuronQwen35ForCausalLM) -> None:
         self.model = model
@@ -76,50 +76,50 @@ class Lines:
         self.lengths: dict[int, int] = {}
 
     def enter(self, prompts: dict[int, list[int]]) -> None:
-        """Context-encode prompts {line: tokens} in the order given."""
+        """Context-encode prompts {slot: tokens} in the order given."""
         ids, mask = right_padded(list(prompts.values()))
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
-        for line, prompt in prompts.items():
-            self.tokens[line], self.logits[line], self.lengths[line] = [], [], len(prompt)
+        for slot, prompt in prompts.items():
+            self.tokens[slot], self.logits[slot], self.lengths[slot] = [], [], len(prompt)
         self._take(list(prompts), self.model(ids, torch.tensor([*prompts]), mask, positions))
 
-    def step(self, lines: Sequence[int]) -> None:
-        """Decode one token of each of `lines`, in the order given; the other lines wait."""
-        positions = torch.tensor([[self.lengths[line] + len(self.tokens[line]) - 1] for line in lines])
-        ids = torch.tensor([[self.tokens[line][-1]] for line in lines])
+    def step(self, chosen: Sequence[int]) -> None:
+        """Decode one token of each of `chosen`, in the order given; the other slots wait."""
+        positions = torch.tensor([[self.lengths[slot] + len(self.tokens[slot]) - 1] for slot in chosen])
+        ids = torch.tensor([[self.tokens[slot][-1]] for slot in chosen])
         mask = (torch.arange(int(positions.max())) < positions).long()
-        self._take(lines, self.model(ids, torch.tensor([*lines]), mask, positions))
+        self._take(chosen, self.model(ids, torch.tensor([*chosen]), mask, positions))
 
-    def _take(self, lines: Sequence[int], outputs: Any) -> None:
-        for line, logits in zip(lines, outputs.logits[:, -1], strict=True):
-            self.logits[line].append(logits)
-            self.tokens[line].append(int(logits.argmax()))
+    def _take(self, chosen: Sequence[int], outputs: Any) -> None:
+        for slot, logits in zip(chosen, outputs.logits[:, -1], strict=True):
+            self.logits[slot].append(logits)
+            self.tokens[slot].append(int(logits.argmax()))
 
-    def leave(self, line: int) -> tuple[torch.Tensor, torch.Tensor]:
-        del self.lengths[line]
-        return torch.tensor(self.tokens.pop(line)), torch.stack(self.logits.pop(line))
+    def leave(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        del self.lengths[slot]
+        return torch.tensor(self.tokens.pop(slot)), torch.stack(self.logits.pop(slot))
 
 
 def continuous(
-    path: str, prompts: list[list[int]], options: dict[str, Any], seed: int, on_device: bool = False
+    path: str, prompts: list[list[int]], options: dict[str, Any], seed: int, simulated: bool = False
 ) -> list[tuple[int, Any]]:
-    """(index of the prompt, its tokens and logits) of every prompt twice, under a random schedule of 4 lines."""
+    """(index of the prompt, its tokens and logits) of every prompt twice, under a random schedule of 4 slots."""
     finished = []
     rng = random.Random(seed)
-    lines = Lines(load(path, options, on_device))
+    slots = Slots(load(path, options, simulated))
     waiting = [*range(len(prompts))] * 2
     rng.shuffle(waiting)
     running: dict[int, int] = {}
     while waiting or running:
-        free = [line for line in range(4) if line not in running]
+        free = [slot for slot in range(4) if slot not in running]
         if free and waiting and rng.random() < 0.6:
             entering = rng.sample(free, min(len(free), len(waiting), rng.randint(1, 2)))
-            running |= {line: waiting.pop() for line in entering}
-            lines.enter({line: prompts[running[line]] for line in entering})
+            running |= {slot: waiting.pop() for slot in entering}
+            slots.enter({slot: prompts[running[slot]] for slot in entering})
         elif running:
-            lines.step(rng.sample([*running], rng.randint(1, len(running))))
-        for line in [line for line in running if len(lines.tokens[line]) == STEPS]:
-            finished.append((running.pop(line), lines.leave(line)))
+            slots.step(rng.sample([*running], rng.randint(1, len(running))))
+        for slot in [slot for slot in running if len(slots.tokens[slot]) == STEPS]:
+            finished.append((running.pop(slot), slots.leave(slot)))
     return finished
 
 
@@ -168,19 +168,19 @@ def test_rows_that_enter_wait_and_leave_give_what_they_give_alone(
 
 
 @pytest.mark.parametrize("options", [*STATIC.values(), CHUNKS], ids=[*STATIC, "chunks"])
-def test_a_batch_on_a_device_generates_what_transformers_generates(
+def test_a_batch_on_a_simulated_device_generates_what_transformers_generates(
     options: dict[str, Any], checkpoint: Callable[[Case], Path]
 ) -> None:
     case = CASES[1]
-    check(case, *generate(str(checkpoint(case)), case.prompts(), options, on_device=True))
+    check(case, *generate(str(checkpoint(case)), case.prompts(), options, simulated=True))
 
 
 @pytest.mark.parametrize("options", CONTINUOUS.values(), ids=CONTINUOUS)
-def test_rows_on_a_device_give_what_they_give_alone(
+def test_rows_on_a_simulated_device_give_what_they_give_alone(
     options: dict[str, Any], checkpoint: Callable[[Case], Path]
 ) -> None:
     case = CASES[1]
-    for index, (tokens, logits) in continuous(str(checkpoint(case)), case.prompts(), options, seed=2, on_device=True):
+    for index, (tokens, logits) in continuous(str(checkpoint(case)), case.prompts(), options, seed=2, simulated=True):
         check(case, tokens, logits, index)
 
 
@@ -198,39 +198,39 @@ def test_two_ranks_generate_what_transformers_generates(
             check(case, tokens, logits, index)
 
 
-def test_rows_that_fill_a_batch_up_write_nowhere(checkpoint: Callable[[Case], Path]) -> None:
+def test_rows_that_pad_a_batch_write_nowhere(checkpoint: Callable[[Case], Path]) -> None:
     case = CASES[1]
     options = dict(batch_size=4, ctx_batch_size=2, is_continuous_batching=True)
-    lines = Lines(load_neuron(checkpoint(case), seq_len=SEQ_LEN, **options))
+    slots = Slots(load_neuron(checkpoint(case), seq_len=SEQ_LEN, **options))
 
-    def contents(line: int) -> list[torch.Tensor]:
-        state = lines.model.token_generation_model.model.kv_mgr.past_key_values
-        return [entry[line, ..., :SEQ_LEN, :].clone() for entry in state]
+    def contents(slot: int) -> list[torch.Tensor]:
+        state = slots.model.token_generation_model.model.kv_mgr.past_key_values
+        return [entry[slot, ..., :SEQ_LEN, :].clone() for entry in state]
 
     prompts = case.prompts()
-    lines.enter({2: prompts[2], 0: prompts[1]})
+    slots.enter({2: prompts[2], 0: prompts[1]})
     before = contents(0), contents(1), contents(2)
-    assert not any(entry.any() for entry in before[1]), "an idle line was written while a prompt was encoded"
-    lines.enter({3: prompts[3]})  # one prompt in a batch of two
-    lines.step([3])  # one row in a batch of four
-    for line in range(3):
-        for i, (entry, kept) in enumerate(zip(contents(line), before[line], strict=True)):
-            assert_close(entry, kept, label=f"entry {i} of waiting line {line}")
+    assert not any(entry.any() for entry in before[1]), "an idle slot was written while a prompt was encoded"
+    slots.enter({3: prompts[3]})  # one prompt in a batch of two
+    slots.step([3])  # one row in a batch of four
+    for slot in range(3):
+        for i, (entry, kept) in enumerate(zip(contents(slot), before[slot], strict=True)):
+            assert_close(entry, kept, label=f"entry {i} of waiting slot {slot}")
 
 
 @pytest.mark.parametrize("order", [[2, 0], [0, 3], [3, 1, 0, 2]], ids=str)
-def test_rows_of_a_static_batch_may_sit_on_any_lines(order: list[int], checkpoint: Callable[[Case], Path]) -> None:
+def test_rows_of_a_static_batch_may_be_in_any_slots(order: list[int], checkpoint: Callable[[Case], Path]) -> None:
     case = CASES[1]
-    lines = Lines(load_neuron(checkpoint(case), seq_len=SEQ_LEN, batch_size=4))
-    lines.enter({line: case.prompts()[line] for line in order})
+    slots = Slots(load_neuron(checkpoint(case), seq_len=SEQ_LEN, batch_size=4))
+    slots.enter({slot: case.prompts()[slot] for slot in order})
     for step in range(STEPS - 1):
-        lines.step(order if step % 2 else order[::-1])
-    for line in order:
-        check(case, *lines.leave(line), line)
+        slots.step(order if step % 2 else order[::-1])
+    for slot in order:
+        check(case, *slots.leave(slot), slot)
 
 
 @pytest.mark.parametrize("ids", [[0, 0], [-1, 1], [1, 4]])
-def test_a_line_that_is_not_there_or_is_given_twice_is_an_error(
+def test_a_slot_that_does_not_exist_or_is_given_twice_is_an_error(
     ids: list[int], checkpoint: Callable[[Case], Path]
 ) -> None:
     model = load_neuron(checkpoint(CASES[1]), seq_len=SEQ_LEN, batch_size=4)

@@ -1,0 +1,91 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""JSON from files that others wrote, and what errors quote of it: whatever it is, a problem is one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_MOST_LEVELS = 32  # published files have five; copying and printing a config descend by recursion
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: nothing has this name.
+        ValueError: it cannot be read, holds no JSON, or is nested too deeply; the message names the file.
+    """
+    require_regular(path)
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); correct its permissions") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+
+
+def parse_json(data: bytes | str) -> Any:
+    """`json.loads`, which also refuses what is nested too deeply.
+
+    Raises:
+        ValueError: the data is no JSON, no text, or nested too deeply.
+    """
+    too_deep = f"nested more than {_MOST_LEVELS} levels deep"
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [item for container in level for item in _items(container)]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What a container holds."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what cannot be opened and read to its end, such as a directory or a pipe, before it is opened.
+
+    Raises:
+        FileNotFoundError: nothing has this name, or a link leads nowhere.
+        ValueError: something else than a file has this name, or it cannot be looked at.
+    """
+    try:
+        if path.is_file():
+            return
+        exists = path.exists()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); correct its permissions") from error
+    if exists:
+        raise ValueError(f"{path} is not a file but a directory, a pipe or a device; replace it by the file")
+    raise FileNotFoundError(f"{path} does not exist")
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """`repr`, cut to a length that fits a line of an error."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """A line of an error that quotes names from a file: nothing in it breaks the line, and it ends."""
+    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def first_three(names: Iterable[str]) -> str:
+    """Names joined by commas; of more than three, the first three and how many more there are."""
+    found = list(names)
+    rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + rest

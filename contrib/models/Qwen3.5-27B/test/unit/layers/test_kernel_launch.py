@@ -1,0 +1,190 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The model computes the same with each kernel, launched in the emulator, as in plain PyTorch; and how it launches
+them: grid, device, arguments, and what moves data between HBM and the chip.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import nki_emulator
+import nki_emulator.isa
+from qwen35 import ops
+from qwen35.kernel_selection import KERNEL_ENVIRONMENT, DeltaNetInverse, DeltaNetKernel
+from qwen35.layers import gated_deltanet
+from qwen35.layers.cache import DeltaNetState
+from qwen35.layers.kernel_launch import decode, prefill
+from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
+from qwen35.nki_kernels.nki_seam import EMULATED
+from qwen35.phase import Phase
+from qwen35.serving.loading import MINI_CHECKPOINT
+from qwen35.serving.prompts import encode, load_tokenizer
+from support.compare import assert_close
+from support.kernel_cases import make_case
+from support.models import load_neuron, neuron_greedy
+from support.own_kernels import Launches, all_kernels, recorded_launches, small_arguments
+
+emulated = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
+
+
+@pytest.fixture(autouse=True)
+def _no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KERNEL_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def mini_tokens(kernel: str, steps: int, inverse: str = "tiled") -> tuple[torch.Tensor, torch.Tensor]:
+    encoded = encode(load_tokenizer(MINI_CHECKPOINT), ["The capital of France is", "3 + 4 ="])
+    prompts = [
+        ids[: int(n)].tolist() for ids, n in zip(encoded["input_ids"], encoded["attention_mask"].sum(1), strict=True)
+    ]
+    model = load_neuron(MINI_CHECKPOINT, batch_size=2, seq_len=16, deltanet_kernel=kernel, deltanet_inverse=inverse)
+    return neuron_greedy(model, prompts, steps)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "inverse"),
+    [("fused", "tiled"), ("fused", "plain"), ("chunked", "tiled"), ("chunked", "plain"), ("recurrent", "tiled")],
+)
+def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str, inverse: str) -> None:
+    tokens, logits = mini_tokens(kernel, 3, inverse)
+    expected_tokens, expected_logits = mini_tokens("torch", 3)
+    assert torch.equal(tokens, expected_tokens)
+    # float32 kernels: 5e-7 of the largest output of a layer, through six of them.
+    torch.testing.assert_close(logits, expected_logits, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("phase", "tokens"),
+    [(Phase.TOKEN_GENERATION, 1), (Phase.TOKEN_GENERATION, 8), (Phase.CONTINUATION, 8), (Phase.CONTINUATION, 9)],
+)
+def test_a_layer_continues_from_a_state_by_kernel_as_by_torch(phase: Phase, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    hidden = torch.randn(1, tokens, 128, generator=generator)
+    state = DeltaNetState(
+        torch.randn(1, 8, 128, 128, generator=generator), torch.randn(1, 2048, 3, generator=generator)
+    )
+    for kernel in ("fused", "torch"):
+        model = load_neuron(MINI_CHECKPOINT, deltanet_kernel=kernel)
+        with torch.no_grad():
+            output, new_state = model.models[0].model.layers[0].linear_attn(hidden, phase, state)
+        outputs.append((output, *new_state))
+    for actual, expected in zip(*outputs, strict=True):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_fused_kernel_is_right_on_what_the_mini_computes(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def record(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(tensors)
+        return ops.chunk_gated_delta_rule(*tensors)
+
+    monkeypatch.setattr(gated_deltanet, "chunk_gated_delta_rule", record)
+    text = " ".join(["The capital of France is Paris. 3 + 4 = 7. The largest planet is Jupiter."] * 6)
+    ids = encode(load_tokenizer(MINI_CHECKPOINT), [text])
+    model = load_neuron(MINI_CHECKPOINT, seq_len=256)
+    model(**ids, position_ids=torch.arange(ids["input_ids"].shape[1]).unsqueeze(0))
+    assert len(calls) == 6 and min(float(g.min()) for _, _, _, g, *_ in calls) < -20
+    for q, k, v, g, beta, _ in calls:
+        # The oracle gets the rounded operands: what is measured is the kernel, not the rounding of its input.
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        expected = ops.recurrent_gated_delta_rule(*(x.double() for x in (q, k, v, g, beta)))
+        for actual, reference in zip(deltanet_fused_chunked_layer(q, k, v, g, beta), expected, strict=True):
+            assert (actual.double() - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+# --- Launches --------------------------------------------------------------------------------------------------------
+LAUNCHED = [DeltaNetKernel.FUSED, DeltaNetKernel.CHUNKED, DeltaNetKernel.RECURRENT]
+
+
+@emulated
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("kernel", LAUNCHED)
+def test_every_launch_of_the_model_has_the_grid_of_a_logical_core_and_equal_calls_compile_once(
+    kernel: DeltaNetKernel, cores: int
+) -> None:
+    model = load_neuron(MINI_CHECKPOINT, seq_len=16, deltanet_kernel=kernel, logical_nc_config=cores)
+    with recorded_launches() as launches:
+        neuron_greedy(model, [[1, 2, 3]], 3)
+        compiled = len(launches.compiled)
+        neuron_greedy(model, [[4, 5, 6]], 3)
+    assert {*launches.grids} == {(cores,)}
+    # One program encodes prompts and one decodes; six layers launch each of them, several times.
+    assert len(launches.compiled) == compiled == 2
+
+
+@emulated
+@pytest.mark.parametrize("kernel", LAUNCHED)
+def test_a_continued_prompt_compiles_one_program_too(kernel: DeltaNetKernel) -> None:
+    case = make_case(S=8, K=128, V=128, state=True)
+    with recorded_launches() as launches:
+        for _ in range(2):
+            prefill(kernel, DeltaNetInverse.TILED, 1, *case.tensors, case.state)
+    assert len(launches.compiled) == 1
+
+
+def test_a_call_with_none_compiles_every_time_in_the_record() -> None:
+    launches = Launches()
+    kernel = all_kernels()["deltanet_fused_chunked_layer"]
+    for _ in range(2):
+        launches.add(kernel, (torch.zeros(2),), {"inverse": "tiled"})
+        launches.add(kernel, (torch.zeros(2), None), {})
+    assert len(launches.compiled) == 3
+
+
+@pytest.mark.parametrize("name", all_kernels())
+def test_no_kernel_has_an_argument_that_may_be_none(name: str) -> None:
+    parameters = inspect.signature(all_kernels()[name].function).parameters.values()
+    assert [p.name for p in parameters if p.default is None] == []
+
+
+@emulated
+@pytest.mark.parametrize("inverse", DeltaNetInverse)
+@pytest.mark.parametrize("kernel", LAUNCHED)
+def test_results_are_where_the_inputs_are_whatever_the_default_device(
+    kernel: DeltaNetKernel, inverse: DeltaNetInverse
+) -> None:
+    case = make_case(S=8, K=128, V=128)
+    expected = ops.chunk_gated_delta_rule(*case.tensors)
+    with torch.device("meta"):  # where tensors are made that name no device
+        results = prefill(kernel, inverse, 2, *case.tensors, None)
+    for actual, reference in zip(results, expected, strict=True):
+        assert actual.device == reference.device
+        assert_close(actual, reference, atol=1e-5 * float(reference.abs().max()), label=kernel.value)
+
+
+@emulated
+def test_decoding_leaves_results_where_the_inputs_are() -> None:
+    names = "qkv z a b conv_weight conv_state A_log dt_bias norm_weight recurrent_state".split()
+    inputs: dict[str, Any] = dict(zip(names, small_arguments("deltanet_decode_layer"), strict=True))
+    with torch.device("meta"):
+        results = decode(2, **inputs, norm_eps=1e-6)
+    assert {result.device.type for result in results} == {"cpu"}
+
+
+@emulated
+@pytest.mark.parametrize("grid", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", all_kernels())
+def test_no_dma_casts(name: str, dtype: torch.dtype, grid: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardware descriptors move bytes, and the compiler may choose them (nki/migration/index.rst, dge_mode)."""
+    casts, dma_copy = [], nki_emulator.isa.dma_copy
+
+    def record(*, dst: Any, src: Any, **options: Any) -> None:
+        if dst.dtype != src.dtype:
+            casts.append(f"{src!r} to {dst!r}")
+        dma_copy(dst=dst, src=src, **options)
+
+    monkeypatch.setattr(nki_emulator.isa, "dma_copy", record)
+    nki_emulator.emulate(all_kernels()[name], *small_arguments(name, dtype), grid=grid, timed=False)
+    assert casts == []

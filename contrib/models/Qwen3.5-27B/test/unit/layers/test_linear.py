@@ -1,0 +1,76 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layers of the decoder in the shapes of a rank, and what their ranks compute together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nxdi_cpu.parallel_state import initialize_model_parallel
+from qwen35 import OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.layers.linear import HeadShardedParameter, column_parallel, output_head, row_parallel, token_embedding
+from qwen35.nxdi import as_rank
+from support.applications import needs_stand_ins
+from support.compare import assert_close
+from support.models import TINY
+from support.ranks import RankPool
+
+pytestmark = needs_stand_ins
+
+
+def config(**options: Any) -> Qwen35InferenceConfig:
+    return Qwen35InferenceConfig(Qwen35NeuronConfig(torch_dtype=torch.float32, **options), **TINY)
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4])
+def test_weights_have_the_shapes_of_a_rank(tp_degree: int) -> None:
+    with as_rank(0, tp_degree), torch.device("meta"):
+        of_rank = config(tp_degree=tp_degree)
+        assert column_parallel(of_rank, 64, 96).weight.shape == (96 // tp_degree, 64)
+        assert row_parallel(of_rank, 96, 64).weight.shape == (64, 96 // tp_degree)
+        assert token_embedding(of_rank).weight.shape == (160, 64 // tp_degree)
+        assert output_head(of_rank).weight.shape == (160 // tp_degree, 64)
+        assert HeadShardedParameter(8, 16, dtype=torch.float32).weight.shape == (8 // tp_degree, 16)
+
+
+def column_then_row(wide: torch.Tensor, narrow: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """On a rank of two: narrow (wide x), with its rows of `wide` and its columns of `narrow`."""
+    initialize_model_parallel(2)
+    rank = torch.distributed.get_rank()
+    of_rank = config(tp_degree=2)
+    first, second = column_parallel(of_rank, *wide.shape[::-1]), row_parallel(of_rank, *narrow.shape[::-1])
+    first.weight.data, second.weight.data = wide.chunk(2)[rank], narrow.chunk(2, dim=1)[rank]
+    output: torch.Tensor = second(first(x))
+    return output
+
+
+def test_two_ranks_compute_what_the_whole_weights_do(rank_pool: Callable[[int], RankPool]) -> None:
+    wide, narrow, x = torch.randn(96, 64), torch.randn(64, 96), torch.randn(2, 5, 64)
+    for output in rank_pool(2).call(column_then_row, wide, narrow, x):
+        # Products of order 10 and sums of 96 of them, in float32 and another order.
+        assert_close(output, x @ wide.T @ narrow.T, atol=1e-3, label="output")
+
+
+@pytest.mark.parametrize(
+    ("options", "gathers"),
+    [
+        ({}, True),
+        (dict(on_device_sampling_config=OnDeviceSamplingConfig()), False),
+        (dict(on_device_sampling_config=OnDeviceSamplingConfig(), on_cpu=True), True),
+    ],
+    ids=["sampled by the host", "sampled on a device", "sampled on a CPU"],
+)
+def test_the_head_gathers_all_logits_unless_a_device_samples(options: dict[str, Any], gathers: bool) -> None:
+    with as_rank(0, 2), torch.device("meta"):
+        assert output_head(config(tp_degree=2, **options)).gather_output is gathers
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded_to_whole_ranks() -> None:
+    odd = Qwen35InferenceConfig(Qwen35NeuronConfig(tp_degree=4), **{**TINY, "vocab_size": 161})
+    with as_rank(3, 4), torch.device("meta"):
+        head = output_head(odd)
+    assert head.weight.shape == (41, 64) and head.pad_size == 3

@@ -1,0 +1,57 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""The seam to NxDI: which names it gives, the shapes of a rank, and calls on the stand-ins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import qwen35.nxdi
+from qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
+from qwen35.nxdi import (
+    ColumnParallelLinear,
+    InferenceConfig,
+    NeuronConfig,
+    as_rank,
+    get_tensor_model_parallel_size,
+    on_stand_ins,
+)
+
+SIGNATURES = Path(__file__).parents[1] / "data" / "nxdi_signatures.json"
+
+
+def test_the_seam_imports_each_original_of_its_stand_in() -> None:
+    originals = {name: f"{module}.{name}" for name, (module, _) in qwen35.nxdi._MODULES.items()}
+    stand_ins = {name: f"{module}.{name}" for name, (_, module) in qwen35.nxdi._MODULES.items()}
+    recorded = json.loads(SIGNATURES.read_text(encoding="utf-8"))["names"]
+    assert originals == {name: recorded[path.removeprefix("nxdi_cpu.")]["real"] for name, path in stand_ins.items()}
+
+
+def test_the_seam_gives_the_base_classes() -> None:
+    assert issubclass(Qwen35InferenceConfig, InferenceConfig) and issubclass(Qwen35NeuronConfig, NeuronConfig)
+    assert Qwen35InferenceConfig.get_neuron_config_cls() is Qwen35NeuronConfig
+
+
+@pytest.mark.usefixtures("outside_any_rank")
+@pytest.mark.parametrize("rank", [0, 3])
+def test_modules_are_built_in_the_shapes_of_a_rank_without_its_process(rank: int) -> None:
+    with as_rank(rank, 4), torch.device("meta"):
+        assert get_tensor_model_parallel_size() == 4
+        assert ColumnParallelLinear(8, 32, bias=False).weight.shape == (8, 8)
+
+
+def module_of_the_config_class() -> str:
+    return qwen35.nxdi.InferenceConfig.__module__
+
+
+def test_a_function_on_the_stand_ins_has_their_classes() -> None:
+    assert on_stand_ins(module_of_the_config_class) == "nxdi_cpu.config"
+
+
+def test_an_error_on_the_stand_ins_reaches_the_caller() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        on_stand_ins(int, "four")
