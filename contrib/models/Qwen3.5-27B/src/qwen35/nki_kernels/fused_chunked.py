@@ -84,8 +84,9 @@ def deltanet_fused_chunked_layer_ragged(
         No exponent is positive, so no gate overflows. Gates, D, A, T and the state are float32; with bfloat16 inputs
         the operands of the other products are rounded: 5e-3 to 9e-3 of the largest output, 4e-2 with equal keys and
         beta near 1. float32 inputs: 5e-7 and 3e-6, in 1.5 times the time.
-        Time, modelled by nki_emulator and not measured on a device, bfloat16, 12 value and 4 key heads on two cores: 58 us
-        for 512 tokens, relying on sub-arrays of the Tensor engine working side by side; 112 us with the plain inverse.
+        Time, modelled by nki_emulator and not measured on a device, bfloat16, 12 value and 4 key heads, two cores:
+        58 us for 512 tokens, relying on sub-arrays of the Tensor engine working side by side; 112 us with the plain
+        inverse.
         Loops are unrolled over S, so code grows with it.
     """
     return _layer(
