@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from .error_text import first_three, one_line, shown
 from .hardware import INSTANCES
-from .json_files import first_three, one_line, read_json, shown
+from .json_files import read_json
 from .kernel_selection import DeltaNetInverse, DeltaNetKernel, kernel_problems
 from .nxdi import InferenceConfig, NeuronConfig
 

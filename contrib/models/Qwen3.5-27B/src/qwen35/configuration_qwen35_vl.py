@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from .configuration_qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, as_dict, is_number, is_size, read_config
-from .json_files import shown
+from .error_text import shown
 
 _MODEL_TYPES = ("qwen3_5_vision", "qwen3_5")  # older dumps carry the type of the whole model
 MEDIA_TOKENS = ("image_token_id", "video_token_id")

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from files that others wrote, and what errors quote of it: whatever it is, a problem is one line."""
+"""JSON from files that others wrote: whatever it is, a problem is one line."""
 
 from __future__ import annotations
 
@@ -70,22 +70,3 @@ def require_regular(path: Path) -> None:
     if exists:
         raise ValueError(f"{path} is not a file but a directory, a pipe or a device; replace it by the file")
     raise FileNotFoundError(f"{path} does not exist")
-
-
-def shown(value: Any, most: int = 100) -> str:
-    """`repr`, cut to a length that fits a line of an error."""
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def one_line(text: str, most: int = 1000) -> str:
-    """A line of an error that quotes names from a file: nothing in it breaks the line, and it ends."""
-    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-    return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def first_three(names: Iterable[str]) -> str:
-    """Names joined by commas; of more than three, the first three and how many more there are."""
-    found = list(names)
-    rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + rest

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen35.json_files import first_three, one_line, parse_json, read_json, shown
+from qwen35.json_files import parse_json, read_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -57,15 +57,3 @@ def test_a_file_without_permission_is_one_line(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(Path, "read_bytes", lambda self: (_ for _ in ()).throw(PermissionError(13, "denied")))
     with pytest.raises(ValueError, match=r"x\.json cannot be read \(.*\); correct its permissions"):
         read_json(tmp_path / "x.json")
-
-
-@given(st.text())
-def test_a_line_has_no_end_within_and_can_be_printed(text: str) -> None:
-    line = one_line(text, most=40)
-    assert len(line) <= 40 and len((line + "x").splitlines()) == 1 and line.isprintable()
-    line.encode("utf-8")
-
-
-def test_long_values_and_lists_are_cut() -> None:
-    assert shown("ab") == "'ab'" and len(shown(["a"] * 1000)) == 100
-    assert first_three("abc") == "a, b, c" and first_three("abcde") == "a, b, c and 2 more"

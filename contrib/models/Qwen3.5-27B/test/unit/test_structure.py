@@ -23,7 +23,8 @@ SRC = Path(qwen35.__file__).parents[1]
 UNIT_TESTS = Path(__file__).parent
 
 FLOORS: tuple[tuple[set[str], ...], ...] = (
-    ({"hardware", "json_files", "phase"}, {"ops"}),
+    ({"error_text"}, {"hardware"}, {"ops"}, {"phase"}),
+    ({"json_files"},),
     ({"nxdi"}, {"nki_kernels"}),
     ({"kernel_selection", "configuration_qwen35", "configuration_qwen35_vl"},),
     ({"weights"},),

@@ -217,7 +217,7 @@ class _Streamer:
     """Prints the prompt, and text as soon as its characters are whole."""
 
     def __init__(self, generator: TextGenerator, prompt: str, stop: list[str]) -> None:
-        from ..serving.prompts import StopStrings
+        from ..serving.text_stream import StopStrings
 
         self.text = StopStrings(generator.tokenizer, stop)
         print(prompt, end="", flush=True)

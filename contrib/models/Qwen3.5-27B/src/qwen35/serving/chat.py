@@ -10,9 +10,10 @@ from typing import Any
 from .engine import Qwen35Engine
 from .generation import TextGenerator
 from .prefix_cache import PrefixCache
-from .prompts import StopStrings, Tools, chat_text, check_stop, system_turn, token_ids
+from .prompts import Tools, chat_text, system_turn, token_ids
 from .request import Request
 from .sampling import SamplingOptions
+from .text_stream import StopStrings, check_stop
 
 CHUNK_SIZE = 128
 """Tokens of a prompt encoded at a time, and of a block that a later turn restores."""

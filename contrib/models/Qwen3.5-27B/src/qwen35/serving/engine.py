@@ -34,7 +34,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ from .prefix_cache import Chain, PrefixCache, media_digests
 from .request import FinishReason, ModelLimits, Request, StepOutput, checked_request
 from .runner import ModelRunner, Row
 from .sampling import Sampler, logprobs_of, require_finite
+from .text_stream import StopStrings
 
 LONGEST_ERROR = 500
 """Characters of a failure that a request is told."""
@@ -68,6 +70,8 @@ class _Sequence:
     index: int
     prompt: _Prompt
     sampler: Sampler
+    text: StopStrings | None = None
+    """Of a request with stop strings."""
     row: Row | None = None
 
     @property
@@ -97,11 +101,18 @@ class Qwen35Engine:
     off as a failure does. Under tensor parallelism on a CPU every rank runs the same calls, with a seed in each request
     that samples.
 
+    Args:
+        model: loaded.
+        prefix_cache: of this model.
+        tokenizer: for requests with stop strings.
+
     Raises:
         ValueError: the configuration leaves no logits to sample from, or the prefix cache is another model's.
     """
 
-    def __init__(self, model: NeuronQwen35ForCausalLM, prefix_cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self, model: NeuronQwen35ForCausalLM, prefix_cache: PrefixCache | None = None, tokenizer: Any = None
+    ) -> None:
         neuron_config = model.neuron_config
         if neuron_config.on_device_sampling_config is not None and not neuron_config.output_logits:
             raise ValueError(
@@ -112,8 +123,9 @@ class Qwen35Engine:
             raise ValueError("async_mode=True: the host samples each token before the next step; set it to False")
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ValueError("prefix_cache is another model's: make it of the model that the engine gets")
-        self.model, self.prefix_cache = model, prefix_cache
-        self._runner, self._limits = ModelRunner(model), limits_of(model)
+        self.model, self.prefix_cache, self.tokenizer = model, prefix_cache, tokenizer
+        self._runner = ModelRunner(model)
+        self._limits = replace(limits_of(model), takes_stop=tokenizer is not None)
         self._slots = neuron_config.kv_cache_batch_size
         self._sequences: list[_Sequence] = []  # in order of arrival
         self._dirty_slots: set[int] = set()  # of rows that failed
@@ -134,8 +146,10 @@ class Qwen35Engine:
         prompt = _Prompt(checked_request(request, self._limits))
         request = prompt.request
         samplers = [Sampler(request.sampling.of_continuation(i), request.prompt) for i in range(request.n)]
+        texts = [StopStrings(self.tokenizer, request.stop) if request.stop else None for _ in samplers]
         request_id, self._next_id = self._next_id, self._next_id + 1
-        self._sequences += [_Sequence(request_id, i, prompt, sampler) for i, sampler in enumerate(samplers)]
+        pairs = zip(samplers, texts, strict=True)
+        self._sequences += [_Sequence(request_id, i, prompt, *pair) for i, pair in enumerate(pairs)]
         return request_id
 
     def cancel(self, request_id: int) -> None:
@@ -290,12 +304,19 @@ class Qwen35Engine:
         token = sequence.sampler.sample(logits)
         logprobs = None if request.logprobs is None else logprobs_of(logits, token, request.logprobs)
         row.tokens.append(token)
+        text, stops = None, sequence.text
+        if stops is not None:
+            text = stops.push(token)
         reason = None
-        if token in request.eos_token_ids:
+        if stops is not None and stops.stopped:
+            reason = FinishReason.STOP
+        elif token in request.eos_token_ids:
             reason = FinishReason.EOS
         elif len(row.tokens) - len(request.prompt) == request.max_new_tokens:
             reason = FinishReason.LENGTH
-        self._emit(sequence, StepOutput(sequence.id, token, reason, sequence.index, logprobs))
+        if stops is not None and text is not None and reason is not None:
+            text += stops.flush()
+        self._emit(sequence, StepOutput(sequence.id, token, reason, sequence.index, logprobs, text=text))
 
     def _emit(self, sequence: _Sequence, output: StepOutput) -> None:
         self._outputs.setdefault(sequence.id, []).append(output)

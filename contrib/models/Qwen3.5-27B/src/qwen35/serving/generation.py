@@ -18,13 +18,13 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
+from ..error_text import shorten
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
-from ..vision.media import shorten
 from ..vision.processing import VisionProcessor
 from .hf_adapter import HuggingFaceGenerationAdapter
 from .loading import load_generation_config
-from .prompts import Messages, StopStrings, Tools, encode, encode_chat, load_tokenizer
+from .prompts import Messages, Tools, encode, encode_chat, load_tokenizer
 from .request import out_of_vocabulary
 from .sampling import (
     GREEDY,
@@ -35,6 +35,7 @@ from .sampling import (
     penalized,
     require_finite,
 )
+from .text_stream import StopStrings
 
 OnToken = Callable[[torch.Tensor], None]
 """Gets the tokens [B] of each step."""

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from .sampling import GREEDY, SamplingOptions, TokenLogprobs, continuation_problems, whole_number
+from .text_stream import check_stop
 
 
 class FinishReason(str, Enum):
     """Why a request gets no more tokens."""
 
     EOS = "eos"  # its last token is one of its eos_token_ids
+    STOP = "stop"  # its text has come to one of its stop strings
     LENGTH = "length"  # it has max_new_tokens
     CANCELLED = "cancelled"
     ERROR = "error"  # something failed that was done for it; its output says what
@@ -41,6 +43,8 @@ class Request:
         n: continuations of the prompt, which is encoded once for those that have a slot by then.
         logprobs: of how many of the most likely tokens each output has the log-probabilities, besides the one chosen;
             None for no log-probabilities at all.
+        stop: texts that end the answer where one begins, which may be before its last token; the engine needs a
+            tokenizer for them.
     """
 
     prompt: Sequence[int]
@@ -50,6 +54,7 @@ class Request:
     media: Mapping[str, torch.Tensor] = field(default_factory=dict)
     n: int = 1
     logprobs: int | None = None
+    stop: str | Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class StepOutput:
     Args:
         request_id: what `add` returned.
         token: its id.
+        text: what can be shown after this token, of a request with stop strings: without these, and without text that
+            may begin one.
         finish_reason: None while more tokens come.
         index: which of the request's n continuations.
         logprobs: those that the request asked for.
@@ -73,6 +80,7 @@ class StepOutput:
     index: int = 0
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class ModelLimits:
         vocab_size: token ids are below it.
         seq_len: tokens of a prompt and its answer together, at most.
         max_prompt_tokens: tokens of a prompt, at most; None where prompts are encoded in chunks.
+        takes_stop: whether there is a tokenizer to find stop strings with.
         media_names: names under which it takes media; empty for a model of text.
         check_media: raises ValueError when media, by name, do not match a prompt [1, S] int64.
     """
@@ -92,6 +101,7 @@ class ModelLimits:
     max_prompt_tokens: int | None = None
     media_names: Sequence[str] = ()
     check_media: Callable[..., None] | None = None
+    takes_stop: bool = False
 
 
 GRIDS = "_grid_thw"
@@ -110,6 +120,7 @@ def checked_request(request: Request, limits: ModelLimits) -> Request:
     problems: list[str] = []
     prompt = _token_ids("prompt", request.prompt, limits, problems)
     eos_token_ids = _token_ids("eos_token_ids", request.eos_token_ids, limits, problems)
+    stop = _stop(request.stop, limits, problems)
     problems += _length_problems(request, prompt, limits)
     if isinstance(request.sampling, SamplingOptions):
         problems += continuation_problems(request.n, request.logprobs, request.sampling)
@@ -123,6 +134,7 @@ def checked_request(request: Request, limits: ModelLimits) -> Request:
         max_new_tokens=int(request.max_new_tokens),
         sampling=request.sampling,
         eos_token_ids=frozenset(eos_token_ids),
+        stop=stop,
         media=media,
         n=int(request.n),
         logprobs=None if request.logprobs is None else int(request.logprobs),
@@ -132,6 +144,18 @@ def checked_request(request: Request, limits: ModelLimits) -> Request:
 def out_of_vocabulary(token: int, name: str, vocab_size: int) -> str:
     """What is said of an id that the model has no embedding of."""
     return f"token {token} of {name} is not in 0..{vocab_size - 1}: use the checkpoint's tokenizer"
+
+
+def _stop(given: Any, limits: ModelLimits, problems: list[str]) -> tuple[str, ...]:
+    """Stop strings; none when some are wrong, which is added to `problems`."""
+    try:
+        stop = (*check_stop(given),)
+    except (TypeError, ValueError) as error:
+        problems.append(f"stop={_a(given)}: {error}" if isinstance(error, TypeError) else str(error))
+        return ()
+    if stop and not limits.takes_stop:
+        problems.append("stop strings are texts, and the engine has no tokenizer: make it with one, or leave them out")
+    return stop
 
 
 def _token_ids(name: str, given: Any, limits: ModelLimits, problems: list[str]) -> list[int]:

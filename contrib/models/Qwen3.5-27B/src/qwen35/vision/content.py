@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .media import ImageSource, Video, VideoSource, shorten
+from ..error_text import shorten
+from .media import ImageSource, Video, VideoSource
 
 _KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 """What an item of each type is; one without a type is what its first key of these is."""

@@ -25,6 +25,8 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..error_text import shorten
+
 MAX_IMAGE_PIXELS = 1 << 26
 DEFAULT_SOURCE_FPS = 24.0  # what transformers assumes of frames without a rate
 DIRECTORY_FPS = 2.0  # of frames extracted as EXTRACT_FRAMES says; also what qwen-vl-utils assumes of frames
@@ -79,14 +81,6 @@ def open_image(source: ImageSource) -> Image.Image:
         raise ValueError(f"a {type(source).__name__} is not an image; give a path, a Pillow image or an array")
     with _open_file(content_of(source)) as image:
         return _to_rgb(_decoded(image))
-
-
-def shorten(text: str, limit: int = 120) -> str:
-    """A text as errors show it: one line of at most about `limit` characters, and no data of a data: address."""
-    line = " ".join(text.split())
-    if (data := re.match(r"data:[^,]{0,80},", line, re.IGNORECASE)) is not None:
-        return f"{data[0]}... ({len(text)} characters)"
-    return line if len(line) <= limit else f"{line[:limit]}... ({len(text)} characters)"
 
 
 def content_of(source: str | os.PathLike[str]) -> Path | io.BytesIO:

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..error_text import shorten
 from .content import ImageItem, VideoItem
-from .media import ImageSource, OpenVideo, VideoSource, open_image, open_video, shorten, show_size
+from .media import ImageSource, OpenVideo, VideoSource, open_image, open_video, show_size
 from .media import Video as Video  # a processor's callers make them
 
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize

@@ -17,7 +17,8 @@ from typing import Any, TypeGuard
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..json_files import first_three, one_line, parse_json, require_regular, shown
+from ..error_text import first_three, one_line, shown
+from ..json_files import parse_json, require_regular
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -18,7 +18,7 @@ from itertools import takewhile
 
 import torch
 
-from ..json_files import first_three, one_line
+from ..error_text import first_three, one_line
 from .checkpoint import INDEX_FILE, CheckpointReader, TensorSpec
 from .foreign import QUANTISED, foreign_form, maker_beside
 

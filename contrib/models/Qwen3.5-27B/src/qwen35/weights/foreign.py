@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from ..json_files import first_three, read_json
+from ..error_text import first_three
+from ..json_files import read_json
 
 QUANTISED = "quantised checkpoints are not read, use the unquantised checkpoint"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from qwen35 import Qwen35Engine, Qwen35InferenceConfig, Request, SamplingOptions
+from qwen35 import FinishReason, Qwen35Engine, Qwen35InferenceConfig, Request, SamplingOptions
 from qwen35.phase import Phase
 from qwen35.serving.generation import Generation, TextGenerator
 from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
@@ -228,3 +228,37 @@ def test_a_chat_takes_tools_and_the_templates_arguments(
     options: dict[str, Any] = {"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": True}}
     inputs: Any = generator.chat([messages], 4, **options)
     assert generator.tokenizer.decode(inputs["input_ids"][0]) == chat_text(generator.tokenizer, messages, **options)
+
+
+@pytest.mark.parametrize("stop", ["is", ["aris", "zzz"], ["<|endoftext|>"], ["s.", ". The"]], ids=str)
+def test_the_engine_ends_at_a_stop_string_as_a_batch_does(generator: TextGenerator, stop: str | list[str]) -> None:
+    engine = Qwen35Engine(generator.model, tokenizer=generator.tokenizer)
+    generator.model.reset()
+    expected = generator.generate(PROMPTS, 12, stop=stop)
+    ids = [
+        engine.add(
+            Request(generator.tokenizer(prompt)["input_ids"], 12, stop=stop, eos_token_ids=generator.eos_token_ids)
+        )
+        for prompt in PROMPTS
+    ]
+    for request_id, tokens, text in zip(ids, expected.tokens, expected.texts, strict=True):
+        outputs = [*engine.stream(request_id)]
+        assert [output.token for output in outputs] == tokens
+        assert "".join(output.text or "" for output in outputs) == text
+        stopped = any(
+            each in generator.tokenizer.decode(tokens) for each in ([stop] if isinstance(stop, str) else stop)
+        )
+        assert (outputs[-1].finish_reason is FinishReason.STOP) == stopped
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "stop", "message"),
+    [(False, "is", "the engine has no tokenizer"), (True, ["a", ""], "stop has ''"), (True, 7, "stop=")],
+    ids=["no tokenizer", "empty", "no text"],
+)
+def test_stop_strings_that_cannot_be_found_are_refused_when_added(
+    generator: TextGenerator, tokenizer: bool, stop: Any, message: str
+) -> None:
+    engine = Qwen35Engine(generator.model, tokenizer=generator.tokenizer if tokenizer else None)
+    with pytest.raises(ValueError, match=message):
+        engine.add(Request([1, 2], 4, stop=stop))
