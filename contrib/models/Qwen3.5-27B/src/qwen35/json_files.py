@@ -5,11 +5,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .error_text import shown
+
 _MOST_LEVELS = 32  # published files have five; copying and printing a config descend by recursion
+
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a field's value is one of the kind that it must be, and that kind in words."""
 
 
 def read_json(path: Path) -> Any:
@@ -26,6 +32,32 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read ({error.strerror}); correct its permissions") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where nothing has this name.
+
+    Raises:
+        ValueError: it cannot be read, holds something else, or is nested too deeply; the message names the file.
+    """
+    if not os.path.lexists(path):
+        return {}
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is a link to nothing; download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; download it again")
+    return content
+
+
+def wrong_fields(fields: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """What is wrong with fields of a JSON object, a phrase each; null stands for a field that is not there."""
+    return [
+        f"{name}={shown(fields[name])} must be {words}"
+        for name, (is_right, words) in rules.items()
+        if fields.get(name) is not None and not is_right(fields[name])
+    ]
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -250,10 +250,10 @@ def text_mutations() -> Iterator[Mutation]:
                        ("with a field twice", b'{"hidden_size": 7, ' + text[1:].encode())):  # fmt: skip
         yield write(what, data, True, "the same object in JSON; of a field given twice, the last counts")
     yield Mutation(CONFIG, "missing", False, "no config", lambda d: (d / CONFIG).unlink())
-    yield Mutation(CONFIG, "a directory", False, "no file", lambda d: _replace(d / CONFIG, Path.mkdir))
-    yield Mutation(CONFIG, "a pipe", False, "no file", lambda d: _replace(d / CONFIG, os.mkfifo))
-    yield Mutation(CONFIG, "a link to nothing", False, "no file", lambda d: _replace(d / CONFIG, _dangling))
-    yield Mutation(CONFIG, "a link to a file", True, "as in a hub's cache", lambda d: _behind_a_link(d / CONFIG))
+    yield Mutation(CONFIG, "a directory", False, "no file", lambda d: replace(d / CONFIG, Path.mkdir))
+    yield Mutation(CONFIG, "a pipe", False, "no file", lambda d: replace(d / CONFIG, os.mkfifo))
+    yield Mutation(CONFIG, "a link to nothing", False, "no file", lambda d: replace(d / CONFIG, dangling))
+    yield Mutation(CONFIG, "a link to a file", True, "as in a hub's cache", lambda d: behind_a_link(d / CONFIG))
 
     def around(what: str, harmless: bool, why: str, top: dict[str, Any], **text: Any) -> Mutation:
         outer = {"model_type": "qwen3_5", "text_config": {**FIELDS, **text}, **top}
@@ -281,16 +281,16 @@ def text_mutations() -> Iterator[Mutation]:
         yield around(f"{name} = {value!r}", True, "the nested field counts, or vision is not used", {name: value})
 
 
-def _replace(path: Path, make: Callable[[Path], Any]) -> None:
+def replace(path: Path, make: Callable[[Path], Any]) -> None:
     path.unlink()
     make(path)
 
 
-def _dangling(path: Path) -> None:
+def dangling(path: Path) -> None:
     path.symlink_to(path.with_name("nothing"))
 
 
-def _behind_a_link(path: Path) -> None:
+def behind_a_link(path: Path) -> None:
     path.rename(path.with_name("blob"))
     path.symlink_to("blob")
 
@@ -326,9 +326,9 @@ def index_mutations() -> Iterator[Mutation]:
         yield edited(f"a tensor in {file!r:.40}", False, "no file of tensors", mapped("model.norm.weight", file))
         yield edited(f"a tensor too many in {file!r:.40}", False, "no file of tensors", mapped("extra.weight", file))
     for kind in ("directory", "pipe", "link to nothing"):
-        make = {"directory": Path.mkdir, "pipe": os.mkfifo, "link to nothing": _dangling}[kind]
+        make = {"directory": Path.mkdir, "pipe": os.mkfifo, "link to nothing": dangling}[kind]
         for file in (INDEX, FIRST, SECOND):
-            yield Mutation(INDEX, f"a {kind} as {file}", False, "no file", lambda d, m=make, f=file: _replace(d / f, m))
+            yield Mutation(INDEX, f"a {kind} as {file}", False, "no file", lambda d, m=make, f=file: replace(d / f, m))
     for file in (INDEX, FIRST, SECOND):
         yield Mutation(INDEX, f"without {file}", False, "half the weights", lambda d, file=file: (d / file).unlink())
 
@@ -354,7 +354,7 @@ def index_mutations() -> Iterator[Mutation]:
     yield edited("in another order", True, "a map", lambda i: {"weight_map": dict(reversed(i["weight_map"].items()))})
     yield edited("with ./ before files", True, "the same files", lambda i: {"weight_map": _dotted(i["weight_map"])})
     for file in (INDEX, FIRST, SECOND):
-        yield Mutation(INDEX, f"{file} behind a link", True, "a cache", lambda d, file=file: _behind_a_link(d / file))
+        yield Mutation(INDEX, f"{file} behind a link", True, "a cache", lambda d, file=file: behind_a_link(d / file))
 
 
 def random_names() -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen35.json_files import parse_json, read_json
+from qwen35.json_files import parse_json, read_json, read_object, wrong_fields
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -35,6 +35,28 @@ def test_no_json_is_one_line_with_the_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(ValueError, match=r"^[^\n]*x\.json is not valid JSON [^\n]*; download it again$"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("data", ["[]", "null", "7", '"ab"', '[["a", 1]]', "true"])
+def test_what_is_no_object_is_one_line_with_the_file(tmp_path: Path, data: str) -> None:
+    (tmp_path / "x.json").write_text(data)
+    with pytest.raises(ValueError, match=r"^[^\n]*x\.json holds a \w+, not an object; download it again$"):
+        read_object(tmp_path / "x.json")
+
+
+def test_no_file_is_an_empty_object_and_a_link_to_nothing_is_none(tmp_path: Path) -> None:
+    assert read_object(tmp_path / "x.json") == {}
+    (tmp_path / "x.json").symlink_to("y.json")
+    with pytest.raises(ValueError, match=r"x\.json is a link to nothing; download it again"):
+        read_object(tmp_path / "x.json")
+    (tmp_path / "y.json").write_text('{"a": 1}')
+    assert read_object(tmp_path / "x.json") == {"a": 1}
+
+
+def test_wrong_fields_are_named_with_what_they_must_be() -> None:
+    rules = {name: (lambda value: isinstance(value, int), "a number") for name in ("a", "b", "c", "d")}
+    problems = wrong_fields({"a": "x" * 999, "b": 1, "c": None, "e": "x"}, rules)
+    assert len(problems) == 1 and problems[0].startswith("a='xxx") and problems[0].endswith("... must be a number")
 
 
 def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def _run(args: argparse.Namespace) -> None:
         model_path = existing(checkpoint_of(options.compiled))
     else:
         model_path = options.checkpoint
-    # Everything a configuration can have wrong is said here, before processes start and weights are read.
+    # Everything a configuration can have wrong is said here, before processes start and weights are read; first for
+    # the shortest prompt, since transformers reads config.json too when it makes the tokenizer.
+    _config(options, model_path, 1 + options.max_new_tokens, len(prompts))
     inputs = _encode(options, model_path, prompts)
     sampling = options.sampling_of(model_path)
     if problems := [*continuation_problems(options.n, options.logprobs, sampling)]:

@@ -142,12 +142,14 @@ class TextGenerator:
         with_images = isinstance(config, Qwen35VLInferenceConfig)
         model_cls = NeuronQwen35VLForCausalLM if with_images else NeuronQwen35ForCausalLM
         model = model_cls(str(model_path), config)
+        # What these can have wrong is said before weights are read.
+        tokenizer = load_tokenizer(model_path)
+        generation_config = load_generation_config(model_path, config, tokenizer)
         if compiled_path is None:
             model.to_cpu()
         else:
             model.load(str(compiled_path))
-        tokenizer = load_tokenizer(model_path)
-        return cls(model, model_path, tokenizer, load_generation_config(model_path, config, tokenizer))
+        return cls(model, model_path, tokenizer, generation_config)
 
     def generate(
         self,

@@ -4,16 +4,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
+from ..configuration_qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig, is_count, is_number, is_size
 from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
+from ..json_files import Rule, read_object, wrong_fields
 from ..nxdi import NXDI_AVAILABLE
 
 if TYPE_CHECKING:
@@ -27,6 +27,15 @@ CONFIG_FILES = ("*.json", "*.jinja")
 
 CHECKPOINT_FILES = (*CONFIG_FILES, "*.safetensors", "merges.txt")
 """Of a hub's repository, what a model is loaded from."""
+
+GENERATION_FIELDS: Mapping[str, Rule] = {
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (is_number, "a finite number")),
+    "top_k": (is_count, "a whole number of at least 0"),
+    **dict.fromkeys(("max_new_tokens", "max_length"), (is_size, "a positive whole number")),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), (is_count, "a token id")),
+}
+"""What is taken of a generation_config.json beside `eos_token_id`; the rest is of transformers' own generation."""
 
 END_OF_TURN = "<|im_end|>"
 """What ends a turn in the family's chat templates."""
@@ -92,10 +101,11 @@ def load_compiled_config(compiled_path: Path) -> Qwen35InferenceConfig:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is corrupt.
     """
     if not (compiled_path / "neuron_config.json").exists():
         raise FileNotFoundError(f"{compiled_path}: no neuron_config.json there; name what 'qwen35 compile' wrote")
-    fields = json.loads((compiled_path / "neuron_config.json").read_text(encoding="utf-8"))
+    fields = read_object(compiled_path / "neuron_config.json")
     config_cls = Qwen35VLInferenceConfig if fields.get("takes_images") else Qwen35InferenceConfig
     config = config_cls.load(str(compiled_path))
     assert isinstance(config, Qwen35InferenceConfig)
@@ -135,23 +145,21 @@ def default_neuron_config(
 
 
 def load_generation_config(model_path: Path, config: Qwen35InferenceConfig, tokenizer: Any) -> GenerationConfig:
-    """The checkpoint's generation_config.json, or one without choices; its `eos_token_id` is `eos_token_ids`' list.
+    """Of the checkpoint's generation_config.json, where it has one, `GENERATION_FIELDS`; `eos_token_ids` as its ends.
 
     Raises:
-        ValueError: a file is corrupt, or what it says of the end of text.
+        ValueError: a file is corrupt, or a field is of a wrong type; all of them are named.
     """
     # Here, because transformers takes seconds to import, and a configuration does not need it.
     from transformers import GenerationConfig
 
-    eos = eos_token_ids(model_path, config.vocab_size, tokenizer)  # first: transformers fails on bad values later
-    given = _read_object(model_path / "generation_config.json")
-    given.pop("eos_token_id", None)
-    try:
-        return GenerationConfig.from_dict({**given, "eos_token_id": eos})
-    except Exception as error:  # of values of any type
-        raise ValueError(
-            f"{model_path / 'generation_config.json'}: {_first_line(error)}; correct it or leave it out"
-        ) from error
+    eos = eos_token_ids(model_path, config.vocab_size, tokenizer)
+    file = model_path / "generation_config.json"
+    given = read_object(file)
+    if problems := wrong_fields(given, GENERATION_FIELDS):
+        raise ValueError(f"{file}: {'; '.join(problems)}; correct it or leave it out")
+    taken = {name: given[name] for name in GENERATION_FIELDS if given.get(name) is not None}
+    return GenerationConfig(**taken, eos_token_id=eos)
 
 
 def eos_token_ids(model_path: Path, vocab_size: int, tokenizer: Any) -> list[int]:
@@ -182,7 +190,7 @@ def eos_token_ids(model_path: Path, vocab_size: int, tokenizer: Any) -> list[int
 
 def _given_eos(model_path: Path) -> Iterator[tuple[str, Any]]:
     """What the checkpoint's files say of `eos_token_id`, and where."""
-    generation, config = (_read_object(model_path / name) for name in ("generation_config.json", "config.json"))
+    generation, config = (read_object(model_path / name) for name in ("generation_config.json", "config.json"))
     text = config.get("text_config")
     for place, fields in (
         ("generation_config.json", generation),
@@ -191,16 +199,3 @@ def _given_eos(model_path: Path) -> Iterator[tuple[str, Any]]:
     ):
         if fields.get("eos_token_id") is not None:
             yield f"{model_path}: {place}", fields["eos_token_id"]
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is corrupt ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; download it again")
-    return content

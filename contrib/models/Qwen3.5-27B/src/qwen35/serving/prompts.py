@@ -8,14 +8,17 @@ Letters: B prompts, S tokens of the longest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from ..error_text import shorten
+from ..configuration_qwen35 import is_count, is_number
+from ..error_text import one_line, shorten, shown
+from ..json_files import Rule, read_object, require_regular, wrong_fields
 from ..vision.content import media_of, template_content
 from ..vision.processing import VisionProcessor
 
@@ -28,6 +31,61 @@ Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 """One of them holds the vocabulary."""
+
+_SIDE_FILES = (
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""What transformers reads beside the vocabulary."""
+
+
+def _is_token(value: Any) -> bool:
+    """Whether it is a token as tokenizer_config.json has them: its text, or an object with it."""
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list | dict) and all(map(_is_token, value.values() if isinstance(value, dict) else value))
+
+
+def _are_tokens_by_id(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(key.isdecimal() and isinstance(token, dict) and _is_token(token) for key, token in value.items())
+
+
+def _is_template(value: Any) -> bool:
+    """Whether it is a chat template, or a list of named ones."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return all(isinstance(one, dict) and {type(one.get(key)) for key in ("name", "template")} == {str} for one in value)
+
+
+_TOKENIZER_FIELDS: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
+        (_is_token, "a text, or an object with its text as content"),
+    ),
+    **dict.fromkeys(
+        ("additional_special_tokens", "extra_special_tokens"), (_are_tokens, "a list of tokens or an object of them")
+    ),
+    "added_tokens_decoder": (_are_tokens_by_id, "an object from ids to objects with the text as content"),
+    **dict.fromkeys(
+        ("add_prefix_space", "add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
+    "split_special_tokens": (lambda value: value is False, "false: the marks of a chat's turns would be split"),
+    **dict.fromkeys(("padding_side", "truncation_side"), (lambda value: value in ("left", "right"), "left or right")),
+    # transformers compares lengths of texts with it, and writes 1e30 for none.
+    "model_max_length": (is_number, "a finite number"),
+    "tokenizer_class": (lambda value: isinstance(value, str), "the name of a class"),
+    "auto_map": (lambda value: isinstance(value, dict), "an object"),
+    "model_input_names": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names",
+    ),
+    "chat_template": (_is_template, "a text, or a list of objects with name and template"),
+}
+"""The fields of tokenizer_config.json that transformers takes without a look at their types, or refuses in its own."""
 
 
 def load_tokenizer(model_path: Path) -> Any:
@@ -42,12 +100,76 @@ def load_tokenizer(model_path: Path) -> Any:
             f"{model_path}: no tokenizer there ({' or '.join(TOKENIZER_FILES)}); copy the tokenizer's files from the "
             "model it was made of"
         )
+    added = _added_tokens(model_path)
     try:
-        return AutoTokenizer.from_pretrained(model_path, padding_side="right", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="right", trust_remote_code=False)
     except Exception as error:  # tokenizers raises a plain Exception, transformers nearly anything
         raise ValueError(
             f"{model_path}: its tokenizer cannot be read ({shorten(str(error))}); download its files again"
         ) from error
+    for text, token_id in added.items():
+        # transformers renumbers special tokens, without a word, where its files differ in them.
+        if (loaded := tokenizer.convert_tokens_to_ids(text)) != token_id:
+            raise ValueError(
+                f"{model_path}: {shown(text)} is token {token_id} in tokenizer.json, and loads as {loaded}: its files "
+                "contradict each other; download them again"
+            )
+    return tokenizer
+
+
+def _added_tokens(model_path: Path) -> dict[str, int]:
+    """The ids of the added tokens in tokenizer.json, where there is one.
+
+    All of the tokenizer's files are checked as far as transformers would go wrong later, or in silence.
+
+    Raises:
+        ValueError: a file is none, or what it holds is of a wrong type or contradicts itself.
+    """
+    for name in (*TOKENIZER_FILES, *_SIDE_FILES):
+        if os.path.lexists(model_path / name):
+            try:
+                require_regular(model_path / name)
+            except FileNotFoundError:
+                raise ValueError(f"{model_path / name} is a link to nothing; download it again") from None
+    file = model_path / "tokenizer_config.json"
+    if problems := wrong_fields(read_object(file), _TOKENIZER_FIELDS):
+        raise ValueError(f"{file}: {'; '.join(problems)}; correct it or download it again")
+    file = model_path / "tokenizer.json"
+    if not file.exists():
+        return {}
+    content = read_object(file)
+    if (problem := next(_vocabulary_problems(content), None)) is not None:
+        raise ValueError(f"{file} is corrupt ({one_line(problem)}); download it again")
+    return {token["content"]: token["id"] for token in content["added_tokens"]}
+
+
+def _vocabulary_problems(content: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the tokens in a tokenizer.json and their ids, which tokenizers takes as they are."""
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(vocabulary, dict) or not vocabulary:
+        yield "it has no model with a vocab from tokens to ids"
+        return
+    if not isinstance(model.get("merges"), list) or not model["merges"]:
+        yield "its model has no merges"
+    if not isinstance(added, list) or not added:
+        yield "it has no added_tokens, such as the marks of a chat's turns"
+        return
+    texts: dict[int, str] = {}
+    tokens = list(vocabulary.items())
+    for i, token in enumerate(added):
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+            yield f"added token {i} is {shown(token)}, an object without its text as content"
+            return
+        tokens.append((token["content"], token.get("id")))
+    for text, token_id in tokens:
+        if not is_count(token_id):
+            yield f"{shown(text)} has the id {shown(token_id)}, which is no whole number of at least 0"
+        elif texts.setdefault(token_id, text) != text:
+            yield f"{shown(texts[token_id])} and {shown(text)} both have the id {token_id}"
+    for text, token_id in tokens:
+        if vocabulary.get(text, token_id) != token_id:
+            yield f"{shown(text)} has two ids, {vocabulary[text]} and {token_id}"
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

@@ -9,7 +9,6 @@ Letters: V vocabulary, G generated tokens.
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 import operator
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..json_files import read_object
 
 MIN_TEMPERATURE = 1e-5
 """Below it the most likely token is taken, as in vLLM (`_SAMPLING_EPS`): float32 logits divided by less overflow."""
@@ -289,13 +290,7 @@ def checkpoint_sampling(model_path: Path) -> SamplingOptions:
     file = model_path / "generation_config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: give the sampling options instead of '--sampling checkpoint'")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON ({error}): download it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, not an object: download it again")
-    fields = {name: value for name, value in found.items() if value is not None}
+    fields = {name: value for name, value in read_object(file).items() if value is not None}
     problems = [
         f"{name}={reprlib.repr(fields[name])} is not supported: remove it, or give the sampling options yourself"
         for name, neutral in _OTHER_WAYS_OF_CHOOSING.items()

@@ -13,7 +13,6 @@ Letters: P patches, N images or videos, T frames.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -27,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..error_text import shorten
+from ..configuration_qwen35 import is_number, is_size
+from ..error_text import shorten, shown
+from ..json_files import Rule, read_object, wrong_fields
 from .content import ImageItem, VideoItem
-from .media import ImageSource, OpenVideo, VideoSource, open_image, open_video, show_size
+from .media import MAX_IMAGE_PIXELS, ImageSource, OpenVideo, VideoSource, open_image, open_video, show_size
 from .media import Video as Video  # a processor's callers make them
 
 MAX_ASPECT_RATIO = 200  # transformers' smart_resize
@@ -113,12 +114,13 @@ class VisionProcessor:
         """The settings beside a checkpoint, in the files of transformers 4 or 5; defaults for what they do not say.
 
         Raises:
-            VisionInputError: a file is not JSON, or asks for what is not implemented.
+            VisionInputError: a file is not JSON, or a setting is of a wrong type or not implemented; all of a file's
+                settings are named.
         """
-        both = _read_json(Path(path) / "processor_config.json")
-        image = both.get("image_processor") or _read_json(Path(path) / "preprocessor_config.json")
-        video = both.get("video_processor") or _read_json(Path(path) / "video_preprocessor_config.json")
-        return cls(_settings(ImageSettings, image), _settings(VideoSettings, video))
+        return cls(
+            _settings(ImageSettings, *_given(Path(path), "image_processor", "preprocessor_config.json")),
+            _settings(VideoSettings, *_given(Path(path), "video_processor", "video_preprocessor_config.json")),
+        )
 
     def __call__(
         self, images: Sequence[ImageSource | ImageItem] = (), videos: Sequence[VideoSource | VideoItem] = ()
@@ -381,31 +383,101 @@ def _place(asked: Any) -> str:
     return f" ({shorten(os.fspath(source))})" if isinstance(source, str | os.PathLike) else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _given(directory: Path, part: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The settings of a processor and where they are: `part` of transformers 5's file, or the file `name`.
+
+    Raises:
+        VisionInputError: a file is corrupt.
+    """
+    both = "processor_config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return dict(content)
-    except (ValueError, TypeError) as error:
-        raise VisionInputError([f"{path.name} is corrupt ({error}); download it again"]) from error
+        given = read_object(directory / both).get(part)
+        if not given:
+            return name, read_object(directory / name)
+    except ValueError as error:
+        raise VisionInputError([str(error)]) from error
+    if not isinstance(given, dict):
+        raise VisionInputError([f"{both}: {part}={shown(given)} must be an object; download it again"])
+    return f"{both}, {part}", given
 
 
-def _settings(cls: Any, given: Mapping[str, Any]) -> Any:
-    """`ImageSettings` or `VideoSettings` of a processor's JSON, whose `size` holds the pixel limits."""
+_LONGEST = 1 << 7
+"""Of `patch_size`, `temporal_patch_size` and `merge_size`; published processors have 16, 2 and 2."""
+
+
+def _are_channels(value: Any, least: float = -math.inf) -> bool:
+    """Whether it is a number above `least` for each of red, green and blue."""
+    return isinstance(value, list) and len(value) == 3 and all(is_number(level) and level > least for level in value)
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
+_RULES: Mapping[str, Rule] = {
+    "min_pixels": (lambda value: is_size(value, MAX_IMAGE_PIXELS), f"a whole number of 1..{MAX_IMAGE_PIXELS}"),
+    "max_pixels": (is_size, "a positive whole number"),
+    **dict.fromkeys(
+        ("patch_size", "temporal_patch_size", "merge_size"),
+        (lambda value: is_size(value, _LONGEST), f"a whole number of 1..{_LONGEST}"),
+    ),
+    "image_mean": (_are_channels, "a list of three numbers"),
+    "image_std": (lambda value: _are_channels(value, 0.0), "a list of three positive numbers"),
+    "rescale_factor": (_is_positive, "a positive number"),
+    "resample": (
+        lambda value: type(value) is int and value in {*Image.Resampling},
+        f"one of Pillow's filters, 0..{max(Image.Resampling)}",
+    ),
+}
+_VIDEO_RULES: Mapping[str, Rule] = {
+    **_RULES,
+    "resample": (
+        lambda value: type(value) is int and value == Image.Resampling.BICUBIC,
+        f"{int(Image.Resampling.BICUBIC)}: frames are resized bicubically",
+    ),
+    "fps": (_is_positive, "a positive number"),
+    **dict.fromkeys(("min_frames", "max_frames"), (is_size, "a positive whole number")),
+}
+
+
+def _settings(cls: type[_Settings], place: str, given: Mapping[str, Any]) -> _Settings:
+    """`ImageSettings` or `VideoSettings` of a processor's JSON, whose `size` holds the pixel limits.
+
+    Raises:
+        VisionInputError: naming `place` and every setting that is wrong or not implemented.
+    """
     problems = [
-        f"{name}={given[name]!r} is not supported; the processor resizes, rescales, normalises and converts to RGB"
+        f"{name}={shown(given[name])} is not supported; the processor resizes, rescales, normalises and converts to RGB"
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
         if given.get(name, True) is not True
     ]
     if given.get("cap_pixels_per_frame"):
-        problems.append("cap_pixels_per_frame=True is not supported; lower size.longest_edge instead")
+        problems.append(
+            f"cap_pixels_per_frame={shown(given['cap_pixels_per_frame'])} is not supported; lower size.longest_edge "
+            "instead"
+        )
+    size = {} if given.get("size") is None else given["size"]
+    if not isinstance(size, dict) or (size and not size.keys() & {"shortest_edge", "longest_edge"}):
+        problems.append(f"size={shown(size)} must be an object with shortest_edge and longest_edge, in pixels")
+        size = {}
+    values: dict[str, Any] = {f.name: given.get(f.name) for f in fields(cls)}
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if values[name] is None:
+            values[name] = size.get(edge)
+    values = {name: value for name, value in values.items() if value is not None}
+    wrong = wrong_fields(values, _VIDEO_RULES if issubclass(cls, VideoSettings) else _RULES)
+    problems += [f"{problem}; correct it or leave it out" for problem in wrong]
+    settings = cls() if problems else cls(**values)
+    problems += [
+        f"{least}={getattr(settings, least)} exceeds {most}={getattr(settings, most)}; correct one of them"
+        for least, most in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"))
+        if hasattr(settings, least) and getattr(settings, least) > getattr(settings, most)
+    ]
+    if settings.factor**2 > settings.max_pixels:
+        problems.append(
+            f"max_pixels={settings.max_pixels} is less than a merged token of {settings.factor} by {settings.factor} "
+            "pixels; correct it, patch_size or merge_size"
+        )
     if problems:
-        raise VisionInputError(problems)
-    size = given.get("size") or {}
-    values = {
-        "min_pixels": given.get("min_pixels") or size.get("shortest_edge"),
-        "max_pixels": given.get("max_pixels") or size.get("longest_edge"),
-        **{f.name: given.get(f.name) for f in fields(cls) if not f.name.endswith("_pixels")},
-    }
-    return cls(**{name: value for name, value in values.items() if value is not None})
+        raise VisionInputError([f"{place}: {problem}" for problem in problems])
+    return settings

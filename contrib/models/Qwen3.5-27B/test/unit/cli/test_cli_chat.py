@@ -5,15 +5,18 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen35.cli import main
 from qwen35.serving.prefix_cache import PrefixCache
+from support.mini_mutations import copy_of_the_mini
 
 
 def test_chat_answers_line_by_line_and_restores_what_was_said(
@@ -32,6 +35,26 @@ def test_chat_answers_line_by_line_and_restores_what_was_said(
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 8 and answers[0] == "Rome." and "Paris" in answers[1]
     assert restored[0] == 0 and restored[-1] >= 128
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("rope_parameters", 7, "rope_parameters=7 must be an object"),
+        ("text_config", [], "text_config=[] must be an object"),
+        ("dtype", "x", "torch_dtype=x is not supported"),
+        ("model_type", [], "model_type=[] is not one of qwen3_5"),
+    ],
+)
+def test_a_wrong_configuration_is_named_before_the_tokenizer_is_read(
+    name: str, value: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = copy_of_the_mini(tmp_path / "mini")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**fields, name: value}))
+    (checkpoint / "tokenizer.json").write_text("{}")
+    assert main(["chat", "--model", str(checkpoint)]) == 2
+    assert capsys.readouterr().err.startswith(f"qwen35: error: this Qwen3.5 configuration cannot run:\n  - {words}")
 
 
 def run(lines: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:

@@ -18,6 +18,7 @@ import qwen35.serving.prompts
 from mini_images import Picture, Question, held_out_clips, held_out_images
 from qwen35.cli import main
 from qwen35.serving.loading import MINI_CHECKPOINT
+from support.mini_mutations import copy_of_the_mini
 
 PROMPT = "The capital of France is"
 
@@ -150,6 +151,27 @@ def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> Non
         return json.loads(output)["generations"][0]["tokens"]
 
     assert tokens("--tp", str(tp_degree)) == tokens()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("rope_parameters", 7, "rope_parameters=7 must be an object"),
+        ("text_config", [], "text_config=[] must be an object"),
+        ("dtype", "x", "torch_dtype=x is not supported"),
+        ("model_type", [], "model_type=[] is not one of qwen3_5"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--chat"], ["--image", "/nowhere.png"]])
+def test_a_wrong_configuration_is_named_before_the_tokenizer_is_read(
+    name: str, value: Any, words: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = copy_of_the_mini(tmp_path / "mini")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**fields, name: value}))
+    (checkpoint / "tokenizer.json").write_text("{}")
+    assert main(["generate", "x", "--model", str(checkpoint), *options]) == 2
+    assert capsys.readouterr().err.startswith(f"qwen35: error: this Qwen3.5 configuration cannot run:\n  - {words}")
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,9 @@ def test_a_checkpoint_without_a_tokenizer_or_with_a_corrupt_one_is_named(tmp_pat
     shutil.copytree(MINI_CHECKPOINT, tmp_path, dirs_exist_ok=True)
     for content in ("", "{", '{"version": "1.0"}', "[]"):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match=r"its tokenizer cannot be read \(.*\); download its files again"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.json (is not valid JSON|is corrupt|holds a list).*; download"
+        ):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer there \(tokenizer.json or vocab.json\); copy"):

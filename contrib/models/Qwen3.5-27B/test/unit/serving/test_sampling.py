@@ -263,10 +263,10 @@ def test_a_checkpoints_sampling_is_read_as_transformers_reads_it(
         ({"num_beams": 4}, r"num_beams=4 is not supported: remove it, or give the sampling options yourself"),
         ({"no_repeat_ngram_size": 3}, r"no_repeat_ngram_size=3 is not supported"),
         ({"repetition_penalty": 0}, r"repetition_penalty=0: must be in \[0\.01, 100\]"),
-        ([1], r"holds a list, not an object: download it again"),
-        ('{"temperature": ', r"is no JSON .*: download it again"),
+        ([1], r"holds a list, not an object; download it again"),
+        ('{"temperature": ', r"is not valid JSON .*; download it again"),
         ('{"do_sample": true, "temperature": NaN}', r"temperature=nan: must be 0 \(greedy\) or positive"),
-        ('{"x": ' + "[" * 100_000, r"is no JSON"),
+        ('{"x": ' + "[" * 100_000, r"is not valid JSON \(nested more than"),
     ],
 )
 def test_wrong_values_of_a_checkpoint_get_one_line(fields: Any, message: str, tmp_path: Path) -> None:
