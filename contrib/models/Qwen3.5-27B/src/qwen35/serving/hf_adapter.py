@@ -8,6 +8,7 @@ Letters: B rows, S tokens of the longest prompt.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,12 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         """What transformers makes of a generation_config and of the options among `kwargs`."""
         options = {name: value for name, value in kwargs.items() if name in GenerationConfig().to_dict()}
         config: GenerationConfig = self._prepare_generation_config(given, **options)[0]
+        unset = GenerationConfig().max_length
+        lengths = [chosen.max_length for chosen in (given, self.generation_config) if chosen is not None]
+        if config.max_new_tokens is None and kwargs.get("max_length") is None and {*lengths} == {unset}:
+            # transformers' default max_length is a number of new tokens (GenerationMixin._prepare_generated_length).
+            limit = getattr(self.config, "max_position_embeddings", None) or math.inf
+            config.max_length = min(config.max_length + kwargs["input_ids"].shape[1], limit)
         return config
 
     def _problems(self, config: GenerationConfig, kwargs: Mapping[str, Any]) -> Iterator[str]:

@@ -161,6 +161,20 @@ def test_what_cannot_be_right_is_refused_before_anything_runs(
     assert not any(entry.any() for entries in model.cache_entries() for entry in entries)
 
 
+@pytest.mark.parametrize("as_config", [True, False])
+def test_without_a_length_20_new_tokens_must_fit(as_config: bool, path: Path) -> None:
+    model = load_neuron(path, batch_size=SLOTS, seq_len=SEQ_LEN)
+    adapter = HuggingFaceGenerationAdapter(model)
+    plain: dict[str, Any] = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    chosen = {"generation_config": GenerationConfig(**plain)} if as_config else plain
+    longest = SEQ_LEN - 19  # the last new token is not taken in
+    for length in (longest + 1, SEQ_LEN):
+        with pytest.raises(ValueError, match=f"prompt of {length} tokens with 20 new ones exceeds seq_len={SEQ_LEN}"):
+            adapter.generate(torch.tensor(random_prompts([length])), **chosen)
+    assert not any(entry.any() for entries in model.cache_entries() for entry in entries)
+    assert adapter.generate(torch.tensor(random_prompts([longest])), **chosen).shape == (1, longest + 20)
+
+
 def test_an_answer_may_fill_the_context_to_the_last_token(model: NeuronQwen35ForCausalLM) -> None:
     ids, mask = padded(random_prompts([5, 40]), ["left", "right"])
     output = HuggingFaceGenerationAdapter(model).generate(
