@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import HuggingFaceGenerationAdapter as NxDIGenerationAdapter
 from ..vision.rope_index import media_of_rows
+from .sampling import require_finite
 
 _RUNNABLE = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 _MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
@@ -34,6 +35,7 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
     """
 
     neuron_model: NeuronQwen35ForCausalLM
+    _prompts: Sequence[int]  # of the rows in progress: transformers makes the processors, and has no argument for it
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
@@ -47,7 +49,8 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
 
         Raises:
             ValueError: an option that the model has no form of (beams, assistants, guidance, hidden states), or
-                prompts that do not fit with their answers; each with its remedy, before anything has run.
+                prompts that do not fit with their answers; each with its remedy, before anything has run. Or the model
+                gave logits that are nan or infinite; the prompt is named, and no row leaves anything in the cache.
         """
         ids = kwargs.setdefault("input_ids", inputs)
         if ids is None:
@@ -125,15 +128,16 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         self, config: GenerationConfig, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> Any:
         """NxDI's generate for a group at a time; a group that ends earlier is padded like a row that does."""
-        groups = self.groups(kwargs, config.num_return_sequences or 1)
+        copies = config.num_return_sequences or 1
+        groups = self.groups(kwargs, copies)
         if len(groups) == 1 and groups[0] is kwargs:
-            return super().generate(generation_config=generation_config, **kwargs)
-        outputs = [
-            super(HuggingFaceGenerationAdapter, self).generate(
-                generation_config=generation_config, **{**group, "num_return_sequences": 1}
-            )
-            for group in groups
-        ]
+            return self._generate_group(range(len(kwargs["input_ids"])), generation_config, kwargs)
+        outputs, first = [], 0
+        for group in groups:
+            rows = range(first, first + len(group["input_ids"]))
+            prompts = [row // copies for row in rows]
+            outputs.append(self._generate_group(prompts, generation_config, {**group, "num_return_sequences": 1}))
+            first = rows.stop
         if len(groups) == 1:
             return outputs[0]
         sequences = [output.sequences if config.return_dict_in_generate else output for output in outputs]
@@ -143,6 +147,23 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
             return torch.cat(padded)
         outputs[-1].sequences = torch.cat(padded)
         return outputs[-1]
+
+    def _generate_group(
+        self, prompts: Sequence[int], generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> Any:
+        """NxDI's generate for a row of each of these prompts; a failure leaves nothing of them in the cache."""
+        self._prompts = prompts
+        try:
+            return super().generate(generation_config=generation_config, **kwargs)
+        except BaseException:  # an interrupt too may leave a step half done
+            for slot in range(kwargs["input_ids"].shape[0]):
+                self.neuron_model.clear_slot(slot)
+            raise
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """transformers' processors, after a check of what the model gave: they make logits infinite on purpose."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList([_RequireFinite(self._prompts), *processors])
 
     def _rows_of(self, group: torch.Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of the inputs belongs to some rows, with the images and videos that are theirs."""
@@ -170,6 +191,21 @@ def _pad_token(config: GenerationConfig) -> int:
     eos = config.eos_token_id
     first = eos[0] if isinstance(eos, (list, tuple)) else eos
     return next((token for token in (config.pad_token_id, first) if token is not None), 0)
+
+
+class _RequireFinite(LogitsProcessor):
+    """Changes nothing: it refuses logits that are no numbers, and names which of `prompts`, one per row, has them."""
+
+    def __init__(self, prompts: Sequence[int]) -> None:
+        self.prompts = prompts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for prompt, logits in zip(self.prompts, scores, strict=True):
+            try:
+                require_finite(logits)
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt}: {error}") from error
+        return scores
 
 
 class _Streaming(StoppingCriteria):

@@ -223,3 +223,48 @@ def test_rows_with_images_padded_on_either_side_equal_transformers(rows: list[in
     )[:, ids.shape[1] :]
     for row, answer in zip(chosen, tokens, strict=True):
         assert torch.equal(answer, vl_reference_greedy(reference, row, 4)[0])
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_logits_that_are_no_numbers_name_their_prompt_and_leave_nothing_behind(
+    chunk: int | None, tmp_path: Path
+) -> None:
+    save_vl_checkpoint(tmp_path)
+    model = load(str(tmp_path), prefill_chunk_size=chunk)
+    adapter = HuggingFaceGenerationAdapter(model)
+    short = torch.tensor([[3, 4, 5]])
+    clean = adapter.generate(short, generation_config=greedy())
+    chosen = [EXAMPLE[1]] * 4 + [EXAMPLE[0]]  # in the second group
+    ids, mask = padded([row.ids for row in chosen], ["right"] * 5)
+    inputs = media(chosen)
+    inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+    with pytest.raises(ValueError, match="prompt 4: 160 of 160 logits are nan or infinite"):
+        adapter.generate(ids, attention_mask=mask, generation_config=greedy(), **inputs)
+    for entries in model.cache_entries():
+        for slot in range(2):
+            assert not any(view.any() for views in model.cache_layout.slot(entries, slot) for view in views)
+    for rows in (1, 2, 3):
+        again = adapter.generate(short.repeat(rows, 1), generation_config=greedy())
+        assert torch.equal(again, clean.repeat(rows, 1))
+
+
+def test_tokens_that_transformers_rules_out_are_no_failure(model: NeuronQwen35ForCausalLM) -> None:
+    output = HuggingFaceGenerationAdapter(model).generate(
+        torch.tensor([[3, 4, 5]]), generation_config=greedy(bad_words_ids=[[9]], suppress_tokens=[8])
+    )
+    assert output.shape == (1, 3 + STEPS)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_in_the_slots(error: type[BaseException], model: NeuronQwen35ForCausalLM) -> None:
+    def fail(row: int, ids: torch.Tensor) -> list[int]:
+        raise error
+
+    with pytest.raises(error):
+        HuggingFaceGenerationAdapter(model).generate(
+            torch.tensor(random_prompts([4] * SLOTS)), generation_config=greedy(), prefix_allowed_tokens_fn=fail
+        )
+    layout = model.cache_layout
+    for entries in model.cache_entries():
+        for slot in range(SLOTS):
+            assert not any(view.any() for views in layout.slot(entries, slot) for view in views)
