@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,6 +106,12 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
             )
         if rows > slots and kwargs.get("streamer") is not None:
             yield f"streamer of {rows} sequences, with kv_cache_batch_size={slots}: stream one prompt at a time"
+        for name in ("logits_processor", "stopping_criteria"):
+            if rows > slots and kwargs.get(name):
+                yield (
+                    f"{name} of {rows} sequences, in groups of kv_cache_batch_size={slots} whose rows it would count "
+                    "from 0: pass fewer rows, or raise kv_cache_batch_size"
+                )
         longest, seq_len = int(mask.sum(dim=1).max()), self.neuron_config.seq_len
         new = config.max_length - ids.shape[1] if config.max_new_tokens is None else config.max_new_tokens
         if new > 0 and longest + new - 1 > seq_len:  # the last new token is not taken in
@@ -133,9 +140,12 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         if len(groups) == 1 and groups[0] is kwargs:
             return self._generate_group(range(len(kwargs["input_ids"])), generation_config, kwargs)
         outputs, first = [], 0
+        allowed = kwargs.get("prefix_allowed_tokens_fn")
         for group in groups:
             rows = range(first, first + len(group["input_ids"]))
             prompts = [row // copies for row in rows]
+            if allowed is not None:
+                group["prefix_allowed_tokens_fn"] = partial(_allowed_in_group, allowed, first)
             outputs.append(self._generate_group(prompts, generation_config, {**group, "num_return_sequences": 1}))
             first = rows.stop
         if len(groups) == 1:
@@ -185,6 +195,11 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
                 chosen[pixels_name] = torch.cat([media[i] for i in index]) if index else None
                 chosen[grids_name] = inputs[grids_name][index] if index else None
         return chosen
+
+
+def _allowed_in_group(allowed: Callable[[int, Any], Any], first: int, row: int, input_ids: torch.Tensor) -> Any:
+    """A prefix_allowed_tokens_fn, called with the number of the row in the batch."""
+    return allowed(first + row, input_ids)
 
 
 def _pad_token(config: GenerationConfig) -> int:

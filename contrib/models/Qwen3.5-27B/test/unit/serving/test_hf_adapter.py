@@ -268,3 +268,35 @@ def test_a_failure_leaves_nothing_in_the_slots(error: type[BaseException], model
     for entries in model.cache_entries():
         for slot in range(SLOTS):
             assert not any(view.any() for views in layout.slot(entries, slot) for view in views)
+
+
+@pytest.mark.parametrize("rows", [2, SLOTS, 2 * SLOTS + 1])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_allowed_tokens_are_asked_for_with_the_number_of_the_row(
+    rows: int, copies: int, model: NeuronQwen35ForCausalLM
+) -> None:
+    output = HuggingFaceGenerationAdapter(model).generate(
+        torch.full((rows, 3), 5),
+        do_sample=True,
+        num_return_sequences=copies,
+        max_new_tokens=1,
+        prefix_allowed_tokens_fn=lambda row, ids: [10 + row],
+    )
+    assert output[:, 3].tolist() == [10 + row for row in range(rows * copies)]
+
+
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+def test_what_may_count_rows_is_refused_for_more_rows_than_slots(name: str, model: NeuronQwen35ForCausalLM) -> None:
+    calls = []
+
+    def spy(input_ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        calls.append(len(input_ids))
+        return scores if name == "logits_processor" else torch.zeros(len(input_ids), dtype=torch.bool)
+
+    adapter = HuggingFaceGenerationAdapter(model)
+    given: dict[str, Any] = {"generation_config": greedy(), name: [spy]}
+    with pytest.raises(ValueError, match=f"{name} of {SLOTS + 1} sequences.*pass fewer rows"):
+        adapter.generate(torch.full((SLOTS + 1, 3), 5), **given)
+    assert not calls
+    adapter.generate(torch.full((SLOTS, 3), 5), **given)
+    assert calls == [SLOTS] * STEPS
