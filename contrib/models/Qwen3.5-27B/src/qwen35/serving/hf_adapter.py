@@ -22,6 +22,7 @@ from transformers.generation import GenerationMode
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import HuggingFaceGenerationAdapter as NxDIGenerationAdapter
+from ..vision.positions import checked_grids
 from ..vision.rope_index import media_of_rows
 from .sampling import require_finite
 
@@ -49,15 +50,18 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
             kwargs: as for transformers, with pixels and grids of images and videos as the processor gives them.
 
         Raises:
-            ValueError: an option that the model has no form of (beams, assistants, guidance, hidden states), or
-                prompts that do not fit with their answers; each with its remedy, before anything has run. Or the model
-                gave logits that are nan or infinite; the prompt is named, and no row leaves anything in the cache.
+            ValueError: input_ids, attention_mask or media are not of their form, an option that the model has no form
+                of (beams, assistants, guidance, hidden states), or prompts that do not fit with their answers; each
+                with its remedy, before anything has run. Or the model gave logits that are nan or infinite; the prompt
+                is named, and nothing of its group is left in the cache.
         """
-        ids = kwargs.setdefault("input_ids", inputs)
-        if ids is None:
-            raise ValueError("input_ids is None: give token ids [B, S], inputs_embeds alone are not enough")
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("inputs and input_ids are both given: they are the same argument, pass one of them")
+        ids = kwargs["input_ids"] = kwargs.get("input_ids") if inputs is None else inputs
+        _require_ids(ids)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
+        _require_mask(kwargs["attention_mask"], ids)
         config = self._merged_config(generation_config, kwargs)
         problems = [*self._problems(config, kwargs)]
         if problems:
@@ -124,7 +128,11 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         """Inputs of `generate` as groups of at most as many rows as there are slots, `copies` of each row in order.
 
         Images and videos go with their rows; they are copied whole, where transformers would copy single patches.
+
+        Raises:
+            ValueError: pixels and grids do not belong together, or are for a model of text.
         """
+        self._require_media(inputs)
         rows = torch.arange(inputs["input_ids"].shape[0])
         groups = rows.repeat_interleave(copies).split(self.neuron_config.kv_cache_batch_size)
         if len(groups) == 1 and torch.equal(groups[0], rows):
@@ -175,6 +183,21 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         processors = super()._get_logits_processor(*args, **kwargs)
         return LogitsProcessorList([_RequireFinite(self._prompts), *processors])
 
+    def _require_media(self, inputs: Mapping[str, Any]) -> None:
+        for names in _MEDIA:
+            given = [name for name in names if inputs.get(name) is not None]
+            if given and not isinstance(self.neuron_model, NeuronQwen35VLForCausalLM):
+                raise ValueError(f"{given[0]} is given to a model of text: load NeuronQwen35VLForCausalLM for images")
+            if len(given) == 1:
+                raise ValueError(f"only {given[0]} of {' and '.join(names)} is given: pass both as the processor did")
+            for name in given:
+                if not isinstance(inputs[name], torch.Tensor):
+                    raise ValueError(f"{name} is a {type(inputs[name]).__name__}: pass the tensor of the processor")
+            if given and not (_is_integer(grids := inputs[names[1]]) and grids.dim() == 2 and grids.shape[1] == 3):
+                raise ValueError(
+                    f"{names[1]} is {_form(grids)}: pass integers [N, 3], frames, rows and columns of each"
+                )
+
     def _rows_of(self, group: torch.Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of the inputs belongs to some rows, with the images and videos that are theirs."""
         total = inputs["input_ids"].shape[0]
@@ -191,10 +214,38 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
                 if inputs.get(grids_name) is None:
                     continue
                 index = [i for row in group.tolist() for i in of_rows[row][grids_name]]
-                media = inputs[pixels_name].split(inputs[grids_name].prod(dim=1).tolist())
+                sizes = checked_grids(inputs[pixels_name], inputs[grids_name], self.neuron_model.config.vision)
+                media = inputs[pixels_name].split([math.prod(size) for size in sizes])
                 chosen[pixels_name] = torch.cat([media[i] for i in index]) if index else None
                 chosen[grids_name] = inputs[grids_name][index] if index else None
         return chosen
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _form(value: Any) -> str:
+    """What a value is, for an error."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"of type {type(value).__name__}"
+
+
+def _require_ids(ids: Any) -> None:
+    if ids is None:
+        raise ValueError("input_ids is None: give token ids [B, S], inputs_embeds alone are not enough")
+    if not (isinstance(ids, torch.Tensor) and _is_integer(ids) and ids.dim() == 2 and ids.numel() > 0):
+        raise ValueError(
+            f"input_ids is {_form(ids)}: pass a tensor of integers [B, S], with at least one row and token"
+        )
+
+
+def _require_mask(mask: Any, ids: torch.Tensor) -> None:
+    if not (isinstance(mask, torch.Tensor) and mask.shape == ids.shape):
+        raise ValueError(f"attention_mask is {_form(mask)}: pass a tensor {list(ids.shape)}, the shape of input_ids")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask has values other than 0 and 1: set 1 at tokens and 0 at padding")
 
 
 def _allowed_in_group(allowed: Callable[[int, Any], Any], first: int, row: int, input_ids: torch.Tensor) -> Any:

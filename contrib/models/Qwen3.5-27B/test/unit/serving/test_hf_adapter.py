@@ -300,3 +300,67 @@ def test_what_may_count_rows_is_refused_for_more_rows_than_slots(name: str, mode
     assert not calls
     adapter.generate(torch.full((SLOTS, 3), 5), **given)
     assert calls == [SLOTS] * STEPS
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(inputs=IDS, input_ids=IDS), "inputs and input_ids are both given.*pass one of them"),
+        (dict(), "input_ids is None: give token ids"),
+        (dict(inputs=[[1, 2]]), "input_ids is of type list: pass a tensor of integers"),
+        (dict(inputs=IDS[0]), r"input_ids is a tensor \[3\] of int64: pass"),
+        (dict(inputs=IDS.float()), r"input_ids is a tensor \[2, 3\] of float32: pass"),
+        (dict(inputs=IDS.bool()), r"input_ids is a tensor \[2, 3\] of bool: pass"),
+        (dict(inputs=IDS[:0]), r"input_ids is a tensor \[0, 3\] of int64: pass .* at least one row and token"),
+        (dict(inputs=IDS[:, :0]), r"input_ids is a tensor \[2, 0\] of int64: pass .* at least one row and token"),
+        (dict(inputs=IDS, attention_mask=[[1] * 3] * 2), r"attention_mask is of type list: pass a tensor \[2, 3\]"),
+        (dict(inputs=IDS, attention_mask=torch.ones(1, 3)), r"attention_mask is a tensor \[1, 3\] of float32: pass"),
+        (dict(inputs=IDS, attention_mask=torch.ones(2, 1, 1, 3)), r"attention_mask is a tensor \[2, 1, 1, 3\]"),
+        (dict(inputs=IDS, attention_mask=torch.full((2, 3), 2)), "attention_mask has values other than 0 and 1: set"),
+        (
+            dict(inputs=IDS, attention_mask=torch.full((2, 3), torch.nan)),
+            "attention_mask has values other than 0 and 1",
+        ),
+        (dict(inputs=IDS, pixel_values=torch.ones(4, 96)), "pixel_values is given to a model of text: load"),
+    ],
+)
+def test_inputs_that_are_no_batch_are_refused_in_one_line(
+    given: dict[str, Any], message: str, model: NeuronQwen35ForCausalLM
+) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        HuggingFaceGenerationAdapter(model).generate(generation_config=greedy(), **given)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_a_mask_may_be_of_any_dtype(dtype: torch.dtype, model: NeuronQwen35ForCausalLM) -> None:
+    ids, mask = padded(random_prompts([3, 9, 5, 1]), ["left", "right", "left", "right"])
+    adapter = HuggingFaceGenerationAdapter(model)
+    expected = adapter.generate(ids, attention_mask=mask, generation_config=greedy())
+    assert torch.equal(adapter.generate(ids, attention_mask=mask.to(dtype), generation_config=greedy()), expected)
+
+
+@pytest.mark.parametrize("rows", [3, 5], ids=["fewer than slots", "more than slots"])
+def test_media_that_do_not_belong_together_are_refused(rows: int, tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    model = load(str(tmp_path))
+    chosen = [EXAMPLE[i % len(EXAMPLE)] for i in range(rows)]
+    ids, mask = padded([row.ids for row in chosen], ["left"] * rows)
+    whole = media(chosen)
+    for change, message in (
+        ({"pixel_values": None}, "only image_grid_thw of pixel_values and image_grid_thw is given"),
+        ({"image_grid_thw": None}, "only pixel_values of pixel_values and image_grid_thw is given"),
+        ({"pixel_values_videos": None}, "only video_grid_thw of"),
+        ({"video_grid_thw": None}, "only pixel_values_videos of"),
+        ({"image_grid_thw": whole["image_grid_thw"].float()}, r"image_grid_thw is a tensor \[\d, 3\] of float32: pass"),
+        ({"image_grid_thw": whole["image_grid_thw"].flatten()}, r"image_grid_thw is a tensor \[\d+\] of int64: pass"),
+        ({"image_grid_thw": whole["image_grid_thw"].tolist()}, "image_grid_thw is a list: pass the tensor"),
+        ({"pixel_values": whole["pixel_values"][:-1]}, r"pixel_values has shape \[\d+, 96\], grid_thw and"),
+    ):
+        inputs = {**whole, **change}
+        with pytest.raises(ValueError, match=message):
+            HuggingFaceGenerationAdapter(model).generate(ids, attention_mask=mask, generation_config=greedy(), **inputs)
+        assert not any(entry.any() for entries in model.cache_entries() for entry in entries)
