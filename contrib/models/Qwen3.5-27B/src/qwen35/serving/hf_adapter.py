@@ -57,7 +57,8 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         """
         if inputs is not None and kwargs.get("input_ids") is not None:
             raise ValueError("inputs and input_ids are both given: they are the same argument, pass one of them")
-        ids = kwargs["input_ids"] = kwargs.get("input_ids") if inputs is None else inputs
+        ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+        kwargs["input_ids"] = ids
         _require_ids(ids)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
