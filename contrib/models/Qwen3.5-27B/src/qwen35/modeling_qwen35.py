@@ -255,6 +255,16 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         """What every rank of this process keeps between calls; see `submodels.cache_entries`."""
         return cache_entries(self.context_encoding_model, self.cache_layout.parameter_names())
 
+    def clear_slot(self, slot: int) -> None:
+        """Let a slot hold zeros: keys and values that are no numbers would reach what it holds next.
+
+        Those beyond a prompt are masked, that is multiplied by zero, which leaves nan as it is.
+        """
+        for entries in self.cache_entries():
+            for views in self.cache_layout.slot(entries, slot):
+                for view in views:
+                    view.zero_()
+
     def _check_modules(self) -> None:
         for submodel in self.models:
             if not submodel.is_neuron():  # the modules of a device were checked when they were traced

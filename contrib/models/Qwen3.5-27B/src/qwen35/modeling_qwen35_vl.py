@@ -130,6 +130,17 @@ def media_arguments(rotary_position_id: torch.Tensor, **further: torch.Tensor) -
     return plain._replace(rotary_position_id=rotary_position_id, **further).further_args()
 
 
+def require_pairs(**media: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+    """Check that pixels come with grids, by the name of what they are.
+
+    Raises:
+        ValueError: one of the two is missing; the prompt would be answered without its images.
+    """
+    for name, (pixels, grids) in media.items():
+        if (pixels is None) != (grids is None):
+            raise ValueError(f"{name} have only one of pixels and grid_thw; pass both as the processor gave them")
+
+
 class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
     """Qwen3.5 with images and video: the decoder of `NeuronQwen35ForCausalLM` and the vision encoder on the host.
 
@@ -226,18 +237,17 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
                 restores them. By default those of the prompts that entered the slots last.
 
         Raises:
-            ValueError: placeholders and grids do not match, before the encoder runs; or a prompt with images is
-                continued without `placed`.
+            ValueError: pixels come without grids, or grids without pixels, or placeholders and grids do not match,
+                before the encoder runs; or a prompt with images is continued without `placed`.
         """
         phase = phase_of(position_ids, attention_mask) if phase is None else phase
         assert position_ids is not None, "phase_of requires them, and so must a caller that gives the phase"
         input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
         slots = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids.long()
         begins = phase is Phase.CONTEXT_ENCODING
-        if begins and placed is None and not (image_grid_thw is None and video_grid_thw is None):
-            placed = self.place(
-                input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
-            )
+        media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        if begins and placed is None and any(tensor is not None for tensor in media):
+            placed = self.place(input_ids, attention_mask, *media)
         extra: Sequence[torch.Tensor] = []
         if rope_deltas is not None:
             self.rope_deltas[slots] = rope_deltas
@@ -271,8 +281,10 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         """Encode the images and videos of whole prompts input_ids [B, S], and place them; arguments as in `forward`.
 
         Raises:
-            ValueError: placeholders and grids do not match; before the encoder runs.
+            ValueError: pixels come without grids, or grids without pixels, or placeholders and grids do not match;
+                before the encoder runs.
         """
+        require_pairs(images=(pixel_values, image_grid_thw), videos=(pixel_values_videos, video_grid_thw))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions, deltas = get_rope_index(self.config, input_ids, mask, image_grid_thw, video_grid_thw)
         embeddings, placed = self._place(
@@ -294,12 +306,10 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
         Raises:
             ValueError: placeholders, grids and pixels do not match.
         """
-        media = (("image", pixel_values, image_grid_thw), ("video", pixel_values_videos, video_grid_thw))
-        for name, pixels, grids in media:
-            if (pixels is None) != (grids is None):
-                raise ValueError(f"{name}s have only one of pixels and grid_thw; pass both as the processor gave them")
+        media = {"images": (pixel_values, image_grid_thw), "videos": (pixel_values_videos, video_grid_thw)}
+        require_pairs(**media)
         get_rope_index(self.config, input_ids, torch.ones_like(input_ids), image_grid_thw, video_grid_thw)
-        for _, pixels, grids in media:
+        for pixels, grids in media.values():
             if pixels is not None and grids is not None:
                 checked_grids(pixels, grids, self.config.vision)
 

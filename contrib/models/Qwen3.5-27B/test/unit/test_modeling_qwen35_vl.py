@@ -30,6 +30,7 @@ from support.vl_cases import (
     batches,
     greedy,
     load,
+    media,
     save_vl_checkpoint,
 )
 
@@ -128,6 +129,16 @@ def test_placeholders_that_do_not_match_are_named_before_the_encoder_runs(
     monkeypatch.setattr(type(model.vision), "forward", lambda *args: pytest.fail("the encoder ran"))
     with pytest.raises(ValueError, match=message):
         greedy(model, [row], 1)
+
+
+@pytest.mark.parametrize("given", ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"])
+def test_pixels_without_grids_and_grids_without_pixels_are_refused(
+    given: str, model: NeuronQwen35VLForCausalLM
+) -> None:
+    ids = torch.tensor([EXAMPLE[2].ids])
+    name = "videos" if "video" in given else "images"
+    with pytest.raises(ValueError, match=f"{name} have only one of pixels and grid_thw"):
+        model(ids, position_ids=torch.arange(ids.shape[1])[None], **{given: media(EXAMPLE[2:])[given]})
 
 
 def test_a_text_only_checkpoint_is_refused_with_the_class_to_use(tmp_path: Path) -> None:

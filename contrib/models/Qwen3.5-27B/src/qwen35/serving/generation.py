@@ -33,7 +33,6 @@ from .sampling import (
     continuation_problems,
     logprobs_of,
     penalized,
-    require_finite,
 )
 from .text_stream import StopStrings
 
@@ -69,11 +68,6 @@ class _Penalties(LogitsProcessor):
         self.logits = torch.empty(0)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for i, row in enumerate(scores):
-            try:
-                require_finite(row)
-            except ValueError as error:
-                raise ValueError(f"prompt {i}: {error}") from error
         self.logits = scores
         if not self.options.has_penalties:
             return scores

@@ -8,19 +8,23 @@ Letters: B rows, S tokens of the longest prompt.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import HuggingFaceGenerationAdapter as NxDIGenerationAdapter
+from ..vision.positions import checked_grids
 from ..vision.rope_index import media_of_rows
+from .sampling import require_finite
 
 _RUNNABLE = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 _MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
@@ -33,6 +37,7 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
     """
 
     neuron_model: NeuronQwen35ForCausalLM
+    _prompts: Sequence[int]  # of the rows in progress: transformers makes the processors, and has no argument for it
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
@@ -45,14 +50,19 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
             kwargs: as for transformers, with pixels and grids of images and videos as the processor gives them.
 
         Raises:
-            ValueError: an option that the model has no form of (beams, assistants, guidance, hidden states), or
-                prompts that do not fit with their answers; each with its remedy, before anything has run.
+            ValueError: input_ids, attention_mask or media are not of their form, an option that the model has no form
+                of (beams, assistants, guidance, hidden states), or prompts that do not fit with their answers; each
+                with its remedy, before anything has run. Or the model gave logits that are nan or infinite; the prompt
+                is named, and nothing of its group is left in the cache.
         """
-        ids = kwargs.setdefault("input_ids", inputs)
-        if ids is None:
-            raise ValueError("input_ids is None: give token ids [B, S], inputs_embeds alone are not enough")
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("inputs and input_ids are both given: they are the same argument, pass one of them")
+        ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+        kwargs["input_ids"] = ids
+        _require_ids(ids)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(ids)
+        _require_mask(kwargs["attention_mask"], ids)
         config = self._merged_config(generation_config, kwargs)
         problems = [*self._problems(config, kwargs)]
         if problems:
@@ -71,6 +81,12 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         """What transformers makes of a generation_config and of the options among `kwargs`."""
         options = {name: value for name, value in kwargs.items() if name in GenerationConfig().to_dict()}
         config: GenerationConfig = self._prepare_generation_config(given, **options)[0]
+        unset = GenerationConfig().max_length
+        lengths = [chosen.max_length for chosen in (given, self.generation_config) if chosen is not None]
+        if config.max_new_tokens is None and kwargs.get("max_length") is None and {*lengths} == {unset}:
+            # transformers' default max_length is a number of new tokens (GenerationMixin._prepare_generated_length).
+            limit = getattr(self.config, "max_position_embeddings", None) or math.inf
+            config.max_length = min(config.max_length + kwargs["input_ids"].shape[1], limit)
         return config
 
     def _problems(self, config: GenerationConfig, kwargs: Mapping[str, Any]) -> Iterator[str]:
@@ -95,6 +111,12 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
             )
         if rows > slots and kwargs.get("streamer") is not None:
             yield f"streamer of {rows} sequences, with kv_cache_batch_size={slots}: stream one prompt at a time"
+        for name in ("logits_processor", "stopping_criteria"):
+            if rows > slots and kwargs.get(name):
+                yield (
+                    f"{name} of {rows} sequences, in groups of kv_cache_batch_size={slots} whose rows it would count "
+                    "from 0: pass fewer rows, or raise kv_cache_batch_size"
+                )
         longest, seq_len = int(mask.sum(dim=1).max()), self.neuron_config.seq_len
         new = config.max_length - ids.shape[1] if config.max_new_tokens is None else config.max_new_tokens
         if new > 0 and longest + new - 1 > seq_len:  # the last new token is not taken in
@@ -107,7 +129,11 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         """Inputs of `generate` as groups of at most as many rows as there are slots, `copies` of each row in order.
 
         Images and videos go with their rows; they are copied whole, where transformers would copy single patches.
+
+        Raises:
+            ValueError: pixels and grids do not belong together, or are for a model of text.
         """
+        self._require_media(inputs)
         rows = torch.arange(inputs["input_ids"].shape[0])
         groups = rows.repeat_interleave(copies).split(self.neuron_config.kv_cache_batch_size)
         if len(groups) == 1 and torch.equal(groups[0], rows):
@@ -118,15 +144,19 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         self, config: GenerationConfig, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> Any:
         """NxDI's generate for a group at a time; a group that ends earlier is padded like a row that does."""
-        groups = self.groups(kwargs, config.num_return_sequences or 1)
+        copies = config.num_return_sequences or 1
+        groups = self.groups(kwargs, copies)
         if len(groups) == 1 and groups[0] is kwargs:
-            return super().generate(generation_config=generation_config, **kwargs)
-        outputs = [
-            super(HuggingFaceGenerationAdapter, self).generate(
-                generation_config=generation_config, **{**group, "num_return_sequences": 1}
-            )
-            for group in groups
-        ]
+            return self._generate_group(range(len(kwargs["input_ids"])), generation_config, kwargs)
+        outputs, first = [], 0
+        allowed = kwargs.get("prefix_allowed_tokens_fn")
+        for group in groups:
+            rows = range(first, first + len(group["input_ids"]))
+            prompts = [row // copies for row in rows]
+            if allowed is not None:
+                group["prefix_allowed_tokens_fn"] = partial(_allowed_in_group, allowed, first)
+            outputs.append(self._generate_group(prompts, generation_config, {**group, "num_return_sequences": 1}))
+            first = rows.stop
         if len(groups) == 1:
             return outputs[0]
         sequences = [output.sequences if config.return_dict_in_generate else output for output in outputs]
@@ -136,6 +166,38 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
             return torch.cat(padded)
         outputs[-1].sequences = torch.cat(padded)
         return outputs[-1]
+
+    def _generate_group(
+        self, prompts: Sequence[int], generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> Any:
+        """NxDI's generate for a row of each of these prompts; a failure leaves nothing of them in the cache."""
+        self._prompts = prompts
+        try:
+            return super().generate(generation_config=generation_config, **kwargs)
+        except BaseException:  # an interrupt too may leave a step half done
+            for slot in range(kwargs["input_ids"].shape[0]):
+                self.neuron_model.clear_slot(slot)
+            raise
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """transformers' processors, after a check of what the model gave: they make logits infinite on purpose."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList([_RequireFinite(self._prompts), *processors])
+
+    def _require_media(self, inputs: Mapping[str, Any]) -> None:
+        for names in _MEDIA:
+            given = [name for name in names if inputs.get(name) is not None]
+            if given and not isinstance(self.neuron_model, NeuronQwen35VLForCausalLM):
+                raise ValueError(f"{given[0]} is given to a model of text: load NeuronQwen35VLForCausalLM for images")
+            if len(given) == 1:
+                raise ValueError(f"only {given[0]} of {' and '.join(names)} is given: pass both as the processor did")
+            for name in given:
+                if not isinstance(inputs[name], torch.Tensor):
+                    raise ValueError(f"{name} is a {type(inputs[name]).__name__}: pass the tensor of the processor")
+            if given and not (_is_integer(grids := inputs[names[1]]) and grids.dim() == 2 and grids.shape[1] == 3):
+                raise ValueError(
+                    f"{names[1]} is {_form(grids)}: pass integers [N, 3], frames, rows and columns of each"
+                )
 
     def _rows_of(self, group: torch.Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of the inputs belongs to some rows, with the images and videos that are theirs."""
@@ -153,16 +215,64 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
                 if inputs.get(grids_name) is None:
                     continue
                 index = [i for row in group.tolist() for i in of_rows[row][grids_name]]
-                media = inputs[pixels_name].split(inputs[grids_name].prod(dim=1).tolist())
+                sizes = checked_grids(inputs[pixels_name], inputs[grids_name], self.neuron_model.config.vision)
+                media = inputs[pixels_name].split([math.prod(size) for size in sizes])
                 chosen[pixels_name] = torch.cat([media[i] for i in index]) if index else None
                 chosen[grids_name] = inputs[grids_name][index] if index else None
         return chosen
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _form(value: Any) -> str:
+    """What a value is, for an error."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"of type {type(value).__name__}"
+
+
+def _require_ids(ids: Any) -> None:
+    if ids is None:
+        raise ValueError("input_ids is None: give token ids [B, S], inputs_embeds alone are not enough")
+    if not (isinstance(ids, torch.Tensor) and _is_integer(ids) and ids.dim() == 2 and ids.numel() > 0):
+        raise ValueError(
+            f"input_ids is {_form(ids)}: pass a tensor of integers [B, S], with at least one row and token"
+        )
+
+
+def _require_mask(mask: Any, ids: torch.Tensor) -> None:
+    if not (isinstance(mask, torch.Tensor) and mask.shape == ids.shape):
+        raise ValueError(f"attention_mask is {_form(mask)}: pass a tensor {list(ids.shape)}, the shape of input_ids")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask has values other than 0 and 1: set 1 at tokens and 0 at padding")
+
+
+def _allowed_in_group(allowed: Callable[[int, Any], Any], first: int, row: int, input_ids: torch.Tensor) -> Any:
+    """A prefix_allowed_tokens_fn, called with the number of the row in the batch."""
+    return allowed(first + row, input_ids)
 
 
 def _pad_token(config: GenerationConfig) -> int:
     eos = config.eos_token_id
     first = eos[0] if isinstance(eos, (list, tuple)) else eos
     return next((token for token in (config.pad_token_id, first) if token is not None), 0)
+
+
+class _RequireFinite(LogitsProcessor):
+    """Changes nothing: it refuses logits that are no numbers, and names which of `prompts`, one per row, has them."""
+
+    def __init__(self, prompts: Sequence[int]) -> None:
+        self.prompts = prompts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for prompt, logits in zip(self.prompts, scores, strict=True):
+            try:
+                require_finite(logits)
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt}: {error}") from error
+        return scores
 
 
 class _Streaming(StoppingCriteria):

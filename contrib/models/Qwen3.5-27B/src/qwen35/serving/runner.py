@@ -158,15 +158,8 @@ class ModelRunner:
                     new.copy_(old)
 
     def clear_slot(self, slot: int) -> None:
-        """Let a slot hold zeros: keys and values that are no numbers would reach what it holds next.
-
-        Those beyond a prompt are masked, that is multiplied by zero, which leaves nan as it is.
-        """
-        layout = self.model.cache_layout
-        for entries in self.model.cache_entries():
-            for views in layout.slot(entries, slot):
-                for view in views:
-                    view.zero_()
+        """Let a slot hold zeros; see the model's `clear_slot`."""
+        self.model.clear_slot(slot)
 
     def _run(self, rows: Sequence[Row], inputs: CallInputs, sizes: Sequence[int]) -> torch.Tensor:
         # A slot may have been restored, or have held another prompt: the model is told, and remembers nothing.

@@ -161,6 +161,20 @@ def test_what_cannot_be_right_is_refused_before_anything_runs(
     assert not any(entry.any() for entries in model.cache_entries() for entry in entries)
 
 
+@pytest.mark.parametrize("as_config", [True, False])
+def test_without_a_length_20_new_tokens_must_fit(as_config: bool, path: Path) -> None:
+    model = load_neuron(path, batch_size=SLOTS, seq_len=SEQ_LEN)
+    adapter = HuggingFaceGenerationAdapter(model)
+    plain: dict[str, Any] = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    chosen = {"generation_config": GenerationConfig(**plain)} if as_config else plain
+    longest = SEQ_LEN - 19  # the last new token is not taken in
+    for length in (longest + 1, SEQ_LEN):
+        with pytest.raises(ValueError, match=f"prompt of {length} tokens with 20 new ones exceeds seq_len={SEQ_LEN}"):
+            adapter.generate(torch.tensor(random_prompts([length])), **chosen)
+    assert not any(entry.any() for entries in model.cache_entries() for entry in entries)
+    assert adapter.generate(torch.tensor(random_prompts([longest])), **chosen).shape == (1, longest + 20)
+
+
 def test_an_answer_may_fill_the_context_to_the_last_token(model: NeuronQwen35ForCausalLM) -> None:
     ids, mask = padded(random_prompts([5, 40]), ["left", "right"])
     output = HuggingFaceGenerationAdapter(model).generate(
@@ -209,3 +223,144 @@ def test_rows_with_images_padded_on_either_side_equal_transformers(rows: list[in
     )[:, ids.shape[1] :]
     for row, answer in zip(chosen, tokens, strict=True):
         assert torch.equal(answer, vl_reference_greedy(reference, row, 4)[0])
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_logits_that_are_no_numbers_name_their_prompt_and_leave_nothing_behind(
+    chunk: int | None, tmp_path: Path
+) -> None:
+    save_vl_checkpoint(tmp_path)
+    model = load(str(tmp_path), prefill_chunk_size=chunk)
+    adapter = HuggingFaceGenerationAdapter(model)
+    short = torch.tensor([[3, 4, 5]])
+    clean = adapter.generate(short, generation_config=greedy())
+    chosen = [EXAMPLE[1]] * 4 + [EXAMPLE[0]]  # in the second group
+    ids, mask = padded([row.ids for row in chosen], ["right"] * 5)
+    inputs = media(chosen)
+    inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+    with pytest.raises(ValueError, match="prompt 4: 160 of 160 logits are nan or infinite"):
+        adapter.generate(ids, attention_mask=mask, generation_config=greedy(), **inputs)
+    for entries in model.cache_entries():
+        for slot in range(2):
+            assert not any(view.any() for views in model.cache_layout.slot(entries, slot) for view in views)
+    for rows in (1, 2, 3):
+        again = adapter.generate(short.repeat(rows, 1), generation_config=greedy())
+        assert torch.equal(again, clean.repeat(rows, 1))
+
+
+def test_tokens_that_transformers_rules_out_are_no_failure(model: NeuronQwen35ForCausalLM) -> None:
+    output = HuggingFaceGenerationAdapter(model).generate(
+        torch.tensor([[3, 4, 5]]), generation_config=greedy(bad_words_ids=[[9]], suppress_tokens=[8])
+    )
+    assert output.shape == (1, 3 + STEPS)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_in_the_slots(error: type[BaseException], model: NeuronQwen35ForCausalLM) -> None:
+    def fail(row: int, ids: torch.Tensor) -> list[int]:
+        raise error
+
+    with pytest.raises(error):
+        HuggingFaceGenerationAdapter(model).generate(
+            torch.tensor(random_prompts([4] * SLOTS)), generation_config=greedy(), prefix_allowed_tokens_fn=fail
+        )
+    layout = model.cache_layout
+    for entries in model.cache_entries():
+        for slot in range(SLOTS):
+            assert not any(view.any() for views in layout.slot(entries, slot) for view in views)
+
+
+@pytest.mark.parametrize("rows", [2, SLOTS, 2 * SLOTS + 1])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_allowed_tokens_are_asked_for_with_the_number_of_the_row(
+    rows: int, copies: int, model: NeuronQwen35ForCausalLM
+) -> None:
+    output = HuggingFaceGenerationAdapter(model).generate(
+        torch.full((rows, 3), 5),
+        do_sample=True,
+        num_return_sequences=copies,
+        max_new_tokens=1,
+        prefix_allowed_tokens_fn=lambda row, ids: [10 + row],
+    )
+    assert output[:, 3].tolist() == [10 + row for row in range(rows * copies)]
+
+
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+def test_what_may_count_rows_is_refused_for_more_rows_than_slots(name: str, model: NeuronQwen35ForCausalLM) -> None:
+    calls = []
+
+    def spy(input_ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        calls.append(len(input_ids))
+        return scores if name == "logits_processor" else torch.zeros(len(input_ids), dtype=torch.bool)
+
+    adapter = HuggingFaceGenerationAdapter(model)
+    given: dict[str, Any] = {"generation_config": greedy(), name: [spy]}
+    with pytest.raises(ValueError, match=f"{name} of {SLOTS + 1} sequences.*pass fewer rows"):
+        adapter.generate(torch.full((SLOTS + 1, 3), 5), **given)
+    assert not calls
+    adapter.generate(torch.full((SLOTS, 3), 5), **given)
+    assert calls == [SLOTS] * STEPS
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(inputs=IDS, input_ids=IDS), "inputs and input_ids are both given.*pass one of them"),
+        (dict(), "input_ids is None: give token ids"),
+        (dict(inputs=[[1, 2]]), "input_ids is of type list: pass a tensor of integers"),
+        (dict(inputs=IDS[0]), r"input_ids is a tensor \[3\] of int64: pass"),
+        (dict(inputs=IDS.float()), r"input_ids is a tensor \[2, 3\] of float32: pass"),
+        (dict(inputs=IDS.bool()), r"input_ids is a tensor \[2, 3\] of bool: pass"),
+        (dict(inputs=IDS[:0]), r"input_ids is a tensor \[0, 3\] of int64: pass .* at least one row and token"),
+        (dict(inputs=IDS[:, :0]), r"input_ids is a tensor \[2, 0\] of int64: pass .* at least one row and token"),
+        (dict(inputs=IDS, attention_mask=[[1] * 3] * 2), r"attention_mask is of type list: pass a tensor \[2, 3\]"),
+        (dict(inputs=IDS, attention_mask=torch.ones(1, 3)), r"attention_mask is a tensor \[1, 3\] of float32: pass"),
+        (dict(inputs=IDS, attention_mask=torch.ones(2, 1, 1, 3)), r"attention_mask is a tensor \[2, 1, 1, 3\]"),
+        (dict(inputs=IDS, attention_mask=torch.full((2, 3), 2)), "attention_mask has values other than 0 and 1: set"),
+        (
+            dict(inputs=IDS, attention_mask=torch.full((2, 3), torch.nan)),
+            "attention_mask has values other than 0 and 1",
+        ),
+        (dict(inputs=IDS, pixel_values=torch.ones(4, 96)), "pixel_values is given to a model of text: load"),
+    ],
+)
+def test_inputs_that_are_no_batch_are_refused_in_one_line(
+    given: dict[str, Any], message: str, model: NeuronQwen35ForCausalLM
+) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        HuggingFaceGenerationAdapter(model).generate(generation_config=greedy(), **given)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_a_mask_may_be_of_any_dtype(dtype: torch.dtype, model: NeuronQwen35ForCausalLM) -> None:
+    ids, mask = padded(random_prompts([3, 9, 5, 1]), ["left", "right", "left", "right"])
+    adapter = HuggingFaceGenerationAdapter(model)
+    expected = adapter.generate(ids, attention_mask=mask, generation_config=greedy())
+    assert torch.equal(adapter.generate(ids, attention_mask=mask.to(dtype), generation_config=greedy()), expected)
+
+
+@pytest.mark.parametrize("rows", [3, 5], ids=["fewer than slots", "more than slots"])
+def test_media_that_do_not_belong_together_are_refused(rows: int, tmp_path: Path) -> None:
+    save_vl_checkpoint(tmp_path)
+    model = load(str(tmp_path))
+    chosen = [EXAMPLE[i % len(EXAMPLE)] for i in range(rows)]
+    ids, mask = padded([row.ids for row in chosen], ["left"] * rows)
+    whole = media(chosen)
+    for change, message in (
+        ({"pixel_values": None}, "only image_grid_thw of pixel_values and image_grid_thw is given"),
+        ({"image_grid_thw": None}, "only pixel_values of pixel_values and image_grid_thw is given"),
+        ({"pixel_values_videos": None}, "only video_grid_thw of"),
+        ({"video_grid_thw": None}, "only pixel_values_videos of"),
+        ({"image_grid_thw": whole["image_grid_thw"].float()}, r"image_grid_thw is a tensor \[\d, 3\] of float32: pass"),
+        ({"image_grid_thw": whole["image_grid_thw"].flatten()}, r"image_grid_thw is a tensor \[\d+\] of int64: pass"),
+        ({"image_grid_thw": whole["image_grid_thw"].tolist()}, "image_grid_thw is a list: pass the tensor"),
+        ({"pixel_values": whole["pixel_values"][:-1]}, r"pixel_values has shape \[\d+, 96\], grid_thw and"),
+    ):
+        inputs = {**whole, **change}
+        with pytest.raises(ValueError, match=message):
+            HuggingFaceGenerationAdapter(model).generate(ids, attention_mask=mask, generation_config=greedy(), **inputs)
+        assert not any(entry.any() for entries in model.cache_entries() for entry in entries)
