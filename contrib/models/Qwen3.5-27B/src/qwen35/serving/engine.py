@@ -128,7 +128,7 @@ class Qwen35Engine:
         self._limits = replace(limits_of(model), takes_stop=tokenizer is not None)
         self._slots = neuron_config.kv_cache_batch_size
         self._sequences: list[_Sequence] = []  # in order of arrival
-        self._dirty_slots: set[int] = set()  # of rows that failed
+        self._dirty_slots = {*range(self._slots)}  # of rows that failed, here or under whoever ran the model before
         self._outputs: dict[int, list[StepOutput]] = {}  # not handed out yet
         self._next_id = 0
 

@@ -199,6 +199,22 @@ def test_logits_that_are_no_numbers_end_their_row_alone(
     assert [tokens_of(later[i]) for i in sorted(later)] == alone, "neither the slot nor the cache kept any of it"
 
 
+def test_an_engine_over_slots_that_hold_no_numbers_gives_the_tokens_of_a_clean_one(
+    model: NeuronQwen35ForCausalLM, alone: list[list[int]]
+) -> None:
+    """Whoever ran the model before, an engine or an adapter, may have left them so."""
+    for entries in model.cache_entries():
+        for slot in range(OPTIONS["batch_size"]):
+            for views in model.cache_layout.slot(entries, slot):
+                for view in views:
+                    view.fill_(torch.nan)
+    engine = Qwen35Engine(model)
+    for request in REQUESTS:
+        engine.add(request)
+    outputs = run(engine)
+    assert [tokens_of(outputs[i]) for i in sorted(outputs)] == alone and not failed(outputs)
+
+
 def test_failed_sampling_ends_its_row_alone(model: NeuronQwen35ForCausalLM, alone: list[list[int]]) -> None:
     engine = Qwen35Engine(model)
     for request in REQUESTS:
