@@ -310,6 +310,69 @@ def test_an_interrupt_in_the_sampling_of_a_row_leaves_the_engine_right(
     assert 1 <= len(failed(outputs)) <= OPTIONS["batch_size"]
 
 
+INTERRUPTED = [
+    Request(PROMPTS[0], 2, SAMPLING[1], n=2),
+    Request(PROMPTS[2], 3, SAMPLING[0]),
+    Request(PROMPTS[5], 1, SAMPLING[3]),
+]
+
+
+def run_interrupted(model: NeuronQwen35ForCausalLM, line: int) -> tuple[dict[tuple[int, int], list[StepOutput]], int]:
+    """Outputs by request and continuation, where a KeyboardInterrupt comes before the n-th line run of these methods.
+
+    Also returns how many lines were run by then.
+    """
+    methods = [getattr(Qwen35Engine, name).__code__ for name in ("_call", "_after_piece", "_choose", "_emit", "cancel")]
+    engine, lines = Qwen35Engine(model), 0
+    outputs: dict[tuple[int, int], list[StepOutput]] = {}
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code not in methods:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                raise KeyboardInterrupt
+        return trace
+
+    def finish() -> None:
+        while engine.has_work:
+            for output in engine.step():
+                outputs.setdefault((output.request_id, output.index), []).append(output)
+
+    for request in INTERRUPTED:
+        engine.add(request)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        finish()
+        engine.cancel(engine.add(INTERRUPTED[1]))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    finish()
+    assert not engine._sequences
+    return outputs, lines
+
+
+def test_an_interrupt_at_any_line_ends_requests_once_and_changes_no_others(model: NeuronQwen35ForCausalLM) -> None:
+    expected, lines = run_interrupted(model, 0)
+    assert lines > 100
+    for line in range(1, lines + 1):
+        outputs, _ = run_interrupted(model, line)
+        for key, of_sequence in outputs.items():
+            *earlier, last = of_sequence
+            assert last.finish_reason is not None, f"line {line}: {key} does not end"
+            assert not any(output.finish_reason for output in earlier), f"line {line}: {key} ends twice"
+            # The last is a copy of the second, and runs when the interrupt came before it was cancelled.
+            got, whole = tokens_of(of_sequence), tokens_of(expected[(1, 0) if key == (3, 0) else key])
+            is_cut = last.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
+            assert got == (whole[: len(got)] if is_cut else whole), f"line {line}: {key}"
+        assert {*expected} - {(3, 0)} <= {*outputs}, f"line {line}: a request is lost"
+
+
 def faults_agree(model: NeuronQwen35ForCausalLM, alone: list[list[int]], data: st.DataObject) -> None:
     """Requests beside failures of all kinds; then all requests again, which must find nothing of them."""
     cached = data.draw(st.sampled_from([None, 1 << 14, 1 << 17, 1 << 30]))
