@@ -38,12 +38,13 @@ from typing import Any
 
 import torch
 
+from ..error_text import shown
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from .prefix_cache import Chain, PrefixCache, media_digests
 from .request import FinishReason, ModelLimits, Request, StepOutput, checked_request
 from .runner import ModelRunner, Row
-from .sampling import Sampler, logprobs_of, require_finite
+from .sampling import Sampler, logprobs_of, require_finite, whole_number
 from .text_stream import StopStrings
 
 LONGEST_ERROR = 500
@@ -193,8 +194,9 @@ class Qwen35Engine:
             yield from self._outputs.pop(request_id, ())
 
     def _check_id(self, request_id: int) -> None:
-        if not 0 <= request_id < self._next_id:
-            raise KeyError(f"request_id={request_id} was given to no request: pass what add() returned")
+        number = whole_number(request_id)
+        if number is None or not 0 <= number < self._next_id:
+            raise KeyError(f"request_id={shown(request_id)} was given to no request: pass what add() returned")
 
     def _unfinished(self, request_id: int) -> list[_Sequence]:
         return [sequence for sequence in self._sequences if sequence.id == request_id]

@@ -310,6 +310,16 @@ def test_an_interrupt_in_the_sampling_of_a_row_leaves_the_engine_right(
     assert 1 <= len(failed(outputs)) <= OPTIONS["batch_size"]
 
 
+@pytest.mark.parametrize("request_id", [-1, 10**6, "0", None, 0.5, [0], True])
+def test_an_id_that_no_request_has_is_refused(request_id: Any, model: NeuronQwen35ForCausalLM) -> None:
+    engine = Qwen35Engine(model)
+    for request in REQUESTS[:2]:
+        engine.add(request)
+    for use in (engine.stream, engine.cancel):
+        with pytest.raises(KeyError, match=r"was given to no request: pass what add\(\) returned"):
+            use(request_id)
+
+
 INTERRUPTED = [
     Request(PROMPTS[0], 2, SAMPLING[1], n=2),
     Request(PROMPTS[2], 3, SAMPLING[0]),
