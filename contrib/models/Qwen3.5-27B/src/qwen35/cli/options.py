@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..configuration_qwen35 import DTYPES, Qwen35NeuronConfig
+from ..json_files import parse_json
 from ..nxdi import NeuronConfig
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class ChatTemplateOptions:
         if self.tools is None:
             return None
         try:
-            return check_tools(json.loads(self.tools.read_text(encoding="utf-8")))
+            return check_tools(parse_json(self.tools.read_bytes()))
         except ValueError as error:
             raise ValueError(f"--tools {self.tools}: {error}") from error
 

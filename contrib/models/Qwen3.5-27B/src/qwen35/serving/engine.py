@@ -33,18 +33,18 @@ Letters: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..error_text import shown
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from .prefix_cache import Chain, PrefixCache, media_digests
 from .request import FinishReason, ModelLimits, Request, StepOutput, checked_request
 from .runner import ModelRunner, Row
-from .sampling import Sampler, logprobs_of, require_finite
+from .sampling import Sampler, logprobs_of, require_finite, whole_number
 from .text_stream import StopStrings
 
 LONGEST_ERROR = 500
@@ -128,7 +128,7 @@ class Qwen35Engine:
         self._limits = replace(limits_of(model), takes_stop=tokenizer is not None)
         self._slots = neuron_config.kv_cache_batch_size
         self._sequences: list[_Sequence] = []  # in order of arrival
-        self._dirty_slots: set[int] = set()  # of rows that failed
+        self._dirty_slots = {*range(self._slots)}  # of rows that failed, here or under whoever ran the model before
         self._outputs: dict[int, list[StepOutput]] = {}  # not handed out yet
         self._next_id = 0
 
@@ -161,8 +161,10 @@ class Qwen35Engine:
             KeyError: no request had this id.
         """
         self._check_id(request_id)
-        for sequence in self._unfinished(request_id):
-            self._emit(sequence, StepOutput(request_id, None, FinishReason.CANCELLED, sequence.index))
+        unfinished = self._unfinished(request_id)
+        with _EndsOnFailure(self, unfinished):
+            for sequence in unfinished:
+                self._emit(sequence, StepOutput(request_id, None, FinishReason.CANCELLED, sequence.index))
 
     def step(self) -> list[StepOutput]:
         """One round; returns what was not handed out yet, oldest first.
@@ -192,8 +194,9 @@ class Qwen35Engine:
             yield from self._outputs.pop(request_id, ())
 
     def _check_id(self, request_id: int) -> None:
-        if not 0 <= request_id < self._next_id:
-            raise KeyError(f"request_id={request_id} was given to no request: pass what add() returned")
+        number = whole_number(request_id)
+        if number is None or not 0 <= number < self._next_id:
+            raise KeyError(f"request_id={shown(request_id)} was given to no request: pass what add() returned")
 
     def _unfinished(self, request_id: int) -> list[_Sequence]:
         return [sequence for sequence in self._sequences if sequence.id == request_id]
@@ -222,25 +225,13 @@ class Qwen35Engine:
     ) -> None:
         """Run the rows of some sequences, and do `after` with the logits [V] of each."""
         unfinished = [*sequences]
-        with self._ends_on_failure(unfinished):
+        with _EndsOnFailure(self, unfinished):
             logits = run([sequence.slot_row for sequence in sequences])
             for sequence, row_logits in zip(sequences, logits, strict=True):
-                unfinished.remove(sequence)
-                with self._ends_on_failure([sequence]):
+                with _EndsOnFailure(self, [sequence]):
                     require_finite(row_logits)
                     after(sequence, row_logits)
-
-    @contextmanager
-    def _ends_on_failure(self, sequences: Collection[_Sequence]) -> Iterator[None]:
-        """End these sequences, as many as there are by then, when what is done for them fails."""
-        try:
-            yield
-        except BaseException as error:  # an interrupt too may leave a step half done
-            message = " ".join(f"{type(error).__name__}: {error}".split())
-            for sequence in sequences:
-                self._fail(sequence, message if len(message) <= LONGEST_ERROR else f"{message[:LONGEST_ERROR]}...")
-            if not isinstance(error, Exception):
-                raise
+                unfinished.remove(sequence)  # last, so that an interrupt before it leaves no row half done
 
     def _fail(self, sequence: _Sequence, message: str) -> None:
         if sequence not in self._sequences:
@@ -255,7 +246,7 @@ class Qwen35Engine:
         for sequence in [sequence for sequence in self._sequences if sequence.row is None]:
             if not free:
                 return
-            with self._ends_on_failure([sequence]):
+            with _EndsOnFailure(self, [sequence]):
                 self._start(sequence, free[0])
             if sequence.row is not None:
                 del free[0]
@@ -291,7 +282,7 @@ class Qwen35Engine:
             return
         followers = [other for other in self._unfinished(sequence.id) if other.row is not None and not other.is_encoded]
         for each in (sequence, *followers):
-            with self._ends_on_failure([each]):
+            with _EndsOnFailure(self, [each]):
                 if each is not sequence:
                     self._runner.copy_slot(row.slot, each.slot_row.slot)
                     each.slot_row.cached = row.cached
@@ -319,9 +310,36 @@ class Qwen35Engine:
         self._emit(sequence, StepOutput(sequence.id, token, reason, sequence.index, logprobs, text=text))
 
     def _emit(self, sequence: _Sequence, output: StepOutput) -> None:
-        self._outputs.setdefault(sequence.id, []).append(output)
-        if output.finish_reason is not None:
-            self._sequences.remove(sequence)
+        outputs = self._outputs.setdefault(sequence.id, [])
+        if output.finish_reason is None:
+            outputs.append(output)
+            return
+        # An interrupt may have come here before, between the two steps: then only the second is left to do.
+        if not any(earlier.index == sequence.index and earlier.finish_reason is not None for earlier in outputs):
+            outputs.append(output)
+        self._sequences.remove(sequence)
+
+
+class _EndsOnFailure:
+    """End these sequences of an engine, as many as there are by then, when what is done for them fails.
+
+    A class, not a generator: in the frames that `contextlib` puts between, an interrupt would end nothing.
+    """
+
+    def __init__(self, engine: Qwen35Engine, sequences: Collection[_Sequence]) -> None:
+        self._engine, self._sequences = engine, sequences
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
+        if error is None:
+            return False
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        message = message if len(message) <= LONGEST_ERROR else f"{message[:LONGEST_ERROR]}..."
+        for sequence in [*self._sequences]:
+            self._engine._fail(sequence, message)
+        return isinstance(error, Exception)  # an interrupt, which too may leave a step half done, passes through
 
 
 def limits_of(model: NeuronQwen35ForCausalLM) -> ModelLimits:

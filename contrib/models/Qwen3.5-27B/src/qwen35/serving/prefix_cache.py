@@ -37,8 +37,9 @@ class Medium:
 
 
 def digest_of(pixels: torch.Tensor, grid_thw: torch.Tensor) -> bytes:
-    """What tells one image from another: its patches, as the encoder gets them, and its shape."""
+    """What tells one image from another: its patches, as the encoder gets them, their dtype and shape, and its grid."""
     content = hashlib.sha256(grid_thw.contiguous().numpy().tobytes())
+    content.update(f"{pixels.dtype} {[*pixels.shape]}".encode())
     content.update(pixels.contiguous().view(torch.uint8).numpy().data)
     return content.digest()
 

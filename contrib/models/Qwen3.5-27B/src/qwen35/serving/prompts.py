@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from ..configuration_qwen35 import is_count, is_number
 from ..error_text import one_line, shorten, shown
-from ..json_files import Rule, read_object, require_regular, wrong_fields
+from ..json_files import Rule, parse_json, read_object, require_regular, wrong_fields
 from ..vision.content import media_of, template_content
 from ..vision.processing import VisionProcessor
 
@@ -356,7 +356,9 @@ def check_tools(tools: Tools) -> list[Any]:
         if not isinstance(tool, Mapping):
             raise ValueError(f"tool {i} is a {type(tool).__name__}: give its JSON schema")
         try:
-            json.dumps(tool)
+            parse_json(json.dumps(tool))
+        except RecursionError:
+            raise ValueError(f"tool {i} is no JSON (it is nested too deeply): give its JSON schema") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"tool {i} is no JSON ({shorten(str(error))}): give its JSON schema") from error
     return [*tools]
@@ -396,9 +398,11 @@ def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
         copy = {**function}
         if isinstance(arguments := copy.get("arguments", {}), str):
             try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError:
-                raise ValueError(f"{place}: arguments={shorten(arguments)} is no JSON: give an object") from None
+                arguments = parse_json(arguments or "{}")
+            except ValueError as error:
+                raise ValueError(
+                    f"{place}: arguments={shorten(arguments)} is no JSON ({shorten(str(error))}): give an object"
+                ) from None
         if arguments is not None and not isinstance(arguments, Mapping):
             raise ValueError(f"{place}: arguments is a {type(arguments).__name__}: give an object")
         copy["arguments"] = arguments or {}

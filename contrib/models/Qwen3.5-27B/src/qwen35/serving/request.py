@@ -7,14 +7,16 @@ Letters: S tokens of the prompt, P patches of all images, or all videos, N image
 
 from __future__ import annotations
 
+import itertools
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 
+from ..error_text import shorten
 from .sampling import GREEDY, SamplingOptions, TokenLogprobs, continuation_problems, whole_number
 from .text_stream import check_stop
 
@@ -117,6 +119,8 @@ def checked_request(request: Request, limits: ModelLimits) -> Request:
     Raises:
         ValueError: it cannot; naming every field, value and remedy.
     """
+    if not isinstance(request, Request):
+        raise ValueError(f"a request is {_a(request)}: pass a Request")
     problems: list[str] = []
     prompt = _token_ids("prompt", request.prompt, limits, problems)
     eos_token_ids = _token_ids("eos_token_ids", request.eos_token_ids, limits, problems)
@@ -160,12 +164,26 @@ def _stop(given: Any, limits: ModelLimits, problems: list[str]) -> tuple[str, ..
 
 def _token_ids(name: str, given: Any, limits: ModelLimits, problems: list[str]) -> list[int]:
     """Ids as ints; none when some are wrong, which is added to `problems`."""
-    values = given.tolist() if isinstance(given, torch.Tensor) or hasattr(given, "tolist") else given
-    if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
-        problems.append(f"{name} is {_a(given)}: pass a list of token ids")
+    most = limits.seq_len if name == "prompt" else limits.vocab_size
+    try:
+        values = given.tolist() if hasattr(given, "tolist") else given
+        if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+            problems.append(f"{name} is {_a(given)}: pass a list of token ids")
+            return []
+        if name == "prompt" and isinstance(values, Set):
+            problems.append(f"{name} is {_a(given)}: pass a list of token ids, in order")
+            return []
+        given_ids = [*values] if isinstance(values, Sized) else [*itertools.islice(values, most + 1)]  # may never end
+    except Exception as error:  # a tensor without data, or the caller's own code, which raises anything
+        problems.append(
+            f"{name} cannot be read ({type(error).__name__}: {shorten(str(error))}): pass a list of token ids"
+        )
+        return []
+    if len(given_ids) > most and not isinstance(values, Sized):
+        problems.append(f"{name} has more than {most} token ids: pass a list of at most {most}")
         return []
     ids = []
-    for i, value in enumerate(values):
+    for i, value in enumerate(given_ids):
         token = whole_number(value)
         if token is None:
             problems.append(f"{name}[{i}] is {_a(value)}: pass token ids, which are ints")

@@ -15,14 +15,13 @@ key is an error: it would ask for something that nobody does.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..error_text import shorten
-from .media import ImageSource, Video, VideoSource
+from .media import MAX_IMAGE_PIXELS, ImageSource, Video, VideoSource
 
 _KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 """What an item of each type is; one without a type is what its first key of these is."""
@@ -41,13 +40,19 @@ _REMEDIES = {
 }
 """For keys that are known elsewhere."""
 
+_FPS = (1e-6, 1e6)
+"""Least and most frames a second: beyond them times in seconds, and numbers of frames, overflow."""
+_MOST = 2**31 - 1
+"""Of pixels and frames: far above what is decoded, far below what a float cannot hold."""
+
 
 @dataclass(frozen=True)
 class ImageItem:
     """An image, and what its item asks; None leaves it to the processor's settings.
 
     Args:
-        min_pixels, max_pixels: limits of the resized image's pixels.
+        min_pixels, max_pixels: limits of the resized image's pixels; an image is enlarged to `media.MAX_IMAGE_PIXELS`
+            at most.
         resized_height, resized_width: its size, rounded to whole merged tokens; both or neither.
 
     Raises:
@@ -66,10 +71,15 @@ class ImageItem:
             if value is None:
                 continue
             if field.name == "fps":
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                    raise ValueError(f"fps={shorten(repr(value))} must be a positive number")
-            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name}={shorten(repr(value))} must be a whole number of at least 1")
+                low, high = _FPS
+                if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                    raise ValueError(f"fps={shorten(repr(value))} must be a positive number of {low}..{high}")
+                continue
+            most = MAX_IMAGE_PIXELS if field.name == "min_pixels" else _MOST
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(
+                    f"{field.name}={shorten(repr(value))} must be a whole number of at least 1 and at most {most}"
+                )
         if (self.resized_height is None) != (self.resized_width is None):
             raise ValueError("resized_height and resized_width go together: give both, or max_pixels")
         _check_order("min_pixels", self.min_pixels, "max_pixels", self.max_pixels)

@@ -212,6 +212,8 @@ def _is_inside(file: str) -> bool:
 def _without_weights(directory: Path) -> str:
     """The problem of a directory with neither weights nor index, with the remedy for what is there instead."""
     found = sorted(path.name for path in directory.iterdir())
+    if broken := [name for name in (SINGLE_FILE, INDEX_FILE) if name in found]:
+        return f"{broken[0]} is a link to nothing; download it again"
     shards = [name for name in found if name.endswith(".safetensors")]
     if any(name.startswith("pytorch_model") and ".bin" in name for name in found):
         remedy = "it has pytorch_model.bin, which is not read: convert it to safetensors with save_pretrained"

@@ -23,6 +23,15 @@ from support.mini_mutations import copy_of_the_mini
 PROMPT = "The capital of France is"
 
 
+def test_a_file_of_tools_that_is_nested_too_deeply_is_refused_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tools.json").write_text("[" * 50_000 + "]" * 50_000)
+    assert main(["generate", "x", "--tools", str(tmp_path / "tools.json")]) == 2
+    error = capsys.readouterr().err
+    assert "tools.json: nested more than 32 levels deep" in error and error.count("\n") == 1
+
+
 def test_generate_streams_the_prompt_and_its_continuation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", PROMPT, "--max-new-tokens", "8"]) == 0
     captured = capsys.readouterr()

@@ -199,6 +199,22 @@ def test_logits_that_are_no_numbers_end_their_row_alone(
     assert [tokens_of(later[i]) for i in sorted(later)] == alone, "neither the slot nor the cache kept any of it"
 
 
+def test_an_engine_over_slots_that_hold_no_numbers_gives_the_tokens_of_a_clean_one(
+    model: NeuronQwen35ForCausalLM, alone: list[list[int]]
+) -> None:
+    """Whoever ran the model before, an engine or an adapter, may have left them so."""
+    for entries in model.cache_entries():
+        for slot in range(OPTIONS["batch_size"]):
+            for views in model.cache_layout.slot(entries, slot):
+                for view in views:
+                    view.fill_(torch.nan)
+    engine = Qwen35Engine(model)
+    for request in REQUESTS:
+        engine.add(request)
+    outputs = run(engine)
+    assert [tokens_of(outputs[i]) for i in sorted(outputs)] == alone and not failed(outputs)
+
+
 def test_failed_sampling_ends_its_row_alone(model: NeuronQwen35ForCausalLM, alone: list[list[int]]) -> None:
     engine = Qwen35Engine(model)
     for request in REQUESTS:
@@ -292,6 +308,79 @@ def test_an_interrupt_in_the_sampling_of_a_row_leaves_the_engine_right(
         outputs.setdefault(request_id, []).extend(later)
     others_are_as_alone(outputs, alone)
     assert 1 <= len(failed(outputs)) <= OPTIONS["batch_size"]
+
+
+@pytest.mark.parametrize("request_id", [-1, 10**6, "0", None, 0.5, [0], True])
+def test_an_id_that_no_request_has_is_refused(request_id: Any, model: NeuronQwen35ForCausalLM) -> None:
+    engine = Qwen35Engine(model)
+    for request in REQUESTS[:2]:
+        engine.add(request)
+    for use in (engine.stream, engine.cancel):
+        with pytest.raises(KeyError, match=r"was given to no request: pass what add\(\) returned"):
+            use(request_id)
+
+
+INTERRUPTED = [
+    Request(PROMPTS[0], 2, SAMPLING[1], n=2),
+    Request(PROMPTS[2], 3, SAMPLING[0]),
+    Request(PROMPTS[5], 1, SAMPLING[3]),
+]
+
+
+def run_interrupted(model: NeuronQwen35ForCausalLM, line: int) -> tuple[dict[tuple[int, int], list[StepOutput]], int]:
+    """Outputs by request and continuation, where a KeyboardInterrupt comes before the n-th line run of these methods.
+
+    Also returns how many lines were run by then.
+    """
+    methods = [getattr(Qwen35Engine, name).__code__ for name in ("_call", "_after_piece", "_choose", "_emit", "cancel")]
+    engine, lines = Qwen35Engine(model), 0
+    outputs: dict[tuple[int, int], list[StepOutput]] = {}
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code not in methods:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                raise KeyboardInterrupt
+        return trace
+
+    def finish() -> None:
+        while engine.has_work:
+            for output in engine.step():
+                outputs.setdefault((output.request_id, output.index), []).append(output)
+
+    for request in INTERRUPTED:
+        engine.add(request)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        finish()
+        engine.cancel(engine.add(INTERRUPTED[1]))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    finish()
+    assert not engine._sequences
+    return outputs, lines
+
+
+def test_an_interrupt_at_any_line_ends_requests_once_and_changes_no_others(model: NeuronQwen35ForCausalLM) -> None:
+    expected, lines = run_interrupted(model, 0)
+    assert lines > 100
+    for line in range(1, lines + 1):
+        outputs, _ = run_interrupted(model, line)
+        for key, of_sequence in outputs.items():
+            *earlier, last = of_sequence
+            assert last.finish_reason is not None, f"line {line}: {key} does not end"
+            assert not any(output.finish_reason for output in earlier), f"line {line}: {key} ends twice"
+            # The last is a copy of the second, and runs when the interrupt came before it was cancelled.
+            got, whole = tokens_of(of_sequence), tokens_of(expected[(1, 0) if key == (3, 0) else key])
+            is_cut = last.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED)
+            assert got == (whole[: len(got)] if is_cut else whole), f"line {line}: {key}"
+        assert {*expected} - {(3, 0)} <= {*outputs}, f"line {line}: a request is lost"
 
 
 def faults_agree(model: NeuronQwen35ForCausalLM, alone: list[list[int]], data: st.DataObject) -> None:

@@ -112,6 +112,13 @@ def test_larger_blocks_keep_more_tokens_in_the_same_memory(model: Any) -> None:
     assert large.nbytes == 2 * states + 32 * token
 
 
+def test_pixels_of_the_same_bytes_and_another_dtype_or_shape_are_another_image() -> None:
+    pixels, grid = torch.arange(24, dtype=torch.float16).reshape(4, 6), torch.tensor([1, 2, 2])
+    others = [pixels, pixels.view(torch.bfloat16), pixels.view(torch.float32), pixels.reshape(2, 12)]
+    assert len({digest_of(each, grid) for each in others}) == len(others)
+    assert digest_of(pixels.t().contiguous().t(), grid) == digest_of(pixels.clone(), grid.clone())
+
+
 def test_equal_tokens_with_another_image_are_another_prompt(model: Any) -> None:
     cache = PrefixCache(model, budget_bytes=1 << 30)
     (prompt,) = random_prompts([30])

@@ -191,6 +191,18 @@ LONG = "A" * 100_000
             [{"role": "assistant", "function_call": {"name": "f", "arguments": "[1]"}}],
             "arguments is a list: give an object",
         ),
+        *(
+            (
+                [
+                    {
+                        "role": "assistant",
+                        "function_call": {"name": "f", "arguments": '{"a":' * depth + "1" + "}" * depth},
+                    }
+                ],
+                "nested more than 32 levels deep",
+            )
+            for depth in (33, 50_000)
+        ),
     ],
 )
 def test_what_is_no_conversation_is_named_in_one_short_line(messages: Any, words: str, tokenizer: Any) -> None:
@@ -201,6 +213,13 @@ def test_what_is_no_conversation_is_named_in_one_short_line(messages: Any, words
     assert "\n" not in message and len(message) < 500
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"a": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("tools", "words"),
     [
@@ -208,6 +227,8 @@ def test_what_is_no_conversation_is_named_in_one_short_line(messages: Any, words
         ({"name": "f"}, "tools is a dict: give a list"),
         (["f"], "tool 0 is a str: give its JSON schema"),
         ([TOOL, {"name": {1, 2}}], "tool 1 is no JSON"),
+        ([TOOL, nested(40)], r"tool 1 is no JSON \(nested more than 32 levels deep\)"),
+        ([TOOL, nested(3000)], r"tool 1 is no JSON \(.*nested"),
     ],
 )
 def test_tools_that_are_no_list_of_schemas_are_named(tools: Any, words: str) -> None:

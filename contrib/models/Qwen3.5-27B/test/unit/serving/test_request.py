@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +66,24 @@ MEDIA_LIMITS = replace(LIMITS, media_names=["pixel_values", "image_grid_thw"], c
 PIXELS, GRIDS = torch.zeros(4, 8), torch.tensor([[1, 2, 2]])
 
 
+def failing_ids() -> Iterator[int]:
+    yield 1
+    raise RuntimeError("boom\nin two lines")
+
+
+class WithoutToList(list[int]):
+    def tolist(self) -> list[int]:
+        raise RuntimeError("no list")
+
+
+@pytest.mark.parametrize("given", [None, {}, {"prompt": [1]}, [1, 2]])
+def test_what_is_no_request_is_refused(given: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"a request is .*{type(given).__name__.removesuffix('Type')}: pass a Request"
+    ):
+        checked_request(given, LIMITS)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -81,6 +101,18 @@ PIXELS, GRIDS = torch.zeros(4, 8), torch.tensor([[1, 2, 2]])
         (dict(prompt=torch.tensor([True])), r"prompt\[0\] is a bool"),
         (dict(prompt=np.array([1.5])), r"prompt\[0\] is a float"),
         (dict(prompt=[2**70]), r"token 1180591620717411303424 of prompt or eos_token_ids is not in"),
+        (dict(prompt={5, 3}), r"prompt is a set: pass a list of token ids, in order"),
+        (dict(prompt=frozenset([5])), r"prompt is a frozenset: pass a list of token ids, in order"),
+        (dict(prompt={5: 1}.keys()), r"prompt is a dict_keys: pass a list of token ids, in order"),
+        (dict(prompt=itertools.repeat(5)), r"prompt has more than 64 token ids: pass a list of at most 64"),
+        (dict(eos_token_ids=itertools.repeat(5)), r"eos_token_ids has more than 160 token ids: pass a list"),
+        (
+            dict(prompt=failing_ids()),
+            r"prompt cannot be read \(RuntimeError: boom in two lines\): pass a list of token",
+        ),
+        (dict(eos_token_ids=failing_ids()), r"eos_token_ids cannot be read \(RuntimeError: boom in two lines\)"),
+        (dict(prompt=WithoutToList([1])), r"prompt cannot be read \(RuntimeError: no list\): pass a list of token ids"),
+        (dict(prompt=torch.tensor([1], device="meta")), r"prompt cannot be read \(\w+: .*\): pass a list of token ids"),
         (dict(eos_token_ids=7), r"eos_token_ids is a int: pass a list of token ids"),
         (dict(eos_token_ids=None), r"eos_token_ids is None"),
         (dict(eos_token_ids="</s>"), r"eos_token_ids is a str"),
@@ -135,5 +167,6 @@ def test_a_checked_request_has_the_types_that_are_declared_and_shares_nothing_th
     assert checked.eos_token_ids == {5} and [type(checked.max_new_tokens), type(checked.n)] == [int, int]
     assert torch.equal(checked.media["image_grid_thw"], GRIDS)
     assert not checked.media["pixel_values"].requires_grad
+    assert checked_request(Request([3], 2, eos_token_ids={5, 6}), LIMITS).eos_token_ids == {5, 6}
     for ids in (torch.tensor([3, 4]), range(3, 5), iter([3, 4]), (np.uint8(3), 4)):
         assert checked_request(Request(ids, 2), LIMITS).prompt == (3, 4)  # type: ignore[arg-type]

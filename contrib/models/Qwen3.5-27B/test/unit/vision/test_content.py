@@ -13,6 +13,7 @@ from qwen35.vision.content import ImageItem, VideoItem, media_of, template_conte
 from qwen35.vision.media import Video
 from support.pictures import picture
 
+MOST = 2**31 - 1
 PAYLOAD = "iVBORw0KGgo" * 500
 
 
@@ -97,6 +98,20 @@ def test_what_an_item_asks_stands_beside_its_source() -> None:
         ({"video": PAYLOAD, "fps": float("nan")}, "fps=nan must be a positive number"),
         ({"image": PAYLOAD, "max_pixels": 1.5}, "max_pixels=1.5 must be a whole number of at least 1"),
         ({"image": PAYLOAD, "max_pixels": True}, "max_pixels=True must be a whole number"),
+        *(
+            ({"video": PAYLOAD, name: value}, f"{name}={value} must be a whole number of at least 1 and at most {MOST}")
+            for name in ("max_pixels", "total_pixels", "nframes", "min_frames", "max_frames")
+            for value in (MOST + 1, 0)
+        ),
+        (
+            {"image": PAYLOAD, "min_pixels": 2**26 + 1},
+            "min_pixels=67108865 must be a whole number of at least 1 and at most",
+        ),
+        ({"image": PAYLOAD, "resized_height": MOST + 1, "resized_width": 64}, f"at most {MOST}"),
+        *(
+            ({"video": PAYLOAD, "fps": fps}, f"fps={fps!r} must be a positive number of 1e-06..1000000.0")
+            for fps in (1e-320, 1e-7, 1e7, 1e308, float("inf"))
+        ),
         ({"image": PAYLOAD, "min_pixels": 9, "max_pixels": 8}, "min_pixels=9 is above max_pixels=8"),
         ({"video": PAYLOAD, "min_frames": 9, "max_frames": 8}, "min_frames=9 is above max_frames=8"),
         ({"image": PAYLOAD, "resized_height": 64}, "resized_height and resized_width go together"),

@@ -310,3 +310,17 @@ def test_placeholders_become_as_many_as_tokens_with_the_times_of_video_frames() 
 def test_placeholders_that_do_not_match_the_images_are_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("|", r"\|")):
         PROCESSOR.expand_placeholders([text], PROCESSOR([picture(64, 64)]))
+
+
+def test_sizes_at_the_limits_of_an_item_are_computed_or_refused() -> None:
+    """None is an OverflowError, and none takes memory beyond that of the largest image."""
+    most = 2**31 - 1
+    with pytest.raises(VisionInputError, match=r"image 0: .* is an aspect ratio above 200"):
+        PROCESSOR([ImageItem(picture(64, 64), resized_height=most, resized_width=64)])
+    large = PROCESSOR([ImageItem(picture(64, 64), max_pixels=most)]).image_grid_thw
+    assert large is not None and large.tolist() == [[1, 64 // 16, 64 // 16]]
+    for asked in ({"fps": 1e-6}, {"fps": 1e6}, {"max_frames": most}, {"total_pixels": most}):
+        frames = [picture(64, 64)] * 4
+        inputs = PROCESSOR([], [VideoItem(frames, **asked)])  # type: ignore[arg-type]
+        assert inputs.video_grid_thw is not None and inputs.video_grid_thw[0, 0] == 2
+        assert all(math.isfinite(time) for time in inputs.video_timestamps[0])

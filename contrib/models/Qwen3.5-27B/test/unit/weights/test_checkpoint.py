@@ -145,6 +145,13 @@ def test_a_corrupt_index_is_refused(tmp_path: Path, text: str) -> None:
     the_only(refuse(tmp_path), checkpoint.INDEX_FILE, "corrupt", "download it again")
 
 
+@pytest.mark.parametrize("name", [checkpoint.SINGLE_FILE, checkpoint.INDEX_FILE])
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_link_to_nothing_is_named(name: str, loops: bool, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(name if loops else "nothing")
+    the_only(refuse(tmp_path), f"{name} is a link to nothing; download it again")
+
+
 def test_all_missing_shards_are_named_at_once(tmp_path: Path) -> None:
     sharded(tmp_path, c="model-3.safetensors", d="model-4.safetensors")
     the_only(refuse(tmp_path), "model-3.safetensors, model-4.safetensors", "missing", "download")
