@@ -58,14 +58,15 @@ class _DecisionFinder(ast.NodeVisitor):
 
     def __init__(self) -> None:
         self.found: dict[ast.AST, str] = {}
+        self.positions: frozenset[str] = frozenset({POSITIONS})
         self.valued: frozenset[str] = frozenset(TOKEN_TENSORS)
         self.tensors: frozenset[str] = frozenset(TOKEN_TENSORS | ACTIVATIONS)
         self.counts: frozenset[str] = frozenset()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        outer = self.valued, self.tensors, self.counts
+        outer = self.positions, self.valued, self.tensors, self.counts
         self.generic_visit(node)
-        self.valued, self.tensors, self.counts = outer
+        self.positions, self.valued, self.tensors, self.counts = outer
 
     def generic_visit(self, node: ast.AST) -> None:
         super().generic_visit(node)  # first what is inside: `(n := x.shape[1]) == 1`
@@ -87,6 +88,8 @@ class _DecisionFinder(ast.NodeVisitor):
             for part, of in zip(target.elts, values, strict=False):
                 self._assign(part.value if isinstance(part, ast.Starred) else part, of)
         elif isinstance(target, ast.Name):
+            if _is_of(self.positions, value):
+                self.positions |= {target.id}
             if _is_of(self.valued, value):
                 self.valued |= {target.id}
             if _is_of(self.tensors, value):
@@ -126,7 +129,7 @@ class _DecisionFinder(ast.NodeVisitor):
     def _tells(self, node: ast.AST) -> bool:
         """The same, of values only those of positions."""
         return any(
-            self._is_count(part) or _name(part) in (POSITIONS, "tag") or _name(part).endswith("_TAG")
+            self._is_count(part) or _is_of(self.positions, part) or _name(part) == "tag" or _name(part).endswith("_TAG")
             for part in self._parts(node)
         )
 
@@ -140,7 +143,7 @@ class _DecisionFinder(ast.NodeVisitor):
                 return
             case ast.Attribute(attr="dtype" | "device" | "is_meta"):
                 return
-            case ast.Call(func=ast.Attribute(attr="dim", value=value)) if _name(value) == POSITIONS:
+            case ast.Call(func=ast.Attribute(attr="dim", value=value)) if _is_of(self.positions, value):
                 return
         if node not in self.found:
             yield node
@@ -225,9 +228,12 @@ def _is_of(names: frozenset[str], node: ast.AST) -> bool:
 
 
 def _name(node: ast.AST) -> str:
-    """The last word of what names a tensor: x, self.x, inputs["x"]."""
+    """The last word of what names a tensor: x, self.x, inputs["x"], inputs.get("x")."""
     if isinstance(node, ast.Subscript):
         return str(node.slice.value) if isinstance(node.slice, ast.Constant) else _name(node.value)
+    match node:
+        case ast.Call(func=ast.Attribute(attr="get" | "pop"), args=[ast.Constant(value=str(key)), *_]):
+            return key
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
@@ -306,6 +312,8 @@ def test_no_module_but_phase_decides_what_a_call_does() -> None:
         "def f(tokens):\n    return tokens\nq = self.query\nif q.shape[2] - 1: ...",
         "if getattr(config, '_is_prefill')(x): ...",
         "if given and position_ids[0, -1]: ...",
+        "first = position_ids[:, 0]\nbegins = first == 0",
+        "if kwargs.get('input_ids').shape[1] - 1: ...",
     ],
 )
 def test_a_planted_decision_is_found(line: str) -> None:
