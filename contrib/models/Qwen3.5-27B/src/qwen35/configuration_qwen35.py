@@ -637,22 +637,22 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
     yield from (f"{name}={getattr(neuron, name)!r} must be a positive integer" for name in ill)
     for small, large, remedy in (
         ("max_context_length", "seq_len", "lower it or raise seq_len"),
-        ("ctx_batch_size", "kv_cache_batch_size", "raise kv_cache_batch_size: each sequence needs a cache line"),
-        ("tkg_batch_size", "kv_cache_batch_size", "raise kv_cache_batch_size: each sequence needs a cache line"),
+        ("ctx_batch_size", "kv_cache_batch_size", "raise kv_cache_batch_size: each sequence needs a slot of the cache"),
+        ("tkg_batch_size", "kv_cache_batch_size", "raise kv_cache_batch_size: each sequence needs a slot of the cache"),
     ):
         if small not in ill and large not in ill and getattr(neuron, small) > getattr(neuron, large):
             yield f"{small}={getattr(neuron, small)} exceeds {large}={getattr(neuron, large)}; {remedy}"
     if neuron.ctx_batch_size != neuron.tkg_batch_size and not neuron.is_continuous_batching:
         yield (
             f"ctx_batch_size={neuron.ctx_batch_size} differs from tkg_batch_size={neuron.tkg_batch_size}; "
-            "set is_continuous_batching=True, so that state lines are found by sequence id"
+            "set is_continuous_batching=True, so that slots are found by sequence id"
         )
     if neuron.async_mode and neuron.on_cpu:
         yield "async_mode=True has no CPU form: the next step is queued on a device; set async_mode=False with on_cpu"
     if neuron.async_mode and neuron.tkg_batch_size != neuron.kv_cache_batch_size:
         yield (
             f"async_mode=True with tkg_batch_size={neuron.tkg_batch_size} and kv_cache_batch_size="
-            f"{neuron.kv_cache_batch_size}: NxDI picks its outputs by cache line; make the two equal"
+            f"{neuron.kv_cache_batch_size}: NxDI picks its outputs by slot; make the two equal"
         )
     for name in ("seq_len", "max_length"):
         if name not in ill and "max_position_embeddings" not in malformed:

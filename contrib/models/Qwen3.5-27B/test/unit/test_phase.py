@@ -1,10 +1,15 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The phase of a call is decided in one module; the others are read for comparisons that decide it again."""
+"""The phase of a call is decided in one module; the others are read for conditions that decide it again.
+
+A condition may read neither a size nor a value of a tensor that has tokens, nor a tag, nor a flag of NxDI: whatever
+reads one is refused, and what is harmless is listed in ALLOWED with its reason.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,78 +22,229 @@ PACKAGE = Path(qwen35.__file__).parent
 KERNELS = ("ops", "nki_kernels", "cli/kernels")
 """Operators and kernels know no phases: what they compare are their own sizes."""
 
-TOKEN_TENSORS = {"input_ids", "position_ids", "hidden_states", "inputs_embeds", "Q", "q", "qkv", "query"}
+ALLOWED = {
+    ("configuration_qwen35.py", "len(v) == 3"): "a value of config.json",
+    ("modeling_qwen35.py", "len(outside)"): "tokens that the vocabulary does not have",
+    ("modeling_qwen35.py", "tokens <= chunk"): "whether tokens, of any phase, exceed a configured size",
+    ("serving/hf_adapter.py", "rows > slots"): "whether rows, of any phase, exceed a configured size",
+    ("serving/hf_adapter.py", "value.shape[:1] == (total,)"): "which arguments have a row per prompt",
+    ("submodels.py", "attention_mask.shape != input_ids.shape"): "a check of arguments, for prompts",
+    ("submodels.py", "length in self.neuron_config.buckets"): "which size of a submodel, whose phase is known",
+}
+"""(file, condition) -> why it decides no phase."""
+
+TOKEN_TENSORS = {"input_ids", "position_ids", "hidden_states", "inputs_embeds", "attention_mask"}
+"""No condition reads a size or a value of these."""
+
+ACTIVATIONS = {"hidden", "Q", "K", "V", "q", "k", "v", "x", "qkv", "query"}
+"""No condition reads a size of these; their values tell no phase, and short names have other uses."""
+
+POSITIONS = "position_ids"
 NXDI_FLAGS = {"is_prefill_stage", "is_for_context_encoding", "is_for_speculation"}
 NXDI_GUESSES = {"_is_prefill", "_is_context_encoding", "_is_for_speculation"}
+COMPARISONS = {"any", "all", "bool", "eq", "ne", "lt", "le", "gt", "ge", "equal", "__eq__", "__ne__"}
+"""Functions and methods whose arguments are conditions, as the operands of `==` are."""
 
 
 def decisions(source: str) -> list[str]:
-    """The expressions of a module that tell a phase from shapes, positions, tags or NxDI's flags."""
-    tree = ast.parse(source)
-    counts = {name for node in ast.walk(tree) if isinstance(node, ast.Assign) for name in _counts_of(node)}
-    return [ast.unparse(node) for node in ast.walk(tree) if _decides(node, counts)]
+    """The conditions of a module that may tell a phase from sizes, values, tags or NxDI's flags."""
+    finder = _DecisionFinder()
+    finder.visit(ast.parse(source))
+    return [*finder.found.values()]
 
 
-def _decides(node: ast.AST, counts: set[str]) -> bool:
-    if isinstance(node, ast.Compare):
-        if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
-            return False  # whether something is given at all
-        operands = [node.left, *node.comparators]
-        parts = [part for operand in operands for part in ast.walk(operand)]
-        numbers = any(isinstance(operand, ast.Constant) or _name(operand).isupper() for operand in operands)
-        return (
-            any(_name(part) == "tag" or _name(part).endswith("_TAG") for part in parts)
-            or any(_reads_positions(operand) for operand in operands)
-            or any(_is_token_count(part) for part in parts)
-            or (numbers and any(_name(part) in counts for part in parts))
-        )
-    if isinstance(node, (ast.Name, ast.Attribute)):
-        return isinstance(node.ctx, ast.Load) and _name(node) in NXDI_FLAGS
-    return isinstance(node, ast.Call) and _name(node.func) in NXDI_GUESSES
+class _DecisionFinder(ast.NodeVisitor):
+    """Keeps the names that are token tensors and counts of tokens, as they are assigned, function by function."""
 
+    def __init__(self) -> None:
+        self.found: dict[ast.AST, str] = {}
+        self.positions: frozenset[str] = frozenset({POSITIONS})
+        self.valued: frozenset[str] = frozenset(TOKEN_TENSORS)
+        self.tensors: frozenset[str] = frozenset(TOKEN_TENSORS | ACTIVATIONS)
+        self.counts: frozenset[str] = frozenset()
 
-def _counts_of(assignment: ast.Assign) -> list[str]:
-    """The names that an assignment gives a number of tokens."""
-    pairs = []
-    for target in assignment.targets:
-        if isinstance(target, ast.Tuple) and isinstance(assignment.value, ast.Tuple):
-            pairs += zip(target.elts, assignment.value.elts, strict=False)
-        else:
-            pairs.append((target, assignment.value))
-    return [_name(target) for target, value in pairs if _is_token_count(value)]
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer = self.positions, self.valued, self.tensors, self.counts
+        self.generic_visit(node)
+        self.positions, self.valued, self.tensors, self.counts = outer
 
+    def generic_visit(self, node: ast.AST) -> None:
+        super().generic_visit(node)  # first what is inside: `(n := x.shape[1]) == 1`
+        for target, value in _assignments(node):
+            self._assign(target, value)
+        for condition in _conditions(node):
+            if self._reads(condition):
+                self._keep(condition)
+        # A mask made of values is no decision; a comparison of sizes, or of positions, is one wherever it stands.
+        if any(map(self._tells, _compared(node))) or _is_one_token(node) or _asks_nxdi(node):
+            self._keep(node)
 
-def _reads_positions(operand: ast.expr) -> bool:
-    """Whether values of positions are in it; how many axes they have is no phase."""
-    if isinstance(operand, ast.Call) and _name(operand.func) == "dim":
+    def _keep(self, node: ast.AST) -> None:
+        self.found[node] = ast.unparse(node)
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            values = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value] * len(target.elts)
+            for part, of in zip(target.elts, values, strict=False):
+                self._assign(part.value if isinstance(part, ast.Starred) else part, of)
+        elif isinstance(target, ast.Name):
+            if _is_of(self.positions, value):
+                self.positions |= {target.id}
+            if _is_of(self.valued, value):
+                self.valued |= {target.id}
+            if _is_of(self.tensors, value):
+                self.tensors |= {target.id}
+            if self._is_count(value):
+                self.counts |= {target.id}
+
+    def _is_count(self, node: ast.AST) -> bool:
+        """A shape, a size, or a number made of them alone by arithmetic."""
+        match node:
+            case ast.Name():
+                return node.id in self.counts
+            case ast.Subscript():
+                return self._is_count(node.value)
+            case ast.Attribute():
+                return node.attr in ("shape", "ndim") and self._has_tokens(node.value)
+            case ast.Call(func=ast.Attribute(attr="size" | "numel" | "nelement" | "dim") as method):
+                return self._has_tokens(method.value)
+            case ast.Call(func=ast.Name(id="len")):
+                return any(map(self._has_tokens, node.args))
+            case ast.Call(func=ast.Name(id="int" | "min" | "max" | "list" | "tuple" | "sorted")):
+                return any(map(self._is_count, node.args))
+            case ast.BinOp():
+                return self._is_count(node.left) or self._is_count(node.right)
         return False
-    return any(_name(part) == "position_ids" for part in ast.walk(operand))
+
+    def _has_tokens(self, node: ast.AST) -> bool:
+        """A token tensor, or what its methods return."""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            return self._has_tokens(node.func.value)
+        return _is_of(self.tensors, node)
+
+    def _reads(self, node: ast.AST) -> bool:
+        """Whether a count, a value of a token tensor or a tag is anywhere in a condition."""
+        return self._tells(node) or any(_is_of(self.valued, part) for part in self._parts(node))
+
+    def _tells(self, node: ast.AST) -> bool:
+        """The same, of values only those of positions."""
+        return any(
+            self._is_count(part) or _is_of(self.positions, part) or _name(part) == "tag" or _name(part).endswith("_TAG")
+            for part in self._parts(node)
+        )
+
+    def _parts(self, node: ast.AST) -> Iterator[ast.AST]:
+        """The parts of a condition, but not what is found already, nor what is the same for any number of tokens.
+
+        That is whether a tensor is given at all, its dtype and device, and the number of axes of positions.
+        """
+        match node:
+            case ast.Compare() if _is_identity(node):
+                return
+            case ast.Attribute(attr="dtype" | "device" | "is_meta"):
+                return
+            case ast.Call(func=ast.Attribute(attr="dim", value=value)) if _is_of(self.positions, value):
+                return
+        if node not in self.found:
+            yield node
+            for child in ast.iter_child_nodes(node):
+                yield from self._parts(child)
 
 
-def _is_token_count(node: ast.AST) -> bool:
-    """Whether this is a size of a tensor that has tokens: `x.shape[i]`, `x.size(i)`, `len(x)`."""
-    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
-        return _name(node.value.value) in TOKEN_TENSORS
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("size", "numel"):
-        return _name(node.func.value) in TOKEN_TENSORS
-    return isinstance(node, ast.Call) and _name(node.func) == "len" and _name(node.args[0]) in TOKEN_TENSORS
+def _conditions(node: ast.AST) -> Iterator[ast.AST]:
+    """What is asked for its truth, or chooses a branch."""
+    match node:
+        case ast.If() | ast.IfExp() | ast.While() | ast.Assert():
+            yield node.test
+        case ast.BoolOp():
+            yield from node.values
+        case ast.UnaryOp(op=ast.Not()):
+            yield node.operand
+        case ast.comprehension():
+            yield from node.ifs
+        case ast.Match():
+            yield node.subject
+        case ast.match_case(guard=ast.expr() as guard):
+            yield guard
+        case ast.Subscript(value=ast.Dict()):
+            yield node.slice
+        case ast.Call(func=ast.Attribute(attr="get", value=ast.Dict())):
+            yield from node.args
+        case ast.Call(func=ast.Name(id="any" | "all" | "bool")):
+            yield from node.args
+
+
+def _compared(node: ast.AST) -> Iterator[ast.AST]:
+    """What is compared, in a condition or elsewhere."""
+    match node:
+        case ast.Compare() if not _is_identity(node):
+            yield from (node.left, *node.comparators)
+        case ast.Call() if _name(node.func) in COMPARISONS:
+            yield from node.args
+            if isinstance(node.func, ast.Attribute):
+                yield node.func.value
+        case ast.Call(func=ast.Attribute(attr="startswith" | "endswith") as method):
+            yield method.value
+
+
+def _asks_nxdi(node: ast.AST) -> bool:
+    match node:
+        case ast.Name(ctx=ast.Load()) | ast.Attribute(ctx=ast.Load()):
+            return _name(node) in NXDI_FLAGS
+        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(flag)), *_]):
+            return flag in NXDI_FLAGS | NXDI_GUESSES
+        case ast.Call():
+            return _name(node.func) in NXDI_GUESSES
+    return False
+
+
+def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    match node:
+        case ast.Assign():
+            yield from ((target, node.value) for target in node.targets)
+        case ast.AnnAssign(value=ast.expr() as value) | ast.NamedExpr(value=value):
+            yield node.target, value
+        case ast.comprehension():
+            yield node.target, node.iter
+
+
+def _is_identity(node: ast.Compare) -> bool:
+    return all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+
+
+def _is_one_token(node: ast.AST) -> bool:
+    """Whether a size of whatever tensor is compared with 1."""
+    if not isinstance(node, ast.Compare):
+        return False
+    operands = [node.left, *node.comparators]
+    return any(isinstance(operand, ast.Constant) and operand.value == 1 for operand in operands) and any(
+        isinstance(operand, ast.Subscript) and _name(operand.value) == "shape" for operand in operands
+    )
+
+
+def _is_of(names: frozenset[str], node: ast.AST) -> bool:
+    """x, self.x, inputs["x"], x[0], for a name x of them."""
+    return _name(node) in names or (isinstance(node, ast.Subscript) and _is_of(names, node.value))
 
 
 def _name(node: ast.AST) -> str:
-    """The last word of what names a tensor: x, self.x, inputs["x"]."""
+    """The last word of what names a tensor: x, self.x, inputs["x"], inputs.get("x")."""
     if isinstance(node, ast.Subscript):
         return str(node.slice.value) if isinstance(node.slice, ast.Constant) else _name(node.value)
+    match node:
+        case ast.Call(func=ast.Attribute(attr="get" | "pop"), args=[ast.Constant(value=str(key)), *_]):
+            return key
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def test_no_module_but_phase_decides_what_a_call_does() -> None:
     found = {
-        str(file.relative_to(PACKAGE)): lines
+        (path, condition)
         for file in PACKAGE.rglob("*.py")
-        if not file.relative_to(PACKAGE).as_posix().startswith((*KERNELS, "phase.py"))
-        and (lines := decisions(file.read_text(encoding="utf-8")))
+        if not (path := file.relative_to(PACKAGE).as_posix()).startswith((*KERNELS, "phase.py"))
+        for condition in decisions(file.read_text(encoding="utf-8"))
     }
-    assert not found, "pass the phase on instead"
+    assert found == ALLOWED.keys(), "pass the phase on instead"
 
 
 @pytest.mark.parametrize(
@@ -109,14 +265,75 @@ def test_no_module_but_phase_decides_what_a_call_does() -> None:
         "if self.neuron_config.is_prefill_stage: ...",
         "def f(is_for_context_encoding):\n    return 1 if is_for_context_encoding else 2",
         "if self._is_prefill(positions): ...",
+        "n = input_ids.shape[1]\nif not n - 1: ...",
+        "_, n = input_ids.shape\nif n == 1: ...",
+        "b, n, *_ = hidden_states.shape\nif n == 1: ...",
+        "x = input_ids\nif x.shape[1] == 1: ...",
+        "if input_ids.shape[1:] == (1,): ...",
+        "match input_ids.shape[1]:\n    case 1: ...",
+        "if getattr(cfg,'is_prefill_stage'): ...",
+        "if any(n == 1 for n in input_ids.shape): ...",
+        "if input_ids.shape == (2, 1): ...",
+        "if list(input_ids.shape)[1] == 1: ...",
+        "p = position_ids\nif p[0,0] == 0: ...",
+        "if not position_ids.any(): ...",
+        "if position_ids.any(): ...",
+        "if torch.equal(position_ids, zeros): ...",
+        "if x.eq(position_ids).all(): ...",
+        "if position_ids[0, 0]: ...",
+        "if bool(input_ids.shape[1] - 1): ...",
+        "n: int = input_ids.shape[1]\nif n == 1: ...",
+        "if (n := input_ids.shape[1]) == 1: ...",
+        "n = input_ids.shape[1]\nif 1 == n: ...",
+        "def one(t): return t.shape[1] == 1\none(input_ids)",
+        "n = input_ids.shape[1]\nif n in (1,): ...",
+        "n = K.shape[2]\nif n == 1: ...",
+        "tokens = x.shape[1]\nif tokens == 1: ...",
+        "if input_ids.squeeze(1).dim() == 1: ...",
+        "if attention_mask.shape[1] == 1: ...",
+        "if hidden.shape[1] == 1: ...",
+        "if self.tag.startswith('context'): ...",
+        "if 'context' in self.tag: ...",
+        "match self.tag:\n    case 'a': ...",
+        "kind = {'a': 1}[self.tag]",
+        "while input_ids.shape[1] > 1: ...",
+        "if operator.eq(input_ids.shape[1],1): ...",
+        "if input_ids.shape[-1].__eq__(1): ...",
+        "if sorted(input_ids.shape) == [1,2]: ...",
+        "if input_ids.ndim - 1: ...",
+        "decode = not (input_ids.shape[1] - 1)",
+        "f = {1: a}.get(input_ids.shape[1], b)",
+        "if max(input_ids.shape[1], 1) == 1: ...",
+        "if kwargs['input_ids'].size(dim=1) == 1:...",
+        "if input_ids.nelement() == 1: ...",
+        "assert inputs_embeds.size(1) == n",
+        "few = K.numel() < MOST",
+        "rows = [row for row in rows if hidden_states.shape[1] - 1]",
+        "def f(tokens):\n    return tokens\nq = self.query\nif q.shape[2] - 1: ...",
+        "if getattr(config, '_is_prefill')(x): ...",
+        "if given and position_ids[0, -1]: ...",
+        "first = position_ids[:, 0]\nbegins = first == 0",
+        "if kwargs.get('input_ids').shape[1] - 1: ...",
     ],
 )
 def test_a_planted_decision_is_found(line: str) -> None:
     assert decisions(line)
 
 
-@pytest.mark.parametrize("line", ["if tokens <= chunk: ...", "if position_ids.dim() == 3: ...", "x = position_ids + 1"])
-def test_sizes_that_tell_no_phase_may_be_compared(line: str) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if tokens <= chunk: ...",
+        "if position_ids.dim() == 3: ...",
+        "x = position_ids + 1",
+        "if position_ids is None: ...",
+        "if not q.is_meta and qkv.dtype != torch.float32: ...",
+        "real = attention_mask > 0",
+        "phase = phase_of(position_ids)\nif phase is Phase.CONTINUATION: ...",
+        "def f():\n    tokens = input_ids.shape[1]\ndef g(tokens):\n    return tokens == chunk",
+    ],
+)
+def test_what_tells_no_phase_may_be_asked(line: str) -> None:
     assert not decisions(line)
 
 

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may import whom, and where the test of a module is.
 
-Every import statement counts, wherever it stands and however it is written. A tree of sources is
+Every import statement counts, wherever it stands and however it is written; what imports in another way is refused but
+where MAY_IMPORT_BY_NAME has it. A tree of sources is
 `{path below src: text}`, so that a planted violation is a line in this file.
 """
 
@@ -43,6 +44,8 @@ PLACES = {name: (floor, room) for floor, rooms in enumerate(FLOORS) for room in 
 """Of what is at the top of qwen35: its floor, and its room."""
 
 ONLY_IMPORTERS = {
+    "libneuronxla": {"qwen35.nxdi"},
+    "neuronxcc": {"qwen35.nxdi"},
     "neuronx_distributed": {"qwen35.nxdi"},
     "neuronx_distributed_inference": {"qwen35.nxdi"},
     "nxdi_cpu": {"qwen35.nxdi"},
@@ -52,6 +55,13 @@ ONLY_IMPORTERS = {
     "nki_emulator": {"qwen35.nki_kernels.nki_seam", "qwen35.cli.kernels"},  # the report is about the emulator
 }
 """The modules of qwen35 that may import a package; of any other, all may."""
+
+MAY_IMPORT_BY_NAME = {"qwen35", "qwen35.nxdi"}
+"""The package's lazy names, and the choice between NxDI and its stand-in."""
+
+IMPORTS_BY_NAME = {"importlib", "import_module", "__import__", "resolve_name", "pkgutil", "runpy", "sys.modules"}
+RUNS_TEXT = {"exec", "eval"}
+"""Built-in functions; methods of these names are others, as eval() of a torch module."""
 
 TESTED_ELSEWHERE = {
     "nki_kernels/chunk_pieces": "code of kernels, which runs in one only: test_chunked.py, test_fused_chunked.py",
@@ -146,7 +156,31 @@ def imports_past_a_seam(tree: Tree) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("rule", [modules_without_a_floor, upward_imports, circles, imports_past_a_seam])
+def imports_by_name(tree: Tree) -> list[str]:
+    """What imports without an import statement, which the other rules would not see."""
+    found = []
+    for path, text in tree.items():
+        if (module := module_of(path)) in MAY_IMPORT_BY_NAME:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            match node:
+                case ast.Import() | ast.ImportFrom():
+                    origin = getattr(node, "module", None) or ""
+                    names = {origin, *(alias.name for alias in node.names)}
+                    names |= {name.split(".")[0] for name in names} | {f"{origin}.{alias.name}" for alias in node.names}
+                case ast.Name():
+                    names = {node.id}
+                case ast.Attribute():
+                    names = {ast.unparse(node), node.attr} - RUNS_TEXT
+                case _:
+                    continue
+            found += [f"{module}:{node.lineno} uses {name}" for name in names & (IMPORTS_BY_NAME | RUNS_TEXT)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "rule", [modules_without_a_floor, upward_imports, circles, imports_past_a_seam, imports_by_name]
+)
 def test_qwen35_keeps_the_rule(rule: Callable[[Tree], list[str]]) -> None:
     assert rule(read("qwen35")) == []
 
@@ -211,6 +245,23 @@ def test_an_import_is_found_however_it_is_written(text: str, imported: str) -> N
         (imports_past_a_seam, {"qwen35/nki_kernels/decode_layer.py": "import nki.language as nl"}),
         (imports_past_a_seam, {"qwen35/cli/plan.py": "if TYPE_CHECKING:\n    from nki_emulator.report import Report"}),
         (imports_past_a_seam, {"qwen35/cli/kernels.py": "import nki"}),
+        (imports_past_a_seam, {"qwen35/nki_kernels/decode_layer.py": "import neuronxcc.nki as nki"}),
+        (imports_past_a_seam, {"qwen35/serving/loading.py": "def f():\n    import libneuronxla"}),
+        *(
+            (imports_by_name, {"qwen35/layers/norms.py": text})
+            for text in (
+                "import importlib\nimportlib.import_module('qwen35.serving.engine')",
+                "import importlib as i",
+                "import importlib.util",
+                "from importlib import import_module\nimport_module('..serving.engine', __package__)",
+                "__import__('qwen35.serving.engine')",
+                "import sys\nsys.modules['qwen35.serving.engine']",
+                "from sys import modules",
+                "import pkgutil\npkgutil.resolve_name('qwen35.serving.engine:X')",
+                "exec('from qwen35.serving import engine')",
+                "engine = eval('qwen35.serving.engine')",
+            )
+        ),
     ],
 )
 def test_a_planted_violation_is_found(rule: Callable[[Tree], list[str]], planted: Tree) -> None:
@@ -226,11 +277,14 @@ def test_a_planted_violation_is_found(rule: Callable[[Tree], list[str]], planted
         ("qwen35/nxdi.py", "import neuronx_distributed\nfrom nxdi_cpu.config import NeuronConfig"),
         ("qwen35/cli/kernels.py", "from nki_emulator.report import Report\nfrom .. import hardware"),
         ("qwen35/__init__.py", "from .cli import main"),
+        ("qwen35/__init__.py", "from importlib import import_module"),
+        ("qwen35/vision/encoder.py", "import sys\nsys.stdin\nmodel.eval()"),
     ],
 )
 def test_what_the_rules_allow_is_not_reported(path: str, text: str) -> None:
     tree = {path: text, "qwen35/hardware.py": ""}
     assert upward_imports(tree) == circles(tree) == imports_past_a_seam(tree) == modules_without_a_floor(tree) == []
+    assert imports_by_name(tree) == []
 
 
 def untested_modules(tree: Tree, tests: Collection[str]) -> list[str]:
