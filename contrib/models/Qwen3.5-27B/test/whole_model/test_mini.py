@@ -30,7 +30,7 @@ ROWS = 64
 
 @pytest.fixture(scope="module")
 def generator() -> TextGenerator:
-    config = Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, neuron_config=default_neuron_config(96, ROWS))
+    config = Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, neuron_config=default_neuron_config(40, ROWS))
     return TextGenerator.load(MINI_CHECKPOINT, config)
 
 

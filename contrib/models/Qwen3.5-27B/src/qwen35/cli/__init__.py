@@ -11,8 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from . import chat, compile, convert, generate, kernels, plan
 
 
@@ -22,13 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError, NotImplementedError) as error:
-        message = str(error)
-    except torch.multiprocessing.ProcessRaisedException as error:
-        message = str(error).strip().splitlines()[-1]  # of the rank's traceback: what it raised
-    else:
-        return 0
-    print(f"qwen35: error: {message}", file=sys.stderr)
-    return 2
+        print(f"qwen35: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

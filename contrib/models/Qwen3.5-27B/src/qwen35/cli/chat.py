@@ -22,8 +22,10 @@ from .options import (
     add_answer_options,
     add_chat_template_options,
     add_model_options,
+    not_negative,
     options_from,
     positive,
+    print_any_text,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def add_parser(commands: Commands) -> None:
     add_model_options(parser)
     parser.add_argument("--seq-len", type=positive, default=4096, metavar="N", help="the whole conversation (4096)")
     parser.add_argument(
-        "--cache-gb", type=float, default=8.0, metavar="GB", help="host memory for what later turns restore (8)"
+        "--cache-gb", type=not_negative, default=8.0, metavar="GB", help="host memory for what later turns restore (8)"
     )
     add_answer_options(parser)
     add_chat_template_options(parser)
@@ -62,6 +64,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    print_any_text()
     conversation = _conversation(options_from(ChatOptions, args))
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A byte that is no UTF-8 spoils its own question, which is said, and not what was read with it.
@@ -83,7 +86,7 @@ def _talk(conversation: Conversation) -> None:
 
 
 def _answer(conversation: Conversation, question: str) -> None:
-    """Print the answer; a question that cannot be asked is said to be one, and the conversation goes on without it."""
+    """Print the answer; of a question that cannot be asked, say so, and leave it out of the conversation."""
     try:
         with _interrupting(conversation):
             for piece in conversation.ask(question):
@@ -137,5 +140,6 @@ def _config(options: ChatOptions) -> Qwen35InferenceConfig:
         return load_compiled_config(options.compiled)
     if options.tp != 1:
         raise ValueError(f"--tp {options.tp}: a chat on a CPU has one rank, which reads the questions; leave it out")
-    neuron_config = default_neuron_config(options.seq_len, 1, 1, options.dtype, CHUNK_SIZE)
+    chunk_size = min(CHUNK_SIZE, options.seq_len)
+    neuron_config = default_neuron_config(options.seq_len, 1, 1, options.dtype, chunk_size)
     return Qwen35InferenceConfig.from_pretrained(options.checkpoint, neuron_config=neuron_config)

@@ -28,6 +28,7 @@ from .options import (
     existing,
     options_from,
     positive,
+    print_any_text,
     run_on_every_rank,
 )
 
@@ -194,6 +195,7 @@ def _generate_rank(
     """What every rank does; the first one prints."""
     from ..serving.generation import TextGenerator
 
+    print_any_text()
     prints = int(os.environ.get("RANK", "0")) == 0
     generator = TextGenerator.load(model_path, config, options.compiled)
     streams = prints and len(prompts) == options.n == 1 and not options.json

@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -40,6 +44,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """An argument that is a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number of at least 0")
     return value
 
 
@@ -215,29 +227,54 @@ def write_whole(output: Path, write: Callable[[Path], None]) -> None:
         (Path(scratch) / "partial").rename(output)
 
 
+def print_any_text() -> None:
+    """Let standard output print "?" for a character that its encoding does not have."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_on_every_rank(neuron_config: NeuronConfig, run: Callable[..., None], *rest: Any) -> None:
     """Call run(*rest) once; on a CPU with tp_degree=N, in N processes that form a gloo group.
 
     `run` is a function that another process finds by its name, and `rest` is pickled.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a process raised; its message ends with what it raised.
+        ValueError, OSError, NotImplementedError: a process raised it; the message is the same.
+        torch.multiprocessing.ProcessRaisedException: a process raised something else, and has its traceback.
     """
     ranks = neuron_config.tp_degree
     if not neuron_config.on_cpu or ranks == 1:
         run(*rest)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.start_processes(
-            _rank_process, args=(f"file://{scratch}/rendezvous", ranks, run, *rest), nprocs=ranks, start_method="spawn"
-        )
+        try:
+            torch.multiprocessing.start_processes(
+                _rank_process, args=(scratch, ranks, run, *rest), nprocs=ranks, start_method="spawn"
+            )
+        except torch.multiprocessing.ProcessRaisedException:
+            # Not only of the process that ended first: that may be one that lost the connection to the one that failed.
+            for path in sorted(Path(scratch).glob("error_*.json")):
+                kind, message = json.loads(path.read_text(encoding="utf-8"))
+                raise _ERRORS[kind](message) from None
+            raise
 
 
-def _rank_process(rank: int, rendezvous: str, ranks: int, run: Callable[..., None], *rest: Any) -> None:
+_ERRORS = {kind.__name__: kind for kind in (ValueError, OSError, NotImplementedError)}
+"""What a command explains in its message, by name: a rank hands these on to the process that started it."""
+
+
+def _rank_process(rank: int, scratch: str, ranks: int, run: Callable[..., None], *rest: Any) -> None:
     os.environ["RANK"] = str(rank)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    rendezvous = f"file://{scratch}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
     try:
         run(*rest)
+    except tuple(_ERRORS.values()) as error:
+        kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
+        path = Path(scratch) / f"error_{rank}"
+        path.write_text(json.dumps([kind, str(error)]), encoding="utf-8")
+        path.rename(path.with_suffix(".json"))  # whole, should this process be ended in between
+        raise
     finally:
         torch.distributed.destroy_process_group()

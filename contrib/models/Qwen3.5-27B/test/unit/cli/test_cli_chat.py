@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -57,9 +58,21 @@ def test_a_wrong_configuration_is_named_before_the_tokenizer_is_read(
     assert capsys.readouterr().err.startswith(f"qwen35: error: this Qwen3.5 configuration cannot run:\n  - {words}")
 
 
-def run(lines: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
+def run(lines: bytes, *options: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "qwen35.cli", "chat", *options]
-    return subprocess.run(command, input=lines, capture_output=True, check=True)
+    return subprocess.run(command, input=lines, capture_output=True, check=True, env={**os.environ, **environment})
+
+
+def test_a_conversation_may_be_shorter_than_a_chunk() -> None:
+    options = ("--seq-len", "64", "--max-new-tokens", "4")
+    assert run(b"What is the capital of Italy?\n", *options).stdout.strip() == b"Rome."
+
+
+def test_characters_that_the_terminal_does_not_have_do_not_end_the_conversation() -> None:
+    noise = ("--temperature", "50", "--seed", "1", "--max-new-tokens", "48", "--seq-len", "256")
+    done = run(b"Talk.\n" * 2, *noise, PYTHONIOENCODING="ascii")
+    assert done.stderr == b"" and done.stdout.isascii() and b"?" in done.stdout
+    assert not run(b"Talk.\n" * 2, *noise, PYTHONIOENCODING="utf-8").stdout.isascii()
 
 
 def test_chat_goes_on_after_a_question_that_cannot_be_asked() -> None:

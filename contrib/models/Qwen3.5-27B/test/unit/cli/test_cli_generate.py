@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import qwen35.serving.prompts
 from mini_images import Picture, Question, held_out_clips, held_out_images
@@ -160,6 +162,30 @@ def test_tensor_parallel_generation_gives_the_same_tokens(tp_degree: int) -> Non
         return json.loads(output)["generations"][0]["tokens"]
 
     assert tokens("--tp", str(tp_degree)) == tokens()
+
+
+def test_what_a_rank_raises_is_said_whole(tmp_path: Path) -> None:
+    checkpoint, name = copy_of_the_mini(tmp_path / "mini"), "layers.0.mlp.up_proj.weight"
+    (weights,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors[f"model.language_model.{name}"]
+    weights.unlink()
+    save_file(tensors, weights)
+
+    def error(*options: str) -> str:
+        command = [sys.executable, "-m", "qwen35.cli", "generate", PROMPT, "--model", str(checkpoint), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        return done.stderr[done.stderr.index("qwen35: error: ") :]
+
+    assert f"{name} is missing" in (alone := error())
+    assert error("--tp", "2") == alone
+
+
+def test_characters_that_the_terminal_does_not_have_are_replaced() -> None:
+    command = [sys.executable, "-m", "qwen35.cli", "generate", "caf\u00e9", "--max-new-tokens", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.run(command, check=True, capture_output=True, env=environment).stdout.startswith(b"caf?")
 
 
 @pytest.mark.parametrize(

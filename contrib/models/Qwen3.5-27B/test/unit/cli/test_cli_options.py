@@ -23,6 +23,10 @@ from qwen35.cli.options import AnswerOptions, add_answer_options, dtype_named, o
         (["convert", "out", "--dtype", "float16"], "--dtype: float16: must be float32 or bfloat16"),
         (["convert", "out", "--tp", "0"], "--tp: 0: must be at least 1"),
         (["generate", "x", "--max-new-tokens", "-1"], "--max-new-tokens: -1: must be at least 1"),
+        *(
+            (["chat", f"--cache-gb={size}"], f"--cache-gb: {size}: must be a finite number of at least 0")
+            for size in ("inf", "nan", "-1")
+        ),
     ],
 )
 def test_a_value_that_no_command_takes_is_named(
