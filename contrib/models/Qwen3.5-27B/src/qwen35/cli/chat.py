@@ -22,7 +22,7 @@ from .options import (
     add_answer_options,
     add_chat_template_options,
     add_model_options,
-    not_negative,
+    gigabytes,
     options_from,
     positive,
     print_any_text,
@@ -56,7 +56,7 @@ def add_parser(commands: Commands) -> None:
     add_model_options(parser)
     parser.add_argument("--seq-len", type=positive, default=4096, metavar="N", help="the whole conversation (4096)")
     parser.add_argument(
-        "--cache-gb", type=not_negative, default=8.0, metavar="GB", help="host memory for what later turns restore (8)"
+        "--cache-gb", type=gigabytes, default=8.0, metavar="GB", help="host memory for what later turns restore (8)"
     )
     add_answer_options(parser)
     add_chat_template_options(parser)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import sys
 import tempfile
@@ -47,11 +46,14 @@ def positive(text: str) -> int:
     return value
 
 
-def not_negative(text: str) -> float:
-    """An argument that is a finite number of at least 0."""
+MOST_GB = 1e6
+
+
+def gigabytes(text: str) -> float:
+    """An argument that is an amount of memory in GB: from 0 to `MOST_GB`, more than any host has."""
     value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number of at least 0")
+    if not 0 <= value <= MOST_GB:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to {MOST_GB:,.0f}")
     return value
 
 

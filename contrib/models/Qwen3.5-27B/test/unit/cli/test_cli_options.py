@@ -24,8 +24,8 @@ from qwen35.cli.options import AnswerOptions, add_answer_options, dtype_named, o
         (["convert", "out", "--tp", "0"], "--tp: 0: must be at least 1"),
         (["generate", "x", "--max-new-tokens", "-1"], "--max-new-tokens: -1: must be at least 1"),
         *(
-            (["chat", f"--cache-gb={size}"], f"--cache-gb: {size}: must be a finite number of at least 0")
-            for size in ("inf", "nan", "-1")
+            (["chat", f"--cache-gb={size}"], f"--cache-gb: {size}: must be from 0 to 1,000,000")
+            for size in ("inf", "nan", "-1", "1e300")
         ),
     ],
 )
