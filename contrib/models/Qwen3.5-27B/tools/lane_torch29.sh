@@ -7,8 +7,7 @@
 #     tools/lane_torch29.sh [DIRECTORY] [pytest arguments]
 #
 # DIRECTORY is where the environment is made, or found from an earlier run; .lane-torch29 beside this repository's
-# README by default. torch is 7 GB with its CUDA parts; if you have an index of builds for CPUs, give its address as
-# TORCH_INDEX. PYTHON is the interpreter, 3.10 to 3.13.
+# README by default. torch is 7 GB with its CUDA parts. PYTHON is the interpreter, 3.10 to 3.13.
 set -euo pipefail
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -21,9 +20,6 @@ if [[ ! -x $environment/bin/python ]]; then
     "${PYTHON:-python3}" -m venv "$environment"
 fi
 pip=("$environment/bin/python" -m pip install --quiet --constraint "$constraints")
-if [[ -n ${TORCH_INDEX:-} ]]; then
-    "${pip[@]}" --index-url "$TORCH_INDEX" torch
-fi
 "${pip[@]}" --editable "$root" hypothesis matplotlib pytest pytest-xdist
 
 "$environment/bin/python" - <<'PYTHON'
