@@ -50,6 +50,7 @@ class NeuronBaseModel(nn.Module):
         self.vocab_size = config.vocab_size
         self.speculation_length = self.neuron_config.speculation_length
         self.padding_side = self.neuron_config.padding_side
+        self.sliced_hidden = False
         self.rank_util = SPMDRank(world_size=self.neuron_config.tp_degree)
         self.setup_attr_for_model(config)
         self.init_model(config)
@@ -136,7 +137,7 @@ class NeuronBaseModel(nn.Module):
             padding_mask=self.create_padding_mask(position_ids),
             kvcache_buffer=self.set_none_if_empty(kv_cache),
         )
-        if position_ids.shape[-1] > 1:
+        if position_ids.shape[-1] > 1 and not self.sliced_hidden:
             last = position_ids.max(dim=1, keepdim=True).indices
             hidden_states = torch.gather(hidden_states, 1, last.unsqueeze(1).expand(-1, 1, hidden_states.shape[-1]))
         logits = self.lm_head(hidden_states).float()

@@ -155,6 +155,8 @@ class Qwen35NeuronConfig(NeuronConfig):
         deltanet_inverse: a `DeltaNetInverse` or its value, kept as the value.
         prefill_chunk_size: tokens of a prompt that are encoded at a time; prompts up to seq_len then need no bucket
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
+        output_prompt_logits: give the logits after every token of a prompt, not only after the last one: a program then
+            returns a bucket's tokens times the vocabulary in float32.
         instance: where the model will run, a key of `hardware.INSTANCES`: compiling for a device then first checks that
             it fits there. It is not guessed, since one machine may compile for another; None checks nothing.
     """
@@ -164,13 +166,14 @@ class Qwen35NeuronConfig(NeuronConfig):
         deltanet_kernel: str = DeltaNetKernel.AUTO,
         deltanet_inverse: str = DeltaNetInverse.TILED,
         prefill_chunk_size: int | None = None,
+        output_prompt_logits: bool = False,
         instance: str | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("cast_type", "as-declared")
         if prefill_chunk_size is not None:
             kwargs["max_context_length"] = prefill_chunk_size
-        self.prefill_chunk_size = prefill_chunk_size
+        self.prefill_chunk_size, self.output_prompt_logits = prefill_chunk_size, output_prompt_logits
         super().__init__(**kwargs)
         self.deltanet_kernel = deltanet_kernel.value if isinstance(deltanet_kernel, Enum) else deltanet_kernel
         self.deltanet_inverse = deltanet_inverse.value if isinstance(deltanet_inverse, Enum) else deltanet_inverse
@@ -336,6 +339,11 @@ class Qwen35InferenceConfig(InferenceConfig):
             # The padding of a chunk needs that room too.
             masked = self.neuron_config.kv_cache_batch_size > 1 or self.prefill_chunk_size is not None
             self.neuron_config.apply_seq_ids_mask = masked
+
+    @property
+    def output_prompt_logits(self) -> bool:
+        """Whether prompts give logits after every token; a plain NeuronConfig has no such option."""
+        return bool(getattr(self.neuron_config, "output_prompt_logits", False))
 
     @property
     def prefill_chunk_size(self) -> int | None:
@@ -633,6 +641,11 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
     if neuron.attention_dtype not in (None, neuron.torch_dtype):
         yield f"attention_dtype={neuron.attention_dtype} differs from torch_dtype={neuron.torch_dtype}; leave it unset"
 
+    if config.output_prompt_logits and neuron.on_device_sampling_config is not None:
+        yield (
+            "output_prompt_logits=True with on_device_sampling_config: the device would choose after the last column of "
+            "a bucket, which is padding; set one of them only"
+        )
     ill = [name for name in _NEURON_SIZES if not is_size(getattr(neuron, name))]
     yield from (f"{name}={getattr(neuron, name)!r} must be a positive integer" for name in ill)
     for small, large, remedy in (

@@ -132,6 +132,7 @@ class NeuronQwen35Model(NeuronBaseModel):
 
     def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
         """NxDI's decoder loop; new tokens of a continued prompt see the cache, and each other from left to right."""
+        self.sliced_hidden = self.config.output_prompt_logits  # NxDI's word for: the head gets all that this returns
         if self.phase is Phase.CONTINUATION:
             tokens = kwargs["input_ids"].shape[1]
             index = torch.arange(tokens, device=kwargs["input_ids"].device)
@@ -155,6 +156,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     _model_cls = NeuronQwen35Model
     config: Qwen35InferenceConfig
     _phase: Phase  # of the call in progress: NxDI's forward has no argument that would pass it on
+    _tokens_only: bool = False  # of the call in progress, too
 
     @classmethod
     def get_config_cls(cls) -> type[Qwen35InferenceConfig]:
@@ -277,6 +279,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         phase: Phase | None = None,
+        tokens_only: bool = False,
         **kwargs: Any,
     ) -> Any:
         """NxDI's forward, for rows in any order: they run in ascending order of `seq_ids` [B], outputs are as given.
@@ -289,12 +292,15 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         Args:
             phase: what the call does, by default what `phase_of` derives from position_ids: one next token per row is
                 then a decoding step, although it may be the last token of a prompt.
+            tokens_only: with on-device sampling, read the chosen tokens alone; the logits [B, V], which are much more,
+                stay on the device, and are None in the outputs.
 
         Raises:
             ValueError: an id names no slot, or is given twice; there are more rows than slots; a prompt is
                 continued by more tokens than a chunk, or without prefill_chunk_size; some rows begin a prompt and
                 others do not; the padding is not on one side of each prompt; or a token is beyond the vocabulary.
         """
+        self._tokens_only = tokens_only and self.on_device_sampling
         phase = phase_of(position_ids, attention_mask) if phase is None else phase
         assert position_ids is not None, "phase_of requires them, and so must a caller that gives the phase"
         input_ids, attention_mask, position_ids = align_tokens(phase, input_ids, attention_mask, position_ids)
@@ -420,12 +426,14 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         plain = (input_ids, attention_mask, position_ids, seq_ids, sampling_params, prev_hidden, adapter_ids)
         inputs = ModelInputs(*plain, *llava_args)
         submodel = self.submodel(Submodel(self._phase, with_media=inputs.vision_embeddings is not None))
-        outputs = submodel(*inputs.args())
+        outputs = submodel(*inputs.args(), tokens_only=self._tokens_only)
         self.kv_cache_populated = self.kv_cache_populated or self._phase.encodes_prompts
         return outputs, submodel.is_neuron()
 
     def _get_constructed_outputs(self, *args: Any) -> Any:
         outputs = super()._get_constructed_outputs(*args)
+        if self._tokens_only:
+            outputs.logits = None
         if outputs.logits is not None:
             outputs.logits = outputs.logits[..., : self.vocab_size]  # the rest pads the head to whole ranks
         return outputs

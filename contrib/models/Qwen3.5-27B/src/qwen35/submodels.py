@@ -164,6 +164,8 @@ class Qwen35DecoderModelInstance(DecoderModelInstance):
 class Qwen35ModelWrapper(ModelWrapper):
     """NxDI's wrapper. Padding tokens are told by their position, and rows that pad a batch are written nowhere."""
 
+    _tokens_only: bool = False  # of the call in progress: NxDI's forward passes no argument on to `_forward`
+
     @property
     def phase(self) -> Phase:
         """What this submodel does. Under CONTINUATION its buckets are lengths of what is cached."""
@@ -235,13 +237,26 @@ class Qwen35ModelWrapper(ModelWrapper):
         ).args()
 
     def _forward(self, *args: torch.Tensor) -> Any:
+        if self._tokens_only and self.is_neuron():
+            # What `forward_ranked` returns stays on the device, a list for each rank of this process, until it is read.
+            ranks = self.neuron_config.local_ranks_size
+            tokens, *_ = self.model.nxd_model.forward_ranked([[*args] for _ in range(ranks)])[0]
+            return [tokens.cpu()]
         if not self.is_neuron():
             # Tracing sets these once in each traced copy; the one module of a CPU serves every submodel and bucket.
             self.model.n_positions, self.model.phase = ModelInputs(*args).attention_mask.shape[1], self.phase
         return super()._forward(*args)
 
-    def forward(self, *args: Any, pad_type: str = "first_fit") -> Any:
-        """Run any number of rows, in ascending order of their seq_ids, in pieces of the compiled batch."""
+    def forward(self, *args: Any, pad_type: str = "first_fit", tokens_only: bool = False) -> Any:
+        """Run any number of rows, in ascending order of their seq_ids, in pieces of the compiled batch.
+
+        Under `tokens_only` a device's outputs are [tokens, None], and its logits are not read.
+        """
+        self._tokens_only = tokens_only
+        outputs = self._run_pieces(*args, pad_type=pad_type)
+        return [*outputs, None] if tokens_only and self.is_neuron() else outputs
+
+    def _run_pieces(self, *args: Any, pad_type: str) -> Any:
         inputs, batch = ModelInputs(*args), self.neuron_config.batch_size
         rows = inputs.seq_ids.shape[0]
         if self.model is None or rows == batch:
@@ -264,7 +279,7 @@ class Qwen35ModelWrapper(ModelWrapper):
         merged = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         if not self.is_neuron():
             return [*merged, *self.model.kv_mgr.past_key_values]
-        return merged if len(merged) > 1 else merged[0]
+        return merged if len(merged) > 1 or self._tokens_only else merged[0]
 
     def _pad_batch(self, inputs: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
         """The inputs padded to whole compiled batches, and the place of each given row in them.

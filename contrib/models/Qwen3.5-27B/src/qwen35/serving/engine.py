@@ -43,7 +43,7 @@ from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from .prefix_cache import Chain, PrefixCache, media_digests
 from .request import FinishReason, ModelLimits, Request, StepOutput, checked_request
-from .runner import ModelRunner, Row
+from .runner import ModelRunner, Row, RowOutputs
 from .sampling import Sampler, logprobs_of, require_finite, whole_number
 from .text_stream import StopStrings
 
@@ -113,20 +113,13 @@ class Qwen35Engine:
     def __init__(
         self, model: NeuronQwen35ForCausalLM, prefix_cache: PrefixCache | None = None, tokenizer: Any = None
     ) -> None:
-        neuron_config = model.neuron_config
-        if neuron_config.on_device_sampling_config is not None and not neuron_config.output_logits:
-            raise ValueError(
-                "on_device_sampling_config is set and output_logits=False: a device draws all rows from one generator, "
-                "and tokens would depend on neighbours; set output_logits=True or on_device_sampling_config=None"
-            )
-        if neuron_config.async_mode:
-            raise ValueError("async_mode=True: the host samples each token before the next step; set it to False")
+        runner = ModelRunner(model)
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ValueError("prefix_cache is another model's: make it of the model that the engine gets")
         self.model, self.prefix_cache, self.tokenizer = model, prefix_cache, tokenizer
-        self._runner = ModelRunner(model)
+        self._runner = runner
         self._limits = replace(limits_of(model), takes_stop=tokenizer is not None)
-        self._slots = neuron_config.kv_cache_batch_size
+        self._slots = model.neuron_config.kv_cache_batch_size
         self._sequences: list[_Sequence] = []  # in order of arrival
         self._dirty_slots = {*range(self._slots)}  # of rows that failed, here or under whoever ran the model before
         self._outputs: dict[int, list[StepOutput]] = {}  # not handed out yet
@@ -219,14 +212,14 @@ class Qwen35Engine:
 
     def _call(
         self,
-        run: Callable[[Sequence[Row]], torch.Tensor],
+        run: Callable[[Sequence[Row]], RowOutputs],
         sequences: Sequence[_Sequence],
         after: Callable[[_Sequence, torch.Tensor], None],
     ) -> None:
         """Run the rows of some sequences, and do `after` with the logits [V] of each."""
         unfinished = [*sequences]
         with _EndsOnFailure(self, unfinished):
-            logits = run([sequence.slot_row for sequence in sequences])
+            logits = run([sequence.slot_row for sequence in sequences]).all_logits()
             for sequence, row_logits in zip(sequences, logits, strict=True):
                 with _EndsOnFailure(self, [sequence]):
                     require_finite(row_logits)

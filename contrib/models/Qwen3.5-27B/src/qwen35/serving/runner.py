@@ -113,13 +113,48 @@ def decoding_inputs(rows: Sequence[Row]) -> CallInputs:
     )
 
 
+@dataclass(frozen=True)
+class RowOutputs:
+    """What a call gives for its rows, in their order.
+
+    Args:
+        logits: [B, V] of any floating dtype, after the last token of each row; None when they were not read.
+        tokens: [B], the most likely next ones, as the device chose them; None when it chooses none.
+        prompt_logits: those after every token of each row's piece, [S, V] a row; empty unless they were compiled.
+    """
+
+    logits: torch.Tensor | None
+    tokens: torch.Tensor | None = None
+    prompt_logits: tuple[torch.Tensor, ...] = ()
+
+    def all_logits(self) -> torch.Tensor:
+        """The logits [B, V] of a call that read them."""
+        assert self.logits is not None, "the call was not one for tokens alone"
+        return self.logits
+
+
 class ModelRunner:
-    """Calls a loaded model; after a call its rows are cached so far, after an error they are as they were."""
+    """Calls a loaded model; after a call its rows are cached so far, after an error they are as they were.
+
+    Raises:
+        ValueError: the configuration leaves no logits on the host, or queues steps whose rows nobody knows yet.
+    """
 
     def __init__(self, model: NeuronQwen35ForCausalLM) -> None:
+        neuron_config = model.neuron_config
+        sampling = neuron_config.on_device_sampling_config
+        if sampling is not None and not neuron_config.output_logits:
+            raise ValueError(
+                "on_device_sampling_config is set and output_logits=False: a device draws all rows from one generator, "
+                "and tokens would depend on neighbours; set output_logits=True or on_device_sampling_config=None"
+            )
+        if neuron_config.async_mode:
+            raise ValueError("async_mode=True: the host samples each token before the next step; set it to False")
         self.model = model
-        self.chunk: int = model.config.prefill_chunk_size or model.neuron_config.max_context_length
+        self.chunk: int = model.config.prefill_chunk_size or neuron_config.max_context_length
         """Tokens of a prompt in one piece, at most."""
+        self.device_is_greedy: bool = sampling is not None and (sampling.dynamic or not sampling.do_sample)
+        """Whether the device chooses the most likely tokens: it is then asked for top_k=1, or compiled without draws."""
 
     def place(self, prompt: Sequence[int], media: Mapping[str, torch.Tensor]) -> PlacedMedia | None:
         """Encode the images and videos of a whole prompt on the host; None when there are none.
@@ -136,18 +171,22 @@ class ModelRunner:
         """The first row and the next ones that can share its call of `encode`, as many as were compiled for."""
         return [row for row in rows if row.submodel == rows[0].submodel][: self.model.neuron_config.ctx_batch_size]
 
-    def encode(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Encode the next piece of each row; logits [B, V] of the last token of each piece.
+    def encode(self, rows: Sequence[Row], tokens_only: bool = False) -> RowOutputs:
+        """Encode the next piece of each row.
+
+        Args:
+            rows: as `batch` takes them together.
+            tokens_only: leave the logits on the device, and read the tokens that it chose, if it chooses.
 
         Raises:
             ValueError: the rows are for several submodels, or a row has no token left to encode.
         """
         sizes = [len(next_piece(row, self.chunk)) for row in rows]
-        return self._run(rows, encoding_inputs(rows, self.chunk), sizes)
+        return self._run(rows, encoding_inputs(rows, self.chunk), sizes, tokens_only)
 
-    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Take in the next token of each row; logits [B, V] of the token after it."""
-        return self._run(rows, decoding_inputs(rows), [1] * len(rows))
+    def decode(self, rows: Sequence[Row], tokens_only: bool = False) -> RowOutputs:
+        """Take in the next token of each row; `tokens_only` as in `encode`."""
+        return self._run(rows, decoding_inputs(rows), [1] * len(rows), tokens_only)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Let one slot hold what another holds."""
@@ -161,7 +200,9 @@ class ModelRunner:
         """Let a slot hold zeros; see the model's `clear_slot`."""
         self.model.clear_slot(slot)
 
-    def _run(self, rows: Sequence[Row], inputs: CallInputs, sizes: Sequence[int]) -> torch.Tensor:
+    def _run(
+        self, rows: Sequence[Row], inputs: CallInputs, sizes: Sequence[int], tokens_only: bool
+    ) -> RowOutputs:
         # A slot may have been restored, or have held another prompt: the model is told, and remembers nothing.
         with_media = isinstance(self.model, NeuronQwen35VLForCausalLM)
         media = {"placed": inputs.placed, "rope_deltas": inputs.rope_deltas} if with_media else {}
@@ -171,12 +212,18 @@ class ModelRunner:
             inputs.attention_mask,
             inputs.position_ids,
             phase=inputs.phase,
+            tokens_only=tokens_only and self.device_is_greedy,
             **media,
         )
         for row, size in zip(rows, sizes, strict=True):
             row.cached += size
-        logits: torch.Tensor = outputs.logits[:, -1]
-        return logits
+        tokens = outputs.tokens.view(len(rows)) if self.device_is_greedy else None
+        if outputs.logits is None:
+            return RowOutputs(None, tokens)
+        if not self.model.config.output_prompt_logits or inputs.phase is Phase.TOKEN_GENERATION:
+            return RowOutputs(outputs.logits[:, -1], tokens)
+        pieces = tuple(logits[:size] for logits, size in zip(outputs.logits, sizes, strict=True))
+        return RowOutputs(torch.stack([piece[-1] for piece in pieces]), tokens, pieces)
 
 
 def _slots(rows: Sequence[Row]) -> torch.Tensor:
