@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,15 +37,17 @@ def device_neuron_config(
     dtype: torch.dtype | None = None,
     prompt_bucket: int | None = None,
     on_cpu: bool = False,
+    **other: Any,
 ) -> Qwen35NeuronConfig:
     """Settings for a device: `batch` sequences of `seq_len` tokens, whose prompts are encoded one at a time.
 
     bfloat16 by default, or float32 for the same on a CPU. Without an instance nothing is checked before compiling.
+    `other` fields of the configuration take the place of those chosen here.
     """
     if prompt_bucket is None:
         prompt_bucket = prompt_bucket_for(seq_len)
     prompt_bucket = min(prompt_bucket, seq_len)
-    return Qwen35NeuronConfig(
+    chosen: dict[str, Any] = dict(
         tp_degree=tp_degree,
         batch_size=batch,
         ctx_batch_size=1,
@@ -59,6 +62,7 @@ def device_neuron_config(
         on_cpu=on_cpu,
         instance=None if instance is None else instance.name,
     )
+    return Qwen35NeuronConfig(**chosen | other)
 
 
 def doubled(first: int, last: int) -> list[int]:

@@ -1,0 +1,79 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's entry points: which platform is active, and what vLLM must know of the model.
+
+vLLM calls both in each of its processes, on every machine where this package is installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+NAME = "qwen35"
+"""Of both entry points: what `VLLM_PLUGINS` lists."""
+
+PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
+ARCHITECTURE = "Qwen3_5ForConditionalGeneration"
+
+logger = logging.getLogger("vllm.qwen35")  # below "vllm", which vLLM configures
+
+
+def platform() -> str | None:
+    """The dotted name of the platform class where it is to be active, else None.
+
+    It is active where Neuron devices are, where VLLM_PLUGINS names it, and where vLLM has no platform of its own, as in
+    its pure-Python build on a CPU; never where vLLM finds an accelerator of another maker, nor where another
+    out-of-tree platform is active, unless VLLM_PLUGINS leaves that one out.
+    """
+    from vllm.platforms import builtin_platform_plugins
+
+    own = {name for name, detect in builtin_platform_plugins.items() if _detects(detect)}
+    if accelerators := sorted(own - {"cpu"}):
+        logger.info("qwen35 steps aside: vLLM runs on %s here", ", ".join(accelerators))
+        return None
+    for name, detect in _other_platforms():
+        if _detects(detect):
+            logger.warning("qwen35 steps aside for the platform %s; VLLM_PLUGINS=%s chooses this one", name, NAME)
+            return None
+    if own and not neuron_devices() and NAME not in _named():
+        logger.info("qwen35 steps aside: vLLM runs on the CPU itself here; VLLM_PLUGINS=%s chooses this one", NAME)
+        return None
+    return PLATFORM
+
+
+def register() -> None:
+    """Tell vLLM of the model: its architecture, and its configuration where transformers has none."""
+    from vllm import ModelRegistry
+
+    # By name: importing the class, or the one that vLLM has, would take torchvision with it.
+    ModelRegistry.register_model(ARCHITECTURE, "qwen35_vllm.model:Qwen35ForVLLM")
+
+
+def neuron_devices() -> list[str]:
+    """The Neuron devices of this machine, one a chip."""
+    return sorted(str(path) for path in Path("/dev").glob("neuron[0-9]*"))
+
+
+def _named() -> list[str]:
+    """What the user chose in VLLM_PLUGINS."""
+    return [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
+
+
+def _other_platforms() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The out-of-tree platforms beside this one that vLLM will ask too."""
+    from vllm.plugins import PLATFORM_PLUGINS_GROUP, load_plugins_by_group
+
+    for name, detect in load_plugins_by_group(PLATFORM_PLUGINS_GROUP).items():
+        if name != NAME:
+            yield name, detect
+
+
+def _detects(detect: Callable[[], object]) -> bool:
+    """Whether a platform says that it is here; one that fails is not, as vLLM has it."""
+    try:
+        return detect() is not None
+    except Exception:
+        return False
