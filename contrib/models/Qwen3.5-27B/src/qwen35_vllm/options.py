@@ -152,6 +152,8 @@ def neuron_config(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35Neuro
     }
     if options.on_device_sampling:
         chosen |= {"on_device_sampling_config": OnDeviceSamplingConfig(), "output_logits": True}
+    if options.prompt_logprobs:
+        chosen["output_prompt_logits"] = True
     batch = vllm_config.scheduler_config.max_num_seqs
     return device_neuron_config(
         None if options.instance is None else INSTANCES[options.instance],

@@ -63,6 +63,10 @@ class Qwen35Platform(Platform):
         if vllm_config.model_config is None:
             return
         serve_options(vllm_config)
+        # Here, because vLLM's configuration classes ask the platform while they are imported.
+        from .connector import use_connector
+
+        use_connector(vllm_config)
         # NxDI drives all ranks from one process.
         parallel.distributed_executor_backend = "uni"
         # A row has its state and keys to itself, and no block of them is another row's.
