@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 
-def input_batch(vllm_config: VllmConfig, device: torch.device, vocab_size: int, logitsprocs: Any, **options: Any) -> Any:
+def input_batch(
+    vllm_config: VllmConfig, device: torch.device, vocab_size: int, logitsprocs: Any, **options: Any
+) -> Any:
     """vLLM's batch, for as many rows as run at a time; one block a sequence."""
     block, length = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     given = dict(

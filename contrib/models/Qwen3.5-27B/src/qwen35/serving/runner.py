@@ -200,9 +200,7 @@ class ModelRunner:
         """Let a slot hold zeros; see the model's `clear_slot`."""
         self.model.clear_slot(slot)
 
-    def _run(
-        self, rows: Sequence[Row], inputs: CallInputs, sizes: Sequence[int], tokens_only: bool
-    ) -> RowOutputs:
+    def _run(self, rows: Sequence[Row], inputs: CallInputs, sizes: Sequence[int], tokens_only: bool) -> RowOutputs:
         # A slot may have been restored, or have held another prompt: the model is told, and remembers nothing.
         with_media = isinstance(self.model, NeuronQwen35VLForCausalLM)
         media = {"placed": inputs.placed, "rope_deltas": inputs.rope_deltas} if with_media else {}
