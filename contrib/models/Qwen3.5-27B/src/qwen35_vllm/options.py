@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qwen35.configuration_qwen35 import DTYPES, Qwen35InferenceConfig, Qwen35NeuronConfig, is_size
-from qwen35.error_text import shown
+from qwen35.error_text import one_line, shown
 from qwen35.hardware import INSTANCES
 from qwen35.json_files import Rule, wrong_fields
 from qwen35.kernel_selection import DeltaNetInverse, DeltaNetKernel
@@ -32,37 +32,66 @@ SECTION = "qwen35"
 class ConfigurationRefused(Exception):
     """A configuration that is not served, in one line.
 
-    Not a ValueError, which vLLM's configuration classes would bury under a dump of all they were given.
+    Not a ValueError: vLLM's configuration classes would bury it under a dump of all that they were given.
     """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(one_line(reason))
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What `--additional-config '{"qwen35": {...}}'` may say, beside vLLM's own options.
 
+    None stands for what is not given: as the model was compiled, if it was, and else as `qwen35 compile` does.
+
     Args:
-        prefill_chunk_size: tokens of a prompt that are encoded at a time; None: as `qwen35 compile` has it.
+        prefill_chunk_size: tokens of a prompt that are encoded at a time.
         ctx_batch_size: prompts that are encoded in one call.
-        context_encoding_buckets, token_generation_buckets: lengths that are compiled; None: as `qwen35 compile`.
+        context_encoding_buckets, token_generation_buckets: lengths that are compiled, ascending.
         deltanet_kernel, deltanet_inverse: which kernel runs, see `kernel_selection`.
         instance: a key of `hardware.INSTANCES`: that the model fits there is checked before it is compiled.
-        compiled_path: a directory that `qwen35 compile` wrote; None: one that is found or made in the cache.
-        compile: whether to compile what is not there.
         on_device_sampling: let the device choose the tokens of steps in which every row is greedy.
-        prompt_logprobs: compile what logprobs of prompts need.
+        prompt_logprobs: compile what the log-probabilities of prompts need.
+        compiled_path: where the model is, or is to be, compiled; what `qwen35 compile` wrote, for one. Without it, in
+            `cache_dir` and below a name made of all that it depends on.
+        cache_dir: by default ~/.cache/vllm/qwen35, beside what vLLM keeps itself.
+        compile: whether to compile what is not there.
     """
 
     prefill_chunk_size: int | None = None
-    ctx_batch_size: int = 1
+    ctx_batch_size: int | None = None
     context_encoding_buckets: tuple[int, ...] | None = None
     token_generation_buckets: tuple[int, ...] | None = None
-    deltanet_kernel: str = DeltaNetKernel.AUTO.value
-    deltanet_inverse: str = DeltaNetInverse.TILED.value
+    deltanet_kernel: str | None = None
+    deltanet_inverse: str | None = None
     instance: str | None = None
+    on_device_sampling: bool | None = None
+    prompt_logprobs: bool | None = None
     compiled_path: Path | None = None
+    cache_dir: Path | None = None
     compile: Literal["auto", "never"] = "auto"
-    on_device_sampling: bool = False
-    prompt_logprobs: bool = False
+
+    def neuron_fields(self) -> dict[str, Any]:
+        """Fields of a `Qwen35NeuronConfig` and their values, for the options that are given."""
+        named = (
+            "prefill_chunk_size",
+            "ctx_batch_size",
+            "context_encoding_buckets",
+            "token_generation_buckets",
+            "deltanet_kernel",
+            "deltanet_inverse",
+            "instance",
+        )
+        given = {name: value for name in named if (value := getattr(self, name)) is not None}
+        chosen = {name: [*value] if isinstance(value, tuple) else value for name, value in given.items()}
+        if self.on_device_sampling is not None:
+            # Logits too: only steps in which all rows are greedy do without them.
+            chosen["on_device_sampling_config"] = OnDeviceSamplingConfig() if self.on_device_sampling else None
+            chosen["output_logits"] = self.on_device_sampling
+        if self.prompt_logprobs is not None:
+            chosen["output_prompt_logits"] = self.prompt_logprobs
+        return chosen
 
 
 def _one_of(*choices: str) -> Rule:
@@ -72,9 +101,10 @@ def _one_of(*choices: str) -> Rule:
 _SIZE: Rule = (is_size, "a positive whole number")
 _SIZES: Rule = (
     lambda value: isinstance(value, list) and bool(value) and all(map(is_size, value)) and value == sorted({*value}),
-    "a list of positive whole numbers that ascend",
+    "a list of positive whole numbers, ascending",
 )
 _FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
+_PATH: Rule = (lambda value: isinstance(value, str) and bool(value), "a path")
 _RULES: dict[str, Rule] = {
     "prefill_chunk_size": _SIZE,
     "ctx_batch_size": _SIZE,
@@ -83,10 +113,11 @@ _RULES: dict[str, Rule] = {
     "deltanet_kernel": _one_of(*(kernel.value for kernel in DeltaNetKernel)),
     "deltanet_inverse": _one_of(*(inverse.value for inverse in DeltaNetInverse)),
     "instance": _one_of(*INSTANCES),
-    "compiled_path": (lambda value: isinstance(value, str) and bool(value), "a path"),
-    "compile": _one_of("auto", "never"),
     "on_device_sampling": _FLAG,
     "prompt_logprobs": _FLAG,
+    "compiled_path": _PATH,
+    "cache_dir": _PATH,
+    "compile": _one_of("auto", "never"),
 }
 
 
@@ -94,36 +125,37 @@ def serve_options(vllm_config: VllmConfig) -> ServeOptions:
     """The options in `vllm_config.additional_config`; null stands for an option that is not given.
 
     Raises:
-        ConfigurationRefused: one is unknown or of a wrong kind; all are named.
+        ConfigurationRefused: one is unknown or of a wrong kind; all such are named.
     """
-    given = _section(vllm_config.additional_config)
-    problems = [f"{name} is unknown" for name in given if name not in _RULES] + wrong_fields(given, _RULES)
+    return options_in(vllm_config.additional_config)
+
+
+def options_in(additional_config: Any) -> ServeOptions:
+    """The options in an `--additional-config`.
+
+    Raises:
+        ConfigurationRefused: see `serve_options`.
+    """
+    # Of another class than a dictionary it is another plugin's.
+    given = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+    if isinstance(given, Mapping):
+        problems = [f"{shown(name)} is unknown" for name in given if name not in _RULES] + wrong_fields(given, _RULES)
+    else:
+        problems = [f"{shown(given)} must be an object"]
     if problems:
         raise ConfigurationRefused(
-            f'--additional-config, "{SECTION}": {"; ".join(problems)}; it has {", ".join(_RULES)}'
+            f'--additional-config, "{SECTION}": {"; ".join(problems)}; its options are {", ".join(_RULES)}'
         )
-    taken = {name: value for name, value in given.items() if value is not None}
-    for name, value in taken.items():
-        if isinstance(value, list):
-            taken[name] = tuple(value)
-    if "compiled_path" in taken:
-        taken["compiled_path"] = Path(taken["compiled_path"]).expanduser().absolute()
+    taken: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is not None:
+            path = Path(value).expanduser().absolute() if _RULES[name] is _PATH else None
+            taken[name] = tuple(value) if isinstance(value, list) else path or value
     return ServeOptions(**taken)
 
 
-def _section(additional_config: Any) -> Mapping[str, Any]:
-    if not isinstance(additional_config, Mapping):
-        return {}  # another class, of a plugin that is not this one
-    section = additional_config.get(SECTION, {})
-    if not isinstance(section, Mapping):
-        raise ConfigurationRefused(
-            f'--additional-config, "{SECTION}": {shown(section)} must be an object; it has {", ".join(_RULES)}'
-        )
-    return section
-
-
 def runs_on_neuron() -> bool:
-    """Whether the model is compiled and runs on a device; else it runs on this machine's CPU."""
+    """Whether the model is compiled for a device and runs there; else it runs on this machine's CPU."""
     return NXDI_AVAILABLE and bool(neuron_devices())
 
 
@@ -135,36 +167,29 @@ def checkpoint_of(vllm_config: VllmConfig) -> Path:
     """
     model = vllm_config.model_config
     try:
-        return resolve_checkpoint(model.model, None if Path(model.model).exists() else model.revision).resolve()
-    except (OSError, ValueError) as error:
+        return resolve_checkpoint(model.model, None if Path(model.model).exists() else model.revision).absolute()
+    except OSError as error:
         raise ConfigurationRefused(str(error)) from error
 
 
 def neuron_config(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35NeuronConfig:
-    """NxDI's settings for vLLM's: tp_degree is its tensor-parallel size, seq_len its max_model_len, the batch its
-    max_num_seqs."""
+    """NxDI's settings for vLLM's and ours.
+
+    tp_degree is vLLM's tensor-parallel size, seq_len its max_model_len, the batch its max_num_seqs.
+    """
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype) and dtype in DTYPES.values(), "the platform refuses others"
-    chosen: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name in ("context_encoding_buckets", "token_generation_buckets", "deltanet_kernel", "deltanet_inverse")
-        if (value := getattr(options, name)) is not None
-    }
-    if options.on_device_sampling:
-        chosen |= {"on_device_sampling_config": OnDeviceSamplingConfig(), "output_logits": True}
-    if options.prompt_logprobs:
-        chosen["output_prompt_logits"] = True
-    batch = vllm_config.scheduler_config.max_num_seqs
+    chosen = options.neuron_fields()
+    instance, chunk = chosen.pop("instance", None), chosen.pop("prefill_chunk_size", None)
     return device_neuron_config(
-        None if options.instance is None else INSTANCES[options.instance],
+        None if instance is None else INSTANCES[instance],
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.model_config.max_model_len,
-        batch,
+        vllm_config.scheduler_config.max_num_seqs,
         dtype,
-        prompt_bucket=options.prefill_chunk_size,
+        prompt_bucket=chunk,
         on_cpu=not runs_on_neuron(),
-        ctx_batch_size=options.ctx_batch_size,
-        is_continuous_batching=batch > options.ctx_batch_size or batch > 1,
+        save_sharded_checkpoint=True,
         **chosen,
     )
 
@@ -173,6 +198,7 @@ def inference_config(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35In
     """The model's configuration, of the checkpoint's config.json and `neuron_config`.
 
     Raises:
+        ConfigurationRefused: there is no such checkpoint.
         Qwen35ConfigError: naming every field that is missing, wrong or unsupported.
     """
     path = checkpoint_of(vllm_config)

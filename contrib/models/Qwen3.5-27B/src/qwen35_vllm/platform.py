@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
-
-from .options import serve_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 WORKER = "qwen35_vllm.worker.Qwen35Worker"
+DEFAULT_MAX_NUM_SEQS = 8
+"""Rows of `vllm serve` when it is not told: vLLM's own default is for devices that batch hundreds."""
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class Qwen35Platform(Platform):
@@ -26,6 +29,9 @@ class Qwen35Platform(Platform):
     dispatch_key = "CPU"
     dist_backend = "gloo"
     simple_compile_backend = "eager"
+
+    prompt_logprobs = False
+    """Whether the model of this process gives the logits after every token of a prompt."""
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
@@ -48,32 +54,62 @@ class Qwen35Platform(Platform):
         return False
 
     @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        if parser is not None:
+            parser.set_defaults(max_num_seqs=DEFAULT_MAX_NUM_SEQS)
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Refuse what is not served, and set what vLLM must plan with.
+        """Refuse what is not served, and set what vLLM must plan with. Doing it twice changes nothing.
 
         Raises:
             ConfigurationRefused: in one line.
         """
-        parallel, cache, scheduler = (
-            vllm_config.parallel_config,
-            vllm_config.cache_config,
-            vllm_config.scheduler_config,
-        )
-        parallel.worker_cls = WORKER
+        vllm_config.parallel_config.worker_cls = WORKER
         if vllm_config.model_config is None:
             return
-        serve_options(vllm_config)
         # Here, because vLLM's configuration classes ask the platform while they are imported.
+        from .artifacts import check_model
         from .connector import use_connector
+        from .cores import check_cores
+        from .options import ConfigurationRefused, serve_options
+        from .refusals import refusals
 
+        options = serve_options(vllm_config)
+        if problems := [*refusals(vllm_config)]:
+            raise ConfigurationRefused(f"not served: {'; '.join(problems)}")
+        check_cores(vllm_config.parallel_config, options)
+        try:
+            config = check_model(vllm_config, options)
+        except ValueError as error:
+            raise ConfigurationRefused(str(error)) from error
         use_connector(vllm_config)
+        cls.prompt_logprobs = config.output_prompt_logits
         # NxDI drives all ranks from one process.
-        parallel.distributed_executor_backend = "uni"
-        # A row has its state and keys to itself, and no block of them is another row's.
+        vllm_config.parallel_config.distributed_executor_backend = "uni"
+        _plan_rows(vllm_config)
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+        """Refuse a request that the worker could not answer, before it is queued.
+
+        Raises:
+            ValueError: naming the field and what to do instead.
+        """
+        from .request_rules import check_params
+
+        check_params(params, cls.prompt_logprobs)
+
+
+def _plan_rows(vllm_config: VllmConfig) -> None:
+    """Let vLLM's scheduler plan with as many sequences as there are rows: a block is a row, unless the user says."""
+    cache, length = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    if cache.enable_prefix_caching:
+        logger.info("vLLM's prefix caching is off: a row has its state to itself, and no block of it is another row's")
         cache.enable_prefix_caching = False
-        length = vllm_config.model_config.max_model_len
-        if not cache.user_specified_block_size:
-            cache.block_size = length
-        if cache.num_gpu_blocks_override is None:
-            # vLLM keeps one block for itself.
-            cache.num_gpu_blocks_override = scheduler.max_num_seqs * -(-length // cache.block_size) + 1
+    if not cache.user_specified_block_size:
+        cache.block_size = length
+    if cache.num_gpu_blocks_override is None:
+        # vLLM keeps one for itself.
+        rows = vllm_config.scheduler_config.max_num_seqs
+        cache.num_gpu_blocks_override = rows * -(-length // cache.block_size) + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 NAME = "qwen35"
@@ -64,11 +65,10 @@ def _named() -> list[str]:
 
 def _other_platforms() -> Iterator[tuple[str, Callable[[], object]]]:
     """The out-of-tree platforms beside this one that vLLM will ask too."""
-    from vllm.plugins import PLATFORM_PLUGINS_GROUP, load_plugins_by_group
-
-    for name, detect in load_plugins_by_group(PLATFORM_PLUGINS_GROUP).items():
-        if name != NAME:
-            yield name, detect
+    named = os.environ.get("VLLM_PLUGINS")
+    for entry in entry_points(group="vllm.platform_plugins"):
+        if entry.name != NAME and (named is None or entry.name in _named()):
+            yield entry.name, lambda entry=entry: entry.load()()
 
 
 def _detects(detect: Callable[[], object]) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from ..configuration_qwen35 import Qwen35NeuronConfig
 from ..hardware import INSTANCES
 from ..nxdi import NXDI_AVAILABLE
 from ..planning.recommended import RECOMMENDED, device_neuron_config
-from .options import ModelOptions, add_model_options, options_from, positive, write_whole
+from .options import ModelOptions, add_model_options, options_from, positive
 
 if TYPE_CHECKING:
     from .options import Commands
@@ -58,12 +59,12 @@ def add_parser(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     from ..modeling_qwen35 import NeuronQwen35ForCausalLM
     from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+    from ..serving.compiled import compile_whole
 
     options = options_from(CompileOptions, args)
     neuron_config = _neuron_config(options)
-    neuron_config.save_sharded_checkpoint = True
     model = options.build(NeuronQwen35VLForCausalLM if options.vision else NeuronQwen35ForCausalLM, neuron_config)
-    write_whole(options.output, lambda path: model.compile(str(path)))
+    compile_whole(model, options.output, lambda line: print(line, file=sys.stderr))
     counted, compiled = model.bytes_per_rank(), (options.output / "model.pt").exists()
     if options.json:
         print(json.dumps({"output": str(options.output), "compiled": compiled, "bytes_per_rank": asdict(counted)}))

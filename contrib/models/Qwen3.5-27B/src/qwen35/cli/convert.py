@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..configuration_qwen35 import Qwen35NeuronConfig
-from .options import ModelOptions, add_model_options, options_from, write_whole
+from .options import ModelOptions, add_model_options, options_from
 
 if TYPE_CHECKING:
     from .options import Commands
@@ -42,6 +42,7 @@ def add_parser(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+    from ..serving.compiled import write_whole
 
     options = options_from(ConvertOptions, args)
     neuron_config = Qwen35NeuronConfig(

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""What commands share: options and their checks, writing a directory whole, and running on every rank."""
+"""What commands share: options and their checks, and running on every rank."""
 
 from __future__ import annotations
 
@@ -213,20 +213,6 @@ def existing(path: Path) -> Path:
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"--model {path}: no config.json there; name a Hugging Face checkpoint's directory")
     return path
-
-
-def write_whole(output: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a directory that becomes `output` when it is complete, and is gone when it fails.
-
-    Raises:
-        FileExistsError: `output` is there already.
-    """
-    if output.exists():
-        raise FileExistsError(f"OUTPUT={output} exists already: name a new directory")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        write(Path(scratch) / "partial")
-        (Path(scratch) / "partial").rename(output)
 
 
 def print_any_text() -> None:

@@ -1,0 +1,74 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""What of vLLM's own options is not served, each by its name and with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qwen35.configuration_qwen35 import DTYPES, dtype_name
+
+from .connector import RowConnector
+from .options import runs_on_neuron
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_LOAD_FORMATS = ("auto", "hf", "safetensors")
+
+
+def refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    """What is not served of a configuration, a phrase each."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if vllm_config.lora_config is not None:
+        yield "--enable-lora: the compiled programs have no place for adapters; merge one into its checkpoint"
+    if vllm_config.speculative_config is not None:
+        yield "--speculative-config: not served yet; leave it out"
+    if model.quantization is not None:
+        yield f"--quantization {model.quantization}: not served yet; use the bf16 checkpoint"
+    if model.runner_type != "generate":
+        yield f"--runner {model.runner_type}: the model generates text; leave it out"
+    if model.dtype not in DTYPES.values():
+        yield f"--dtype {dtype_name(model.dtype)}: gates and decays overflow it; pass bfloat16 or float32"
+    if cache.cache_dtype not in ("auto", dtype_name(model.dtype)):
+        yield f"--kv-cache-dtype {cache.cache_dtype}: keys and values are kept in --dtype; leave it out"
+    connector = vllm_config.kv_transfer_config
+    if connector is not None and connector.kv_connector != RowConnector.__name__:
+        yield f"--kv-transfer-config, {connector.kv_connector}: a row has no blocks to transfer; leave it out"
+    if _get(cache, "kv_offloading_size") is not None:
+        yield "--kv-offloading-size: a row has no blocks to move to the host; leave it out"
+    if model.enable_prompt_embeds:
+        yield "--enable-prompt-embeds: the compiled programs take token ids; leave it out"
+    if model.hf_overrides:
+        yield "--hf-overrides: the model is configured by the checkpoint's config.json; change it there"
+    if model.hf_config_path is not None:
+        yield "--hf-config-path: the model is configured by the checkpoint's config.json; leave it out"
+    if vllm_config.load_config.load_format not in _LOAD_FORMATS:
+        yield f"--load-format {vllm_config.load_config.load_format}: safetensors are read; leave it out"
+    if vllm_config.load_config.download_dir is not None:
+        yield "--download-dir: set HF_HOME, which the hub's own client reads"
+    if model.enable_sleep_mode:
+        yield "--enable-sleep-mode: the weights stay on the device; leave it out"
+    yield from _parallel_refusals(vllm_config)
+
+
+def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    parallel = vllm_config.parallel_config
+    for name in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size", "nnodes"):
+        if _get(parallel, name, 1) > 1:
+            yield f"--{name.replace('_', '-')} {getattr(parallel, name)}: of one machine, only tensor and data parallel"
+    if parallel.enable_expert_parallel:
+        yield "--enable-expert-parallel: the dense models have no experts; leave it out"
+    if parallel.distributed_executor_backend not in ("uni", "mp", None):
+        yield f"--distributed-executor-backend {parallel.distributed_executor_backend}: one process drives all ranks"
+    if parallel.tensor_parallel_size > 1 and not runs_on_neuron():
+        yield (
+            f"--tensor-parallel-size {parallel.tensor_parallel_size}: there is no Neuron device here, and on a CPU a "
+            "rank is a process, while vLLM has one; pass 1"
+        )
+
+
+def _get(config: Any, name: str, default: Any = None) -> Any:
+    """A field that one of vLLM's versions lacks."""
+    return getattr(config, name, default)
