@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 NO_PROMPT_LOGPROBS = (
-    "prompt_logprobs is not served: the model was compiled for the logits after the last token of a prompt alone; start "
-    """the server with --additional-config '{"qwen35": {"prompt_logprobs": true}}', or leave it out"""
+    "prompt_logprobs is not served: the model was compiled for the logits after the last token of a prompt alone; "
+    """start the server with --additional-config '{"qwen35": {"prompt_logprobs": true}}', or leave it out"""
 )
 
 _NOT_SERVED = {

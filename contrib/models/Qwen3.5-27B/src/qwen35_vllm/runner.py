@@ -31,8 +31,8 @@ from qwen35.serving.sampling import require_finite
 
 from .batch_sampler import BatchSampler
 from .connector import failed_blocks
-from .request_rules import NO_PROMPT_LOGPROBS
 from .request_rows import RequestRows, ScheduledRequest
+from .request_rules import NO_PROMPT_LOGPROBS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

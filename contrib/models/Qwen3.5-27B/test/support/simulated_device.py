@@ -31,16 +31,48 @@ class _NxDModel(torch.nn.Module):
         return len(self.state)
 
 
+class _OnDevice:
+    """An output that is still on the device."""
+
+    def __init__(self, output: torch.Tensor, reads: list[torch.Size]) -> None:
+        self._output, self._reads = output, reads
+
+    def cpu(self) -> torch.Tensor:
+        self._reads.append(self._output.shape)
+        return self._output
+
+
+class _Ranked:
+    """NxD's model within the loaded one: the state, and calls whose outputs stay on the device, a list a rank."""
+
+    def __init__(self, nxd_model: Any, loaded: Any) -> None:
+        self._nxd_model, self._loaded = nxd_model, loaded
+
+    @property
+    def state(self) -> list[dict[str, torch.Tensor]]:
+        return self._nxd_model.state  # type: ignore[no-any-return]
+
+    def forward_ranked(self, inputs: list[list[torch.Tensor]]) -> list[list[_OnDevice]]:
+        outputs = self._loaded.__dict__["run"](*inputs[0])
+        each = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        return [[_OnDevice(output, self._loaded.__dict__["reads"]) for output in each] for _ in inputs]
+
+
 class _LoadedModel(torch.jit.ScriptModule):  # type: ignore[no-untyped-call]
     """The programs of all submodels and buckets; `run` calls that of the inputs' shapes."""
 
     def __init__(self, nxd_model: Any, run: Callable[..., Any]) -> None:
         super().__init__()
-        self.nxd_model = nxd_model
-        self.__dict__["run"] = run  # past what would be scripted
+        # Past what would be scripted.
+        self.__dict__["run"] = run
+        self.__dict__["reads"] = []
+        self.__dict__["nxd_model"] = _Ranked(nxd_model, self)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        return self.__dict__["run"](*inputs)
+        outputs = self.__dict__["run"](*inputs)
+        each = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        self.__dict__["reads"] += [output.shape for output in each]
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,12 @@ def put_on_simulated_device(*ranks: NeuronQwen35ForCausalLM) -> NeuronQwen35ForC
         wrapper.model = loaded
     assert all(submodel.is_neuron() for submodel in ranks[0].models)
     return ranks[0]
+
+
+def host_reads(model: NeuronQwen35ForCausalLM) -> list[torch.Size]:
+    """Shapes of the outputs that were brought from the simulated device to the host so far, oldest first."""
+    reads: list[torch.Size] = model.context_encoding_model.model.__dict__["reads"]
+    return reads
 
 
 Fault = Callable[[Phase, list[int], torch.Tensor], None]

@@ -154,7 +154,7 @@ class ModelRunner:
         self.chunk: int = model.config.prefill_chunk_size or neuron_config.max_context_length
         """Tokens of a prompt in one piece, at most."""
         self.device_is_greedy: bool = sampling is not None and (sampling.dynamic or not sampling.do_sample)
-        """Whether the device chooses the most likely tokens: it is then asked for top_k=1, or compiled without draws."""
+        """Whether the device chooses the most likely tokens: it is asked for top_k=1, or compiled without draws."""
 
     def place(self, prompt: Sequence[int], media: Mapping[str, torch.Tensor]) -> PlacedMedia | None:
         """Encode the images and videos of a whole prompt on the host; None when there are none.

@@ -15,12 +15,14 @@ from hypothesis import Phase as HypothesisPhase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen35 import NeuronQwen35ForCausalLM, OnDeviceSamplingConfig
 from qwen35.modeling_qwen35_vl import PlacedMedia
 from qwen35.phase import Phase, Submodel
 from qwen35.serving.runner import ModelRunner, Row, decoding_inputs, encoding_inputs, next_piece
 from support.compare import assert_close
 from support.decoder_cases import recorded_tensors
 from support.models import load_neuron, random_prompts, save_checkpoint
+from support.simulated_device import host_reads, put_on_simulated_device
 from support.vl_cases import EXAMPLE, load, media, save_vl_checkpoint
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -171,3 +173,79 @@ def test_a_call_that_fails_leaves_its_rows_as_they_were(in_pieces: ModelRunner) 
     with pytest.raises(ValueError, match=r"seq_ids=\[1, 1\]"):
         in_pieces.encode(rows)
     assert [row.cached for row in rows] == [0, 0]
+
+
+def greedy_on_device(path: Path, **options: object) -> NeuronQwen35ForCausalLM:
+    return load_neuron(
+        path,
+        seq_len=SEQ_LEN,
+        batch_size=SLOTS,
+        ctx_batch_size=2,
+        is_continuous_batching=True,
+        prefill_chunk_size=CHUNK,
+        on_device_sampling_config=OnDeviceSamplingConfig(**options),
+        output_logits=True,
+    )
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["cpu", "device"])
+def test_tokens_alone_are_the_most_likely_ones_and_the_logits_stay_on_the_device(path: Path, simulated: bool) -> None:
+    model = greedy_on_device(path)
+    runner = ModelRunner(put_on_simulated_device(model) if simulated else model)
+    prompts = random_prompts([5, 40])
+    rows = [Row(slot, [*prompt]) for slot, prompt in zip((2, 0), prompts, strict=True)]
+    whole = [Row(slot, [*prompt]) for slot, prompt in zip((3, 1), prompts, strict=True)]
+    for part in (rows, whole):
+        while pending := [row for row in part if row.cached < len(row.tokens)]:
+            runner.encode(runner.batch(pending), tokens_only=True)
+        for row in part:
+            row.tokens.append(7)
+    before = len(host_reads(model)) if simulated else 0
+    for _ in range(3):
+        outputs = runner.decode(rows, tokens_only=True)
+        assert outputs.logits is None and outputs.tokens is not None
+        expected = runner.decode(whole)
+        assert torch.equal(outputs.tokens.long(), expected.all_logits().argmax(dim=-1))
+        for row, other, token in zip(rows, whole, outputs.tokens.tolist(), strict=True):
+            row.tokens.append(token)
+            other.tokens.append(token)
+    if simulated:
+        tokens, logits = torch.Size([SLOTS]), torch.Size([SLOTS, 1, model.config.vocab_size])
+        assert host_reads(model)[before:] == [tokens, tokens, logits] * 3
+        assert all(shape.numel() <= SLOTS for shape in host_reads(model)[:before]), "logits of prompts were read"
+
+
+def test_a_device_that_draws_is_not_asked_for_the_most_likely_tokens(path: Path, backend: str) -> None:
+    assert ModelRunner(greedy_on_device(path)).device_is_greedy
+    assert ModelRunner(greedy_on_device(path, do_sample=True, dynamic=True)).device_is_greedy  # it gets top_k=1
+    runner = ModelRunner(greedy_on_device(path, do_sample=True))
+    assert not runner.device_is_greedy
+    if backend == "stand-ins":  # NxDI's own draws want a device
+        assert runner.encode([Row(0, [1, 2, 3])], tokens_only=True).logits is not None
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["cpu", "device"])
+def test_logits_of_all_tokens_of_a_prompt_are_those_that_its_beginnings_end_with(
+    path: Path, in_one_piece: ModelRunner, simulated: bool
+) -> None:
+    model = load_neuron(
+        path,
+        seq_len=SEQ_LEN,
+        batch_size=SLOTS,
+        ctx_batch_size=2,
+        is_continuous_batching=True,
+        prefill_chunk_size=CHUNK,
+        output_prompt_logits=True,
+    )
+    runner = ModelRunner(put_on_simulated_device(model) if simulated else model)
+    (prompt,) = random_prompts([2 * CHUNK + 3])
+    row, pieces = Row(1, [*prompt]), []
+    while row.cached < len(prompt):
+        outputs = runner.encode([row])
+        pieces.append(*outputs.prompt_logits)
+        assert torch.equal(outputs.all_logits()[0], pieces[-1][-1])
+    found = torch.cat(pieces)
+    expected = [in_one_piece.encode([Row(0, prompt[: i + 1])]).all_logits()[0] for i in range(len(prompt))]
+    assert_close(found, torch.stack(expected), atol=1e-4, label="logits [token, V]")
+    row.tokens.append(5)
+    assert runner.decode([row]).prompt_logits == ()

@@ -1,0 +1,124 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's engine in this process, over our worker and a random checkpoint, and what a test asks it.
+
+Needs vLLM, and VLLM_ENABLE_V1_MULTIPROCESSING=0 before it is imported: `test/vllm/conftest.py` sees to both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from qwen35_vllm import worker
+from support.models import TINY, random_weights
+from support.simulated_device import put_on_simulated_device
+from vllm import EngineArgs, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def save_served_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A random checkpoint that vLLM takes for a Qwen3.5: its text configuration nested, as published ones have it."""
+    path.mkdir(parents=True, exist_ok=True)
+    text = {"model_type": "qwen3_5_text", "dtype": "float32", **TINY, **overrides}
+    config = {
+        "model_type": "qwen3_5",
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "dtype": "float32",
+        "text_config": text,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(seed, **overrides), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def make_engine(path: Path, qwen35: Mapping[str, Any] | None = None, **options: Any) -> LLMEngine:
+    """An engine of token ids: requests have no text."""
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "additional_config": {"qwen35": dict(qwen35 or {})},
+        **options,
+    }
+    return LLMEngine.from_engine_args(EngineArgs(model=str(path), **arguments))
+
+
+def worker_of(engine: LLMEngine) -> worker.Qwen35Worker:
+    """The worker of an engine of this process."""
+    found = engine.model_executor.driver_worker.worker
+    assert isinstance(found, worker.Qwen35Worker)
+    return found
+
+
+def close(engine: LLMEngine) -> None:
+    """End an engine of this process, and its thread."""
+    engine.engine_core.shutdown()
+
+
+@contextmanager
+def two_ranks_behind_a_loaded_model() -> Iterator[None]:
+    """Workers that load a model get it on the simulated device, with a second rank that has caches of its own."""
+    load = worker.load_model
+
+    def load_on_device(vllm_config: Any, options: Any, progress: Any) -> Any:
+        return put_on_simulated_device(*(load(vllm_config, options, progress) for _ in range(2)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "load_model", load_on_device)
+        yield
+
+
+def add(engine: LLMEngine, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
+    """Queue a prompt of token ids."""
+    engine.add_request(request_id, {"prompt_token_ids": [*prompt]}, params)
+
+
+def finish(engine: LLMEngine) -> dict[str, RequestOutput]:
+    """Step until nothing is left; the last output of each request."""
+    outputs: dict[str, RequestOutput] = {}
+    while engine.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in engine.step()}
+    return outputs
+
+
+def tokens_of(output: RequestOutput) -> list[list[int]]:
+    """The answers to a request, as token ids."""
+    return [list(answer.token_ids) for answer in output.outputs]
+
+
+def answers(
+    engine: LLMEngine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] = GREEDY
+) -> list[list[int]]:
+    """The first answer to each prompt, all queued at once."""
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    for i, (prompt, of_prompt) in enumerate(zip(prompts, each, strict=True)):
+        add(engine, str(i), prompt, of_prompt)
+    outputs = finish(engine)
+    return [tokens_of(outputs[str(i)])[0] for i in range(len(prompts))]
+
+
+def require_no_row_left(engine: LLMEngine) -> None:
+    """Check that neither vLLM nor the worker still has a request, a block or a slot in use.
+
+    vLLM tells the worker of finished requests with the next step that it schedules.
+    """
+    core: Any = engine.engine_core.engine_core
+    rows = worker_of(engine)._runner.rows
+    left = {*rows.requests} - core.scheduler.finished_req_ids
+    assert not left, f"the worker still has {left}"
+    assert not core.scheduler.requests and not core.scheduler.running
+    pool = core.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks leaked"  # one is vLLM's own
+    assert len(rows.free_slots) + len(rows.requests) == rows.slots
