@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from vllm import EngineArgs, SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from qwen35_vllm import worker
 from support.models import TINY, random_weights
 from support.simulated_device import put_on_simulated_device
-from vllm import EngineArgs, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 

@@ -20,6 +20,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm import SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from support.models import TINY
@@ -32,7 +33,6 @@ from support.vllm_engines import (
     tokens_of,
     two_ranks_behind_a_loaded_model,
 )
-from vllm import SamplingParams
 
 pytestmark = pytest.mark.vllm
 
