@@ -94,11 +94,16 @@ class Qwen35Platform(Platform):
         """Refuse a request that the worker could not answer, before it is queued.
 
         Raises:
-            ValueError: naming the field and what to do instead.
+            VLLMValidationError: naming the field and what to do instead; the client is told, with status 400.
         """
+        from vllm.exceptions import VLLMValidationError
+
         from .request_rules import check_params
 
-        check_params(params, cls.prompt_logprobs)
+        try:
+            check_params(params, cls.prompt_logprobs)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
 
 
 def _plan_rows(vllm_config: VllmConfig) -> None:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's engine in this process, over our worker and a random checkpoint, and what a test asks it.
 
-Needs vLLM, and VLLM_ENABLE_V1_MULTIPROCESSING=0 before it is imported: `test/vllm/conftest.py` sees to both.
+Needs vLLM, and VLLM_ENABLE_V1_MULTIPROCESSING=0 before it is imported: `test/vllm_lane/conftest.py` sees to both.
 """
 
 from __future__ import annotations
