@@ -643,8 +643,8 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
 
     if config.output_prompt_logits and neuron.on_device_sampling_config is not None:
         yield (
-            "output_prompt_logits=True with on_device_sampling_config: the device would choose after the last column of a "
-            "bucket, which is padding; set one of them only"
+            "output_prompt_logits=True with on_device_sampling_config: the device would choose after the last column "
+            "of a bucket, its padding; set one of them only"
         )
     ill = [name for name in _NEURON_SIZES if not is_size(getattr(neuron, name))]
     yield from (f"{name}={getattr(neuron, name)!r} must be a positive integer" for name in ill)

@@ -9,13 +9,26 @@ knows the tokens of step n when step n + 1, which was scheduled without them, be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
+from .connector import failed_blocks
+
 Result = TypeVar("Result")
+Failures: TypeAlias = "dict[str, tuple[list[int], ...]]"
+"""Requests that cannot go on, and their blocks, a list a group of vLLM's cache."""
+
+
+class StepOutput(NamedTuple):
+    """What a step gives vLLM, and which requests it is told of as failed."""
+
+    output: ModelRunnerOutput
+    failures: Failures
 
 
 class DeviceThread:
@@ -37,14 +50,40 @@ class DeviceThread:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
+class HandedOver:
+    """What the scheduler has said since of requests whose steps are still queued.
+
+    Failures are told by blocks (see `connector`). A request that was finished or preempted in a step handed over in the
+    meantime has its blocks no more, and another may have them: it must not be told of.
+    """
+
+    def __init__(self) -> None:
+        self._ended: deque[Collection[str]] = deque(maxlen=2)  # as many steps as vLLM hands over before it reads one
+
+    def add(self, scheduled: SchedulerOutput) -> None:
+        """A step was handed over."""
+        self._ended.append({*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())})
+
+    def still_running(self, failures: Failures) -> Failures:
+        """Those that have their blocks, as far as the scheduler has said."""
+        return {
+            request_id: blocks
+            for request_id, blocks in failures.items()
+            if not any(request_id in ended for ended in self._ended)
+        }
+
+
 class PendingOutput(AsyncModelRunnerOutput):
     """The output of a step that is queued; `get_output` waits for it, and raises what the step raised."""
 
-    def __init__(self, output: Future[ModelRunnerOutput]) -> None:
-        self._output = output
+    def __init__(self, step: Future[StepOutput], handed_over: HandedOver) -> None:
+        self._step, self._handed_over = step, handed_over
 
     def get_output(self) -> ModelRunnerOutput:
-        return self._output.result()
+        output, failures = self._step.result()
+        if failures := self._handed_over.still_running(failures):
+            output.kv_connector_output = failed_blocks(failures.values())
+        return output
 
     def get_kv_connector_output(self) -> KVConnectorOutput | None:
         """None: what failed has said so in its output, or its step raises."""

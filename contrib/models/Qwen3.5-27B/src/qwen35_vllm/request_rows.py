@@ -40,6 +40,7 @@ class ScheduledRequest:
         granted: tokens that the scheduler has given it since it has this row.
         prompt_logprobs: of the pieces encoded so far; None when none are wanted, or none any more.
         failure: why it cannot go on.
+        is_reported: whether vLLM has been told.
     """
 
     state: CachedRequestState
@@ -48,6 +49,7 @@ class ScheduledRequest:
     granted: int = 0
     prompt_logprobs: list[LogprobsTensors] | None = None
     failure: str | None = None
+    is_reported: bool = False
 
     @property
     def params(self) -> SamplingParams:
@@ -144,6 +146,7 @@ class RequestRows:
         state = request.state
         request.row = Row(slot, [*(state.prompt_token_ids or ()), *state.output_token_ids])
         request.prompt_end, request.granted = len(request.row.tokens), granted
+        request.failure, request.is_reported = None, False  # what was preempted is tried again
         # Those of a prompt are wanted with the first token of the answer.
         wants = request.params.prompt_logprobs is not None and not state.output_token_ids
         request.prompt_logprobs = [] if wants else None

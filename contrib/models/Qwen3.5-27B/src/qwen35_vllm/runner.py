@@ -30,7 +30,7 @@ from qwen35.serving.runner import ModelRunner, Row, RowOutputs
 from qwen35.serving.sampling import require_finite
 
 from .batch_sampler import BatchSampler
-from .connector import failed_blocks
+from .device_thread import Failures, StepOutput
 from .request_rows import RequestRows, ScheduledRequest
 from .request_rules import NO_PROMPT_LOGPROBS
 
@@ -80,7 +80,7 @@ class StepRunner:
             batch = self._runner.batch([*encoding])
             self._call(step, self._runner.encode, [encoding[row] for row in batch])
 
-    def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
+    def sample(self, grammar: GrammarOutput | None) -> StepOutput:
         """Choose the tokens of the step that was called last."""
         step, self._step = self._step, None
         assert step is not None, "a step is sampled once, after its forward"
@@ -111,19 +111,26 @@ class StepRunner:
                 if (gathered := _gathered_prompt_logprobs(request)) is not None
             },
         )
-        return self._told_of_failures(output)
+        return StepOutput(output, self._new_failures(step.scheduled))
 
-    def idle(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
+    def idle(self, scheduled: SchedulerOutput) -> StepOutput:
         """A step that schedules nothing, and tells which requests are finished."""
         self.rows.update(scheduled)
-        return self._told_of_failures(ModelRunnerOutput(req_ids=[], req_id_to_index={}))
+        return StepOutput(ModelRunnerOutput(req_ids=[], req_id_to_index={}), self._new_failures(scheduled))
 
-    def _told_of_failures(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
-        """The output, with the requests that failed and that vLLM still takes for running."""
-        failed = [request for request in self.rows.requests.values() if request.failure is not None]
-        if failed:
-            output.kv_connector_output = failed_blocks(request.state.block_ids for request in failed)
-        return output
+    def _new_failures(self, scheduled: SchedulerOutput) -> Failures:
+        """The failed requests that vLLM is to be told of with the output of this step: each once.
+
+        vLLM looks for the blocks of tokens that a request had before the step. A request that fails in its first step
+        has none, and is told with its second, or whatever step comes next.
+        """
+        told: Failures = {}
+        for request_id, request in self.rows.requests.items():
+            before = request.granted - scheduled.num_scheduled_tokens.get(request_id, 0)
+            if request.failure is not None and not request.is_reported and before > 0:
+                request.is_reported = True
+                told[request_id] = request.state.block_ids
+        return told
 
     def _call(
         self,
@@ -145,6 +152,8 @@ class StepRunner:
 
     def _keep(self, step: _Step, request: ScheduledRequest, outputs: RowOutputs, i: int) -> None:
         """Keep what a call gave its i-th row: logprobs of a prompt, and what the next token is chosen from."""
+        if outputs.logits is not None:
+            require_finite(outputs.logits[i])  # of a piece within a prompt, too: what it leaves behind is no better
         if request.prompt_logprobs is not None:
             request.prompt_logprobs += self._prompt_logprobs(request, outputs, i)
         if not (request.is_encoded and request.samples):
@@ -153,9 +162,7 @@ class StepRunner:
             assert outputs.tokens is not None, "a device that is greedy gives its tokens"
             step.tokens[request.state.req_id] = int(outputs.tokens[i])
             return
-        logits = outputs.all_logits()[i]
-        require_finite(logits)
-        step.logits[request.state.req_id] = logits
+        step.logits[request.state.req_id] = outputs.all_logits()[i]
 
     def _prompt_logprobs(self, request: ScheduledRequest, outputs: RowOutputs, i: int) -> list[LogprobsTensors]:
         """Those of the tokens of a prompt that follow the tokens of a piece.

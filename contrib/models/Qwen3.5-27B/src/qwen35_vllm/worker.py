@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from .artifacts import load_model
-from .device_thread import DeviceThread, PendingOutput
+from .device_thread import DeviceThread, HandedOver, PendingOutput, StepOutput
 from .options import serve_options
 from .runner import StepRunner
 
@@ -39,7 +40,7 @@ class Qwen35Worker(WorkerBase):
     def init_device(self) -> None:
         """Choose the CPU for what vLLM computes itself; the devices are NxDI's affair, when the model is loaded."""
         self.device = torch.device("cpu")
-        self._thread = DeviceThread()
+        self._thread, self._handed_over = DeviceThread(), HandedOver()
 
     def load_model(self, **_: Any) -> None:
         """Load the compiled model, or find out why it cannot be: on the thread that will call it."""
@@ -84,16 +85,20 @@ class Qwen35Worker(WorkerBase):
 
         A step that schedules nothing still tells which requests are finished.
         """
+        self._handed_over.add(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
-            return PendingOutput(self._thread.submit(partial(self._runner.idle, scheduler_output)))
+            return self._pending(partial(self._runner.idle, scheduler_output))
         self._forward = self._thread.submit(partial(self._runner.forward, scheduler_output))
         return None
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput:
         """Queue the choice of the tokens of the step that was queued last."""
-        return PendingOutput(self._thread.submit(partial(self._sample, self._forward, grammar_output)))
+        return self._pending(partial(self._sample, self._forward, grammar_output))
 
-    def _sample(self, forward: Future[None], grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+    def _pending(self, step: Callable[[], StepOutput]) -> PendingOutput:
+        return PendingOutput(self._thread.submit(step), self._handed_over)
+
+    def _sample(self, forward: Future[None], grammar_output: GrammarOutput | None) -> StepOutput:
         forward.result()  # it is done; what it raised ends the engine
         return self._runner.sample(grammar_output)
 
