@@ -31,7 +31,9 @@ CUDA_MACHINE = "platforms.builtin_platform_plugins['cuda'] = lambda: 'vllm.platf
 """vLLM's own detection finds a GPU; the class of its platform would look for the driver."""
 
 
-def install_other_platform(path: Path, name: str = "other", answer: str | None = "other_platform.OtherPlatform") -> None:
+def install_other_platform(
+    path: Path, name: str = "other", answer: str | None = "other_platform.OtherPlatform"
+) -> None:
     """An installed distribution with a platform of its own, for Neuron: `answer` is what its entry point returns."""
     metadata = path / "other_neuron-1.dist-info"
     metadata.mkdir(parents=True)

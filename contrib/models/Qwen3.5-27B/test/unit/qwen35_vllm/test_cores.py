@@ -41,6 +41,7 @@ def test_each_core_has_one_replica(degree: int, replicas: int, first: int, spare
 def test_a_single_replica_has_what_the_user_gave_it() -> None:
     assert cores_of_replica(parallel(), {"NEURON_RT_VISIBLE_CORES": "8-15"}) is None
     check_cores(parallel(), ServeOptions(), {"NEURON_RT_NUM_CORES": "4"})
+    assert cores_of_replica(parallel(1, 4, 0), {"NEURON_RT_NUM_CORES": "4"}) is None
 
 
 @pytest.mark.parametrize(
