@@ -176,7 +176,7 @@ class StepRunner:
         following = row.tokens[row.cached - len(logits) + 1 : row.cached + 1]
         count = request.params.prompt_logprobs
         assert count is not None
-        return [self._sampler.prompt_logprobs(logits[: len(following)], following, count)]
+        return [self._sampler.prompt_logprobs(logits[: len(following)], following, count)] if following else []
 
     def _fail(self, requests: Sequence[ScheduledRequest], error: Exception) -> None:
         for request in requests:
@@ -204,9 +204,9 @@ class _Step:
 
 
 def _gathered_prompt_logprobs(request: ScheduledRequest) -> LogprobsTensors | None:
-    """Those of a whole prompt, once, with the first token of the answer."""
+    """Those of a whole prompt, once, with the first token of the answer; None where there are none to give."""
     pieces, request.prompt_logprobs = request.prompt_logprobs, None
-    if pieces is None:
+    if not pieces:
         return None
     ids, logprobs, ranks = (torch.cat([piece[i] for piece in pieces]) for i in range(3))
     return LogprobsTensors(ids, logprobs, ranks)
