@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which platform vLLM takes: ours where it has none or Neuron devices are; never in the place of another accelerator."""
+"""Which platform vLLM takes: ours where it has none or Neuron devices are; never on another accelerator."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_each_core_has_one_replica(degree: int, replicas: int, first: int, spare
         given = [cores(cores_of_replica(parallel(replicas, degree, i), environment) or "") for i in range(replicas)]
         assert all(len(of_one) == degree for of_one in given)
         start = first if environment else 0
-        assert sum(given, []) == [*range(start, start + degree * replicas)]
+        assert [core for of_one in given for core in of_one] == [*range(start, start + degree * replicas)]
 
 
 def test_a_single_replica_has_what_the_user_gave_it() -> None:
