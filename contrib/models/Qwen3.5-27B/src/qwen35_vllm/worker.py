@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from .artifacts import load_model
@@ -80,23 +80,25 @@ class Qwen35Worker(WorkerBase):
     def get_kv_connector_handshake_metadata(self) -> None:
         """None: there is no other worker to shake hands with."""
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> AsyncModelRunnerOutput | None:
+    def execute_model(self, scheduler_output: SchedulerOutput) -> AsyncModelRunnerOutput | ModelRunnerOutput | None:
         """Queue the calls of a step, whose tokens `sample_tokens` then chooses; None says so.
 
         A step that schedules nothing still tells which requests are finished.
         """
         self._handed_over.add(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
-            return self._pending(partial(self._runner.idle, scheduler_output))
+            return self._output(partial(self._runner.idle, scheduler_output))
         self._forward = self._thread.submit(partial(self._runner.forward, scheduler_output))
         return None
 
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput:
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput | ModelRunnerOutput:
         """Queue the choice of the tokens of the step that was queued last."""
-        return self._pending(partial(self._sample, self._forward, grammar_output))
+        return self._output(partial(self._sample, self._forward, grammar_output))
 
-    def _pending(self, step: Callable[[], StepOutput]) -> PendingOutput:
-        return PendingOutput(self._thread.submit(step), self._handed_over)
+    def _output(self, step: Callable[[], StepOutput]) -> AsyncModelRunnerOutput | ModelRunnerOutput:
+        pending = PendingOutput(self._thread.submit(step), self._handed_over)
+        # vLLM 0.23 reads an output that is pending under asynchronous scheduling alone.
+        return pending if self.scheduler_config.async_scheduling else pending.get_output()
 
     def _sample(self, forward: Future[None], grammar_output: GrammarOutput | None) -> StepOutput:
         forward.result()  # it is done; what it raised ends the engine
