@@ -33,6 +33,10 @@ CASES = {
     "the same step, plain inverse": KernelCase(KernelName.CHUNKED, tokens=CHUNK, inverse=DeltaNetInverse.PLAIN),
     "decode layer, batch 1": KernelCase(KernelName.DECODE, batch=1),
     "decode layer, batch 8": KernelCase(KernelName.DECODE, batch=8),
+    "verify 4 tokens, batch 1": KernelCase(KernelName.VERIFY, batch=1, tokens=4),
+    "verify 4 tokens, batch 8": KernelCase(KernelName.VERIFY, batch=8, tokens=4),
+    "commit of 4 tokens, batch 1": KernelCase(KernelName.COMMIT, batch=1, tokens=4),
+    "commit of 4 tokens, batch 8": KernelCase(KernelName.COMMIT, batch=8, tokens=4),
 }
 
 

@@ -50,11 +50,39 @@ def causal_conv(
     y = F.silu(y.to(weight.dtype), inplace=True).to(x.dtype)
 
     if lengths_mask is None:
-        last = window[:, S:]
-    else:
-        # Row n of the window is the first of the W - 1 inputs that precede token n: here, the first padded one. Looked
-        # up as in a table of rows, because a gather moves single elements.
-        n = lengths_mask.long().sum(dim=1, keepdim=True) + torch.arange(before, device=x.device)
-        first = (before + S) * torch.arange(B, device=x.device).unsqueeze(1)
-        last = F.embedding(first + n, window.flatten(0, 1))
-    return y, last.transpose(1, 2).contiguous()
+        return y, window[:, S:].transpose(1, 2).contiguous()
+    return y, _inputs_before(window, lengths_mask.long().sum(dim=1), before)
+
+
+def commit_conv(x: Tensor, state: Tensor, accepted: Tensor) -> Tensor:
+    """The state after the first accepted[b] of the T tokens of row b, of which `causal_conv` convolved all.
+
+    Args:
+        x: [B, T, Ch], inputs before convolution and activation.
+        state: [B, Ch, W - 1], the inputs before x, oldest first; not modified.
+        accepted: [B] integers, 0 to T; 0 leaves a row's state as it is.
+
+    Returns:
+        new_state: [B, Ch, W - 1] in x.dtype.
+    """
+    B, _, Ch = x.shape
+    if state.shape[:2] != (B, Ch):
+        raise ValueError(f"state has shape {list(state.shape)}, expected [{B}, {Ch}, W - 1] from x {list(x.shape)}")
+    if accepted.shape != (B,):
+        raise ValueError(f"accepted has shape {list(accepted.shape)}, expected {[B]} from x {list(x.shape)}")
+    window = torch.cat((state.to(x.dtype).transpose(1, 2), x), dim=1)
+    return _inputs_before(window, accepted.long(), state.shape[2])
+
+
+def _inputs_before(window: Tensor, tokens: Tensor, before: int) -> Tensor:
+    """The `before` inputs that precede token tokens[b] of each row, [B, Ch, before].
+
+    Args:
+        window: [B, before + S, Ch], the state and S tokens.
+    """
+    B, length, _ = window.shape
+    # Row n of the window is the first of the inputs that precede token n: the first one that is padded or rejected.
+    # Looked up as in a table of rows, because a gather moves single elements.
+    n = tokens.unsqueeze(1) + torch.arange(before, device=window.device)
+    first = length * torch.arange(B, device=window.device).unsqueeze(1)
+    return F.embedding(first + n, window.flatten(0, 1)).transpose(1, 2).contiguous()

@@ -10,7 +10,8 @@ Every value head carries a state S: [K, V], the transpose of the paper's, throug
     o  = S^T q                     read
 
 for each token. `recurrent_gated_delta_rule` is these four lines; `chunk_gated_delta_rule` takes a chunk of tokens at
-once, with matrix products.
+once, with matrix products. Speculative decoding computes the outputs of several tokens before it knows how many of them
+stay: `verify_delta_rule`, then `commit_delta_rule`.
 
 Letters: B batch, S tokens, H value heads, Hk key heads (H = Hk R; value head h reads key head h // R), K key dim,
 V value dim, C tokens per chunk, n chunks.
@@ -19,6 +20,8 @@ Both compute in float32 whatever the dtype of q, k and v, or in float64 when all
 inference: states are updated in place on private copies, so a backward pass through them raises. Shapes and control
 flow are static, and there is no scatter and no triangular solver, so that the Neuron compiler can trace them.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +129,122 @@ def chunk_gated_delta_rule(
     return torch.cat(outputs, dim=1)[:, :S].flatten(2, 3), state.view(B, Hk * R, K, V)
 
 
+def verify_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of T tokens of which a prefix will be kept, without writing the state; `commit_delta_rule` moves it on.
+
+    The chunk form of `chunk_gated_delta_rule`, with all T tokens in one chunk, so that the state is read once.
+
+    Args:
+        q, k: [B, T, Hk, K], raw as in `recurrent_gated_delta_rule`.
+        v: [B, T, H, V].
+        g, beta: [B, T, H] float32, as there.
+        initial_state: [B, H, K, V] float32.
+
+    Returns:
+        o: [B, T, H, V] in v.dtype; o_t depends on tokens 1 to t alone.
+        keys: [B, T, Hk, K] float32, and
+        u: [B, T, H, V] float32: token t adds keys_t u_t^T to the state, once it has decayed.
+    """
+    B, T, Hk, R, K, V = _sizes(q, k, v, g, beta, initial_state)
+    dtype, C = _wide(v.dtype), 1 << (T - 1).bit_length()
+    q, k, values, g, beta = (_cast(_whole_chunks(x, C), dtype) for x in (q, k, v, g, beta))
+    chunk = _prepare(q, k, values, g, beta, C)
+    u, o = _solve(chunk, 0, _initial(initial_state, (B, Hk, R, K, V), dtype, v.device))
+    o, u = (x.movedim(-2, 1)[:, :T].flatten(2, 3) for x in (o, u))
+    return _cast(o, v.dtype), chunk.kq[0, :, :, 0, :T].transpose(1, 2), u
+
+
+def commit_delta_rule(keys: Tensor, u: Tensor, g: Tensor, initial_state: Tensor, accepted: Tensor) -> Tensor:
+    """The state after the first accepted[b] of the T tokens of row b that `verify_delta_rule` went through:
+
+        S <- exp(g_1 + ... + g_n) S + sum over t <= n of exp(g_{t+1} + ... + g_n) keys_t u_t^T,  n = accepted[b]
+
+    Args:
+        keys: [B, T, Hk, K] and
+        u: [B, T, H, V], float32, from `verify_delta_rule`.
+        g: [B, T, H] float32, what it was given.
+        initial_state: [B, H, K, V] float32, likewise; not modified.
+        accepted: [B] integers, 0 to T; 0 leaves a row's state as it is. What is not accepted may hold anything.
+
+    Returns:
+        state: [B, H, K, V] float32.
+    """
+    B, T, Hk, K = keys.shape
+    H, V = u.shape[2:]
+    for name, x, shape in (
+        ("u", u, (B, T, H, V)),
+        ("g", g, (B, T, H)),
+        ("initial_state", initial_state, (B, H, K, V)),
+        ("accepted", accepted, (B,)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name} has shape {list(x.shape)}, expected {list(shape)} from keys {list(keys.shape)}")
+    real = (torch.arange(T, device=g.device) < accepted.unsqueeze(1)).unsqueeze(-1)  # [B, T, 1]
+    g = torch.where(real, _cast(g, u.dtype), 0.0)
+    # Sums of what follows each token, not differences of sums, which lose small decays after large ones.
+    to_end = F.pad(g[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1).exp()
+    u = torch.where(real.unsqueeze(-1), u * to_end.unsqueeze(-1), 0.0)
+    keys = torch.where(real.unsqueeze(-1), keys, 0.0)
+    rows = u.unflatten(2, (Hk, -1)).movedim(1, 3)  # [B, Hk, R, T, V]
+    columns = keys.permute(0, 2, 3, 1).unsqueeze(2).expand(-1, -1, H // Hk, -1, -1)  # [B, Hk, R, K, T]
+    written = (columns @ rows).flatten(1, 2)
+    return initial_state * g.sum(1).exp()[..., None, None] + written
+
+
+class _Chunks(NamedTuple):
+    """What n chunks need no state for, and v.
+
+    kq: [n, B, Hk, 1, 2 C, K], normalised keys, then normalised and scaled queries.
+    v: [n, B, Hk, R, C, V].
+    from_start, to_end: [n, B, Hk, R, C, 1], the decays d and D_C.
+    T: [n, B, Hk, R, C, C], (I - A)^-1 diag(beta).
+    P: the same shape, Q K^T * D.
+    """
+
+    kq: Tensor
+    v: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    T: Tensor
+    P: Tensor
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, C: int) -> _Chunks:
+    """`_Chunks` of whole chunks, given as in `chunk_gated_delta_rule`."""
+    Hk, K = q.shape[2:]
+    R = v.shape[2] // Hk
+
+    # K K^T and Q K^T are one product, once per key head.
+    q, k = l2norm(q).mul_(K**-0.5), l2norm(k)
+    kq = torch.cat((_chunks(k, C, Hk, 1), _chunks(q, C, Hk, 1)), dim=-2)
+    kk, qk = (kq @ kq[..., :C, :].mT).split(C, dim=-2)  # [n, B, Hk, 1, C, C]
+    # Contiguous, because a product inherits the memory order of its operands, and batched matrix products would copy.
+    v, g, beta = (_chunks(x, C, Hk, R).contiguous() for x in (v, g.unsqueeze(-1), beta.unsqueeze(-1)))
+
+    # D sums the g between two tokens. Differences of one running sum, the usual form, lose the small decays that follow
+    # large ones (1e-4 of the output at g = -100, none here), and need a mask before exp so as not to overflow.
+    between = torch.ones(C, C, dtype=g.dtype, device=g.device).tril(-1)
+    D = (between * g).cumsum(dim=-2).exp_()  # [n, B, Hk, R, C, C]; 1 above the diagonal, where kk and qk are masked
+    A = (D * kk.tril(-1)).mul_(-beta)
+    return _Chunks(
+        kq=kq,
+        v=v,
+        from_start=g.cumsum(dim=-2).exp_(),
+        to_end=D[..., -1:, :].mT,
+        T=_inverse(A.flatten(0, -3)).view_as(A) * beta.mT,
+        P=D * qk.tril(),
+    )
+
+
+def _solve(chunks: _Chunks, c: int, state: Tensor) -> tuple[Tensor, Tensor]:
+    """U and O of chunk c, [B, Hk, R, C, V], from the state before it, [B, Hk, R, K, V]."""
+    k_state, q_state = (chunks.kq[c] @ state).split(chunks.v.shape[-2], dim=-2)  # [B, Hk, R, C, V]
+    u = chunks.T[c] @ torch.addcmul(chunks.v[c], chunks.from_start[c], k_state, value=-1)
+    return u, torch.addcmul(chunks.P[c] @ u, chunks.from_start[c], q_state)
+
+
 def _segment(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, C: int, out_dtype: torch.dtype
 ) -> list[Tensor]:
@@ -134,36 +253,14 @@ def _segment(
     Returns:
         One output [B, C, Hk, R, V] per chunk.
     """
-    Hk, K = q.shape[2:]
-    R = v.shape[2] // Hk
-
-    # What needs no state, for all chunks at once. K K^T and Q K^T are one product, once per key head.
-    q, k = l2norm(q).mul_(K**-0.5), l2norm(k)
-    kq = torch.cat((_chunks(k, C, Hk, 1), _chunks(q, C, Hk, 1)), dim=-2)  # [n, B, Hk, 1, 2C, K]
-    k = kq[..., :C, :]
-    kk, qk = (kq @ k.mT).split(C, dim=-2)  # [n, B, Hk, 1, C, C]
-    # Contiguous, because a product inherits the memory order of its operands, and batched matrix products would copy.
-    v, g, beta = (_chunks(x, C, Hk, R).contiguous() for x in (v, g.unsqueeze(-1), beta.unsqueeze(-1)))
-
-    # D sums the g between two tokens. Differences of one running sum, the usual form, lose the small decays that follow
-    # large ones (1e-4 of the output at g = -100, none here), and need a mask before exp so as not to overflow.
-    between = torch.ones(C, C, dtype=g.dtype, device=g.device).tril(-1)
-    D = (between * g).cumsum(dim=-2).exp_()  # [n, B, Hk, R, C, C]; 1 above the diagonal, where kk and qk are masked
-    from_start = g.cumsum(dim=-2).exp_()  # d, [n, B, Hk, R, C, 1]
-    to_end = D[..., -1:, :].mT  # D_C, likewise
-    A = (D * kk.tril(-1)).mul_(-beta)
-    T = _inverse(A.flatten(0, -3)).view_as(A) * beta.mT  # (I - A)^-1 diag(beta)
-    P = D * qk.tril()
-
-    outputs = []
-    for c in range(v.shape[0]):
-        k_state, q_state = (kq[c] @ state).split(C, dim=-2)  # [B, Hk, R, C, V]
-        u = T[c] @ torch.addcmul(v[c], from_start[c], k_state, value=-1)
-        o = torch.addcmul(P[c] @ u, from_start[c], q_state)
+    chunks = _prepare(q, k, v, g, beta, C)
+    R, outputs = chunks.v.shape[3], []
+    for c in range(chunks.v.shape[0]):
+        u, o = _solve(chunks, c, state)
         outputs.append(_cast(o.movedim(-2, 1), out_dtype))
-        u = u * to_end[c]  # scales [C, V] per value head; scaling K would undo its sharing
-        k_heads = k[c].expand(-1, -1, R, -1, -1)
-        state.mul_(from_start[c, ..., -1:, :]).flatten(0, 2).baddbmm_(k_heads.flatten(0, 2).mT, u.flatten(0, 2))
+        u = u * chunks.to_end[c]  # scales [C, V] per value head; scaling K would undo its sharing
+        k_heads = chunks.kq[c, ..., :C, :].expand(-1, -1, R, -1, -1)
+        state.mul_(chunks.from_start[c, ..., -1:, :]).flatten(0, 2).baddbmm_(k_heads.flatten(0, 2).mT, u.flatten(0, 2))
     return outputs
 
 

@@ -22,4 +22,4 @@ def test_the_versions_are_those_of_sdk_2_29_to_2_32() -> None:
 
 
 def test_every_kernel_is_found() -> None:
-    assert len(all_kernels()) == 9 and {name.split("_")[0] for name in all_kernels()} == {"attention", "deltanet"}
+    assert len(all_kernels()) == 11 and {name.split("_")[0] for name in all_kernels()} == {"attention", "deltanet"}

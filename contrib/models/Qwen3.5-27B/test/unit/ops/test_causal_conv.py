@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qwen35.ops import causal_conv
+from qwen35.ops import causal_conv, commit_conv
 from support.compare import assert_close
 
 # Four products and a SiLU of values around 1, in float32 that rounds at 6e-8.
@@ -54,6 +54,8 @@ def test_outputs_and_state_are_those_of_a_loop(
     expected_y, expected_state = naive(x, weight, state, lengths)
     assert_close(y, expected_y, atol=TOLERANCE, rtol=TOLERANCE, label="y")
     assert_close(new_state.double(), expected_state, label="state")  # inputs are moved, not computed: to the bit
+    if state is not None:
+        assert_close(commit_conv(x, state, torch.tensor(lengths)).double(), expected_state, label="committed state")
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float32])
@@ -152,3 +154,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         causal_conv(torch.zeros(1, 2, 6), torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"state has shape \[1, 6, 4\], expected \[1, 6, 3\]"):
         causal_conv(torch.zeros(1, 2, 6), torch.zeros(6, 4), torch.zeros(1, 6, 4))
+    with pytest.raises(ValueError, match=r"state has shape \[2, 6, 3\], expected \[1, 6, W - 1\]"):
+        commit_conv(torch.zeros(1, 2, 6), torch.zeros(2, 6, 3), torch.ones(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"accepted has shape \[2\], expected \[1\]"):
+        commit_conv(torch.zeros(1, 2, 6), torch.zeros(1, 6, 3), torch.ones(2, dtype=torch.int64))

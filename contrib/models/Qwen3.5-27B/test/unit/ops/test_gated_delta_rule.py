@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qwen35.ops import chunk_gated_delta_rule, decay_and_beta, l2norm, recurrent_gated_delta_rule
+from qwen35.ops import (
+    chunk_gated_delta_rule,
+    commit_delta_rule,
+    decay_and_beta,
+    l2norm,
+    recurrent_gated_delta_rule,
+    verify_delta_rule,
+)
 from support.compare import assert_close
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -268,3 +275,111 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         chunk_gated_delta_rule(q, k, v, g[:, :, :2], beta)
     with pytest.raises(ValueError, match=r"initial_state has shape \[1, 2, 16, 8\], expected \[1, 4, 16, 8\]"):
         chunk_gated_delta_rule(q, k, v, g, beta, torch.zeros(1, 2, 16, 8))
+
+
+# --- Tokens of which a prefix is kept --------------------------------------------------------------------------------
+@settings(max_examples=40)
+@given(
+    T=st.integers(1, 8),
+    Hk=st.integers(1, 3),
+    R=st.integers(1, 3),
+    K=st.integers(2, 40),
+    V=st.integers(1, 40),
+    accepted=st.lists(st.integers(0, 8), min_size=1, max_size=3),
+    integers=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_commit_gives_the_state_after_any_number_of_the_verified_tokens(
+    T: int, Hk: int, R: int, K: int, V: int, accepted: list[int], integers: torch.dtype, seed: int
+) -> None:
+    counts = [min(n, T) for n in accepted]
+    q, k, v, g, beta = inputs(len(counts), T, Hk, R, K, V, seed)
+    state = torch.randn(len(counts), Hk * R, K, V, generator=torch.Generator().manual_seed(seed))
+    o, keys, u = verify_delta_rule(q, k, v, g, beta, state)
+    committed = commit_delta_rule(keys, u, g, state, torch.tensor(counts, dtype=integers))
+    expected_o, _ = naive(q, k, v, g, beta, state)
+    for b, n in enumerate(counts):
+        row = [x[b : b + 1] for x in (q, k, v, g, beta)]
+        expected = naive(*(x[:, :n] for x in row), state[b : b + 1])[1] if n else state[b : b + 1].double()
+        check((o[b], committed[b]), (expected_o[b], expected[0]), label=f"row {b}, {n} tokens")
+
+
+@pytest.mark.parametrize("gates", list(strong_gates(8)))
+def test_a_commit_keeps_the_accuracy_under_strong_decay(gates: str) -> None:
+    q, k, v, _, beta = inputs(1, 8, 2, 2, 32, 16)
+    x, state = (q, k, v, strong_gates(8)[gates], beta), torch.randn(1, 4, 32, 16)
+    o, keys, u = verify_delta_rule(*x, state)
+    for n in range(1, 9):
+        expected_o, expected = naive(*(part[:, :n] for part in x), state)
+        check((o[:, :n], commit_delta_rule(keys, u, x[3], state, torch.tensor([n]))), (expected_o, expected))
+
+
+def test_a_commit_keeps_the_accuracy_when_each_token_erases_the_one_before() -> None:
+    q, k, v, g, beta = inputs(1, 8, 2, 2, 64, 32)
+    x, state = (q, k[:, :1].expand_as(k), v, 2e-3 * g, 1 - 0.01 * beta), torch.randn(1, 4, 64, 32)
+    o, keys, u = verify_delta_rule(*x, state)
+    for n in range(1, 9):
+        expected_o, expected = naive(*(part[:, :n] for part in x), state)
+        check((o[:, :n], commit_delta_rule(keys, u, x[3], state, torch.tensor([n]))), (expected_o, expected))
+
+
+def test_a_row_with_nothing_accepted_keeps_its_state_to_the_bit() -> None:
+    x, state = inputs(2, 4, 2, 2, 16, 8), torch.randn(2, 4, 16, 8)
+    _, keys, u = verify_delta_rule(*x, state)
+    assert_close(commit_delta_rule(keys, u, x[3], state, torch.tensor([0, 4]))[0], state[0])
+
+
+def test_what_was_rejected_never_reaches_the_state_not_even_nan() -> None:
+    x, state = inputs(1, 4, 2, 2, 16, 8), torch.randn(1, 4, 16, 8)
+    _, keys, u = verify_delta_rule(*x, state)
+    clean = commit_delta_rule(keys, u, x[3], state, torch.tensor([2]))
+    for rejected in (keys, u, x[3]):
+        rejected[:, 2:] = torch.nan
+    assert_close(commit_delta_rule(keys, u, x[3], state, torch.tensor([2])), clean)
+
+
+def test_verification_reads_the_state_and_writes_nothing() -> None:
+    x = [*inputs(2, 3, 2, 2, 16, 8), torch.randn(2, 4, 16, 8)]
+    before = [t.clone() for t in x]
+    _, keys, u = verify_delta_rule(*x)
+    commit_delta_rule(keys, u, x[3], x[5], torch.tensor([1, 3])).fill_(7.0)
+    for now, then in zip(x, before, strict=True):
+        assert_close(now, then)
+
+
+def test_verification_keeps_bfloat16_out_of_what_is_committed() -> None:
+    q, k, v, g, beta = inputs(1, 4, 2, 2, 16, 8)
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    state = torch.randn(1, 4, 16, 8)
+    o, keys, u = verify_delta_rule(*narrow, g, beta, state)
+    assert (o.dtype, keys.dtype, u.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    exact = naive(*(x.float() for x in narrow), g, beta, state)[1]
+    committed = commit_delta_rule(keys, u, g, state, torch.tensor([4]))
+    assert_close(committed, exact, atol=TOLERANCE * exact.abs().max().item())
+
+
+def test_the_traced_commit_follows_counts_that_it_was_not_traced_with() -> None:
+    def step(*args: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, g, beta, state, accepted = args
+        o, keys, u = verify_delta_rule(q, k, v, g, beta, state)
+        return o, commit_delta_rule(keys, u, g, state, accepted)
+
+    x = [*inputs(2, 4, 2, 2, 16, 8), torch.randn(2, 4, 16, 8)]
+    graph = make_fx(torch.func.functionalize(step))(*x, torch.tensor([1, 4]))
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    refused = ("scatter", "index_put", "triangular", "scalar_dense", "nonzero", "masked_select")
+    assert not [n for n in names if any(r in n for r in refused)], names
+    check(graph(*x, torch.tensor([3, 0])), step(*x, torch.tensor([3, 0])))
+
+
+def test_a_commit_names_arguments_that_do_not_fit() -> None:
+    x, state = inputs(2, 4, 2, 2, 16, 8), torch.randn(2, 4, 16, 8)
+    _, keys, u = verify_delta_rule(*x, state)
+    with pytest.raises(ValueError, match=r"accepted has shape \[2, 1\], expected \[2\]"):
+        commit_delta_rule(keys, u, x[3], state, torch.ones(2, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"initial_state has shape \[2, 4, 8, 16\], expected \[2, 4, 16, 8\]"):
+        commit_delta_rule(keys, u, x[3], state.mT, torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"u has shape \[2, 3, 4, 8\], expected \[2, 4, 4, 8\]"):
+        commit_delta_rule(keys, u[:, :3], x[3], state, torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"g has shape \[2, 4, 3\], expected \[2, 4, 4\]"):
+        commit_delta_rule(keys, u, x[3][..., :3], state, torch.ones(2, dtype=torch.int64))
