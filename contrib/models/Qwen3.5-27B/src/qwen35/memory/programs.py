@@ -106,6 +106,7 @@ def _walk(model: NeuronBaseForCausalLM, which: slice, period: int) -> Iterator[t
                 # What an alias writes over a parameter takes no room of its own.
                 peak, after = run.replay(without=[outputs[position] for position in aliases.values()])
                 program = Program(wrapper.tag, wrapper.neuron_config.buckets[i], peak, run.matmuls)
+                after = after or [(0, 0)]  # a program that drafts alone runs no layer of the decoder
                 before = after[-1 - period] if len(after) > period else after[-1]
                 yield (
                     program,
