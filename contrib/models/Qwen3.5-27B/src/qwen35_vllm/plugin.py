@@ -20,6 +20,9 @@ PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
 ARCHITECTURES = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5MTP")
 """Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config."""
 
+DEVICES = Path("/dev")
+"""Where the driver makes a file for each chip."""
+
 logger = logging.getLogger("vllm.qwen35")  # below "vllm", which vLLM configures
 
 
@@ -59,7 +62,7 @@ def register() -> None:
 
 def neuron_devices() -> list[str]:
     """The Neuron devices of this machine, one a chip."""
-    return sorted(str(path) for path in Path("/dev").glob("neuron[0-9]*"))
+    return sorted(map(str, DEVICES.glob("neuron[0-9]*")))
 
 
 def _named() -> list[str]:
