@@ -43,7 +43,7 @@ LONG = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
-    options = json.dumps({"disable_any_whitespace": True})
+    options = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
     with serve(log, *ARGUMENTS, "--structured-outputs-config", options) as running:
         yield running
 
@@ -124,7 +124,7 @@ def test_logprobs_are_those_of_transformers(server: Server) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"max_tokens": 5000}, "maximum context length"),
+        ({"max_tokens": 5000}, "max_tokens"),
         ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs is not served"),
         ({"temperature": -1}, "temperature"),
     ],
