@@ -59,8 +59,8 @@ def cores_of_replica(parallel: ParallelConfig, environment: Mapping[str, str] = 
         ConfigurationRefused: the cores that are visible to this process are too few, or badly named.
     """
     replica, degree = parallel.data_parallel_rank_local, parallel.tensor_parallel_size
-    if replica is None:
-        return None  # the only one, which the runtime gives what it takes
+    if replica is None or environment.get(NUMBER_OF_CORES):
+        return None  # the only one here: the user, or the runtime, gives it what it takes
     visible = _visible(environment)
     first, last = replica * degree, (replica + 1) * degree - 1
     if visible is None:

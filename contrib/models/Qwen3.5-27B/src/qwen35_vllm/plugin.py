@@ -17,7 +17,11 @@ NAME = "qwen35"
 """Of both entry points: what `VLLM_PLUGINS` lists."""
 
 PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
-ARCHITECTURE = "Qwen3_5ForConditionalGeneration"
+ARCHITECTURES = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5MTP")
+"""Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config."""
+
+DEVICES = Path("/dev")
+"""Where the driver makes a file for each chip."""
 
 logger = logging.getLogger("vllm.qwen35")  # below "vllm", which vLLM configures
 
@@ -33,7 +37,9 @@ def platform() -> str | None:
 
     own = {name for name, detect in builtin_platform_plugins.items() if _detects(detect)}
     if accelerators := sorted(own - {"cpu"}):
-        logger.info("qwen35 steps aside: vLLM runs on %s here", ", ".join(accelerators))
+        # Who named it is told; on any other machine with an accelerator nobody waits for it.
+        level = logging.WARNING if NAME in _named() else logging.DEBUG
+        logger.log(level, "qwen35 steps aside: vLLM runs on %s here", ", ".join(accelerators))
         return None
     for name, detect in _other_platforms():
         if _detects(detect):
@@ -46,16 +52,17 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Tell vLLM of the model: its architecture, and its configuration where transformers has none."""
+    """Tell vLLM what kind of model it serves; the configuration class it has itself, or transformers has."""
     from vllm import ModelRegistry
 
-    # By name: importing the class, or the one that vLLM has, would take torchvision with it.
-    ModelRegistry.register_model(ARCHITECTURE, "qwen35_vllm.model:Qwen35ForVLLM")
+    for architecture in ARCHITECTURES:
+        # By name, so that nothing is imported here. vLLM's own classes of these names need torchvision.
+        ModelRegistry.register_model(architecture, "qwen35_vllm.model:Qwen35ForVLLM")
 
 
 def neuron_devices() -> list[str]:
     """The Neuron devices of this machine, one a chip."""
-    return sorted(str(path) for path in Path("/dev").glob("neuron[0-9]*"))
+    return sorted(map(str, DEVICES.glob("neuron[0-9]*")))
 
 
 def _named() -> list[str]:

@@ -1,6 +1,9 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""What of vLLM's own options is not served, each by its name and with what to do."""
+"""What of vLLM's own options is not served, each by its name and with what to do.
+
+What needs a method of the model's class, as LoRA and pipeline parallel, vLLM refuses itself, and does so before.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,6 @@ _LOAD_FORMATS = ("auto", "hf", "safetensors")
 def refusals(vllm_config: VllmConfig) -> Iterator[str]:
     """What is not served of a configuration, a phrase each."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    if vllm_config.lora_config is not None:
-        yield "--enable-lora: the compiled programs have no place for adapters; merge one into its checkpoint"
     if vllm_config.speculative_config is not None:
         yield "--speculative-config: not served yet; leave it out"
     if model.quantization is not None:
@@ -48,18 +49,14 @@ def refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"--load-format {vllm_config.load_config.load_format}: safetensors are read; leave it out"
     if vllm_config.load_config.download_dir is not None:
         yield "--download-dir: set HF_HOME, which the hub's own client reads"
-    if model.enable_sleep_mode:
-        yield "--enable-sleep-mode: the weights stay on the device; leave it out"
     yield from _parallel_refusals(vllm_config)
 
 
 def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     parallel = vllm_config.parallel_config
-    for name in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size", "nnodes"):
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size", "nnodes"):
         if _get(parallel, name, 1) > 1:
             yield f"--{name.replace('_', '-')} {getattr(parallel, name)}: of one machine, only tensor and data parallel"
-    if parallel.enable_expert_parallel:
-        yield "--enable-expert-parallel: the dense models have no experts; leave it out"
     if parallel.distributed_executor_backend not in ("uni", "mp", None):
         yield f"--distributed-executor-backend {parallel.distributed_executor_backend}: one process drives all ranks"
     if parallel.tensor_parallel_size > 1 and not runs_on_neuron():

@@ -14,7 +14,7 @@ import torch
 
 from qwen35 import SamplingOptions
 from qwen35.cli import main
-from qwen35.cli.options import AnswerOptions, add_answer_options, dtype_named, options_from, write_whole
+from qwen35.cli.options import AnswerOptions, add_answer_options, dtype_named, options_from
 
 
 @pytest.mark.parametrize(
@@ -49,24 +49,6 @@ def test_options_are_the_arguments_of_their_names_and_cannot_change() -> None:
     assert options.sampling_of(Path("no-such-checkpoint")) == SamplingOptions(0.5, 0.9, 7, 1, 0.1, 1.1, 1.5, 0.5)
     with pytest.raises(AttributeError):
         options.seed = 2  # type: ignore[misc]
-
-
-def test_a_directory_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    def write(path: Path) -> None:
-        path.mkdir()
-        (path / "file").write_text("whole")
-
-    def fail(path: Path) -> None:
-        write(path)
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(tmp_path / "out", fail)
-    assert list(tmp_path.iterdir()) == []
-    write_whole(tmp_path / "out", write)
-    assert (tmp_path / "out" / "file").read_text() == "whole"
-    with pytest.raises(FileExistsError, match="exists already"):
-        write_whole(tmp_path / "out", write)
 
 
 def test_sampling_of_the_checkpoint_fills_in_what_is_not_given(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` on the loopback address, in a process of its own, and what a test asks it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import OpenAI
+
+from qwen35.serving.loading import MINI_CHECKPOINT
+
+SECONDS_TO_START = 240
+"""More than it takes on a machine that runs much else."""
+
+
+class Server:
+    """A server that answers requests.
+
+    Args:
+        process: `vllm serve`.
+        port: on 127.0.0.1.
+        log: the file of what it says.
+        seconds_to_ready: from its start until it answered.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, seconds_to_ready: float) -> None:
+        self.process, self.port, self.log, self.seconds_to_ready = process, port, log, seconds_to_ready
+        self.url = f"http://127.0.0.1:{port}"
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            text = response.read().decode()
+        values = re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        assert values, f"no metric {name}"
+        return sum(map(float, values))
+
+    def require_idle(self, seconds: float = 30) -> None:
+        """Check that soon no request is running or waiting, and no block, that is no row, is in use."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        end = time.monotonic() + seconds
+        while any(left := {name: self.metric(name) for name in names}.values()):
+            assert time.monotonic() < end, f"still in use: {left}"
+            time.sleep(0.2)
+
+    def stop(self, seconds: float = 60) -> int:
+        """Ask it to end, and wait: its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=seconds)
+
+
+@contextmanager
+def serve(log: Path, *arguments: str, model: Path = MINI_CHECKPOINT) -> Iterator[Server]:
+    """A server of the mini, named "mini", until the end of the block.
+
+    Raises:
+        AssertionError: it ends, or does not answer in time; with the end of its log.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "mini"]
+    start = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), *arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # A thread of arithmetic a process: more of them wait for one another where cores are few.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        )
+    try:
+        while not _answers(port):
+            state = "ended" if process.poll() is not None else "does not answer"
+            waited = time.monotonic() - start
+            assert process.poll() is None and waited < SECONDS_TO_START, f"it {state}:\n{log.read_text()[-4000:]}"
+            time.sleep(0.2)
+        yield Server(process, port, log, time.monotonic() - start)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,153 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which platform vLLM takes: ours where it has none or Neuron devices are; never on another accelerator."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm import platforms
+
+from qwen35_vllm import plugin
+
+pytestmark = pytest.mark.vllm
+
+SELECTED = """
+from vllm import platforms
+{before}
+from vllm.platforms import current_platform
+print("selected", type(current_platform).__name__)
+"""
+
+CUDA_MACHINE = "platforms.builtin_platform_plugins['cuda'] = lambda: 'vllm.platforms.interface.UnspecifiedPlatform'"
+"""vLLM's own detection finds a GPU; the class of its platform would look for the driver."""
+
+
+def install_other_platform(
+    path: Path, name: str = "other", answer: str | None = "other_platform.OtherPlatform"
+) -> None:
+    """An installed distribution with a platform of its own, for Neuron: `answer` is what its entry point returns."""
+    metadata = path / "other_neuron-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-neuron\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[vllm.platform_plugins]\n{name} = other_platform:detect\n")
+    (path / "other_platform.py").write_text(
+        f"def detect():\n    return {answer!r}\n\n"
+        "def __getattr__(name):\n"
+        "    from vllm.platforms.interface import UnspecifiedPlatform\n"
+        "    if name != 'OtherPlatform':\n        raise AttributeError(name)\n"
+        "    return type(name, (UnspecifiedPlatform,), {})\n"
+    )
+
+
+def select(before: str = "", path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a new process selects, with `before` run before it and `path` first among those of modules."""
+    paths = [*([str(path)] if path else []), *sys.path]
+    return subprocess.run(
+        [sys.executable, "-c", SELECTED.format(before=before)],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": os.pathsep.join(paths), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def selected(process: subprocess.CompletedProcess[str]) -> str:
+    return process.stdout.splitlines()[-1].removeprefix("selected ")
+
+
+def test_the_pure_python_build_has_ours() -> None:
+    assert selected(select()) == "Qwen35Platform"
+
+
+def test_a_cuda_machine_is_not_taken_over_even_when_named() -> None:
+    process = select(CUDA_MACHINE, VLLM_PLUGINS=plugin.NAME)
+    assert selected(process) == "UnspecifiedPlatform"
+    assert "qwen35 steps aside: vLLM runs on cuda here" in process.stdout + process.stderr
+
+
+def test_another_out_of_tree_platform_goes_first_unless_ours_is_named(tmp_path: Path) -> None:
+    install_other_platform(tmp_path)
+    process = select(path=tmp_path)
+    assert selected(process) == "OtherPlatform"
+    assert "qwen35 steps aside for the platform other; VLLM_PLUGINS=qwen35 chooses" in process.stdout + process.stderr
+    assert selected(select(path=tmp_path, VLLM_PLUGINS=plugin.NAME)) == "Qwen35Platform"
+    assert selected(select(path=tmp_path, VLLM_PLUGINS="other")) == "OtherPlatform"
+
+
+@pytest.mark.parametrize("broken", ["None", "1 / 0"])
+def test_another_platform_that_is_not_active_is_no_obstacle(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_other_platform(tmp_path, answer=None)
+    module = tmp_path / "other_platform.py"
+    module.write_text(module.read_text().replace("return None", f"return {broken}"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "other_platform", raising=False)
+    assert plugin.platform() == plugin.PLATFORM
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """This machine, without a platform of vLLM's own and without VLLM_PLUGINS, until a test says otherwise."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    for name in platforms.builtin_platform_plugins:
+        monkeypatch.setitem(platforms.builtin_platform_plugins, name, lambda: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("accelerator", [name for name in platforms.builtin_platform_plugins if name != "cpu"])
+@pytest.mark.parametrize("devices", [[], ["/dev/neuron0"]], ids=["", "Neuron"])
+def test_no_accelerator_of_another_maker_is_taken_over(
+    machine: pytest.MonkeyPatch, accelerator: str, devices: list[str]
+) -> None:
+    machine.setitem(platforms.builtin_platform_plugins, accelerator, lambda: "vllm.platforms.Some")
+    machine.setattr(plugin, "neuron_devices", lambda: devices)
+    assert plugin.platform() is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "named", "active"),
+    [([], None, False), (["/dev/neuron0"], None, True), ([], "qwen35", True), ([], "other, qwen35", True)],
+)
+def test_where_vllm_runs_on_the_cpu_itself_ours_is_for_neuron_or_named(
+    machine: pytest.MonkeyPatch, devices: list[str], named: str | None, active: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.setitem(platforms.builtin_platform_plugins, "cpu", lambda: "vllm.platforms.cpu.CpuPlatform")
+    machine.setattr(plugin, "neuron_devices", lambda: devices)
+    if named is not None:
+        machine.setenv("VLLM_PLUGINS", named)
+    machine.setattr(plugin.logger, "propagate", True)
+    with caplog.at_level(logging.INFO, plugin.logger.name):
+        assert (plugin.platform() is not None) == active
+    assert ("steps aside" in caplog.text) != active
+
+
+def test_a_detection_that_fails_counts_as_not_there(machine: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise OSError("no driver")
+
+    machine.setitem(platforms.builtin_platform_plugins, "cuda", fail)
+    assert plugin.platform() == plugin.PLATFORM
+
+
+def test_what_vllm_is_told_of_the_model_needs_no_torchvision() -> None:
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from vllm.model_executor.models.registry import ModelRegistry\n"
+        f"for name in {plugin.ARCHITECTURES!r}:\n"
+        "    info = ModelRegistry.models[name].inspect_model_cls()\n"
+        "    print(info.architecture, info.is_text_generation_model, info.supports_multimodal, info.is_hybrid)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-2:] == ["Qwen35ForVLLM True False False"] * 2

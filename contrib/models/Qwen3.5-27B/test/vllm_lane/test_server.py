@@ -1,0 +1,238 @@
+# Copyright 2026 The qwen35-neuron authors
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` on the mini: what clients get, what happens to the others when one fails or leaves, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import openai
+import transformers
+from openai import AsyncOpenAI
+
+import qwen35
+from qwen35.serving.generation import TextGenerator
+from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
+from support.vllm_server import Server, serve
+
+pytestmark = pytest.mark.vllm
+
+FACTS = json.loads((MINI_CHECKPOINT / "facts.json").read_text())
+ARGUMENTS = ("--max-model-len", "512", "--max-num-seqs", "4", "--dtype", "float32")
+DOCUMENT = Path(qwen35.__file__).parents[2] / "docs" / "serve.md"
+LOGPROB_TOLERANCE = 1e-4  # two float32 implementations of 8 layers
+LONG = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+    with serve(log, *ARGUMENTS, "--structured-outputs-config", options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def generator() -> TextGenerator:
+    """The same checkpoint without vLLM."""
+    config = qwen35.Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, default_neuron_config(512))
+    return TextGenerator.load(MINI_CHECKPOINT, config)
+
+
+def complete(server: Server, prompt: str, **options: Any) -> str:
+    given = {"max_tokens": 16, "temperature": 0, **options}
+    return server.client.completions.create(model="mini", prompt=prompt, **given).choices[0].text
+
+
+def test_completions_are_those_without_vllm(server: Server, generator: TextGenerator) -> None:
+    for fact in FACTS[:6]:
+        expected = generator.generate([fact["prompt"]], 16).texts[0]
+        assert complete(server, fact["prompt"]) == expected
+        assert fact["answer"] in expected
+
+
+def test_chat_answers_whole_and_streamed(server: Server) -> None:
+    for fact in FACTS[:4]:
+        request: Any = {"model": "mini", "messages": [{"role": "user", "content": fact["question"]}], "max_tokens": 32}
+        whole = server.client.chat.completions.create(**request, temperature=0).choices[0]
+        assert fact["answer"] in (whole.message.content or "") and whole.finish_reason == "stop"
+        stream = server.client.chat.completions.create(**request, temperature=0, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        assert "".join(pieces) == whole.message.content
+        assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_a_schema_is_kept(server: Server) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"],
+        "additionalProperties": False,
+    }
+    answer = server.client.chat.completions.create(
+        model="mini",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        response_format={"type": "json_schema", "json_schema": {"name": "capital", "schema": schema}},
+        max_tokens=64,
+        temperature=0,
+    )
+    found = json.loads(answer.choices[0].message.content or "")
+    assert found.keys() == {"city", "sure"} and found["city"] in ("Paris", "Rome") and isinstance(found["sure"], bool)
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="transformers has no Qwen3.5 before 5")
+def test_logprobs_are_those_of_transformers(server: Server) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(MINI_CHECKPOINT, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINI_CHECKPOINT)
+    worst = 0.0
+    for fact in FACTS[:8]:
+        answer = server.client.completions.create(
+            model="mini", prompt=fact["prompt"], max_tokens=8, temperature=0, logprobs=5,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        ).choices[0]  # fmt: skip
+        prompt, tokens = tokenizer(fact["prompt"])["input_ids"], answer.token_ids  # type: ignore[attr-defined]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        assert tokens == expected.argmax(-1).tolist()
+        assert answer.logprobs is not None and answer.logprobs.top_logprobs is not None
+        chosen = torch.tensor(answer.logprobs.token_logprobs)
+        worst = max(worst, float((chosen - expected[range(len(tokens)), tokens]).abs().max()))
+        for row, top in zip(expected, answer.logprobs.top_logprobs, strict=True):
+            found = torch.tensor(sorted(top.values(), reverse=True))
+            worst = max(worst, float((found - row.topk(len(found)).values).abs().max()))
+    assert worst < LOGPROB_TOLERANCE, worst
+    print(f"logprobs differ from transformers' by at most {worst:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_tokens": 5000}, "max_tokens"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs is not served"),
+        ({"temperature": -1}, "temperature"),
+    ],
+    ids=str,
+)
+def test_a_request_that_is_not_served_is_told_so_and_the_others_go_on(
+    server: Server, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=told):
+        complete(server, "The capital of France is", **options)
+    assert "Paris" in complete(server, "The capital of France is")
+
+
+def test_images_are_refused(server: Server) -> None:
+    content: Any = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+    ]
+    with pytest.raises(openai.BadRequestError, match="not a multimodal model"):
+        server.client.chat.completions.create(model="mini", messages=[{"role": "user", "content": content}])
+
+
+def test_rows_of_clients_that_hang_up_are_free_again(server: Server) -> None:
+    for _ in range(8):  # twice as many as there are rows
+        stream = server.client.completions.create(model="mini", prompt="Once", stream=True, **LONG)
+        next(iter(stream))
+        stream.close()
+    body = json.dumps({"model": "mini", "prompt": "Once", "max_tokens": 400, "ignore_eos": True}).encode()
+    for _ in range(4):  # before the first token, without a word
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+            head.append(f"Content-Length: {len(body)}")
+            connection.sendall("\r\n".join(head).encode() + b"\r\n\r\n" + body)
+            time.sleep(0.05)
+    server.require_idle()
+    assert "Paris" in complete(server, "The capital of France is")
+
+
+def test_two_hundred_at_once_over_four_rows(server: Server) -> None:
+    prompts = [fact["prompt"] for fact in FACTS[:20]]
+    alone = {prompt: complete(server, prompt, max_tokens=6) for prompt in prompts}
+
+    async def ask_all() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+
+            async def ask(prompt: str) -> str:
+                answer = await client.completions.create(model="mini", prompt=prompt, max_tokens=6, temperature=0)
+                return answer.choices[0].text
+
+            return await asyncio.gather(*(ask(prompts[i % len(prompts)]) for i in range(200)))
+
+    answers = asyncio.run(ask_all())
+    assert answers == [alone[prompts[i % len(prompts)]] for i in range(200)]
+    server.require_idle()
+
+
+def _code(language: str) -> list[str]:
+    """The blocks of a language in the document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_requests_of_the_document_are_answered(server: Server) -> None:
+    (curl,) = [block for block in _code("sh") if block.startswith("curl ")]
+    answer = subprocess.run(
+        ["bash", "-c", curl.replace("localhost:8000", f"127.0.0.1:{server.port}")], capture_output=True, text=True
+    )
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "Paris.", answer
+    (script,) = _code("python")
+    ran = subprocess.run(
+        [sys.executable, "-c", script.replace("localhost:8000", f"127.0.0.1:{server.port}")],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    (said,) = _code("text")
+    assert ran.stdout == said
+
+
+@pytest.mark.parametrize("timeout", [0, 60])
+def test_sigterm_in_the_middle_of_answers(timeout: int, tmp_path: Path) -> None:
+    """Without a timeout vLLM aborts them; with one it lets them end. Either way it ends itself, with status 0."""
+    with serve(tmp_path / "log", *ARGUMENTS, "--shutdown-timeout", str(timeout)) as server:
+        counts: dict[int, int] = {}
+        reasons: dict[int, str | None] = {}
+
+        def read(i: int) -> None:
+            try:
+                stream = server.client.completions.create(model="mini", prompt="Once", stream=True, **LONG)
+                for chunk in stream:
+                    counts[i] = counts.get(i, 0) + 1
+                    reasons[i] = chunk.choices[0].finish_reason
+            except (openai.APIError, OSError) as error:
+                reasons[i] = type(error).__name__
+
+        readers = [Thread(target=read, args=(i,)) for i in range(6)]  # four run, two wait
+        for reader in readers:
+            reader.start()
+        end = time.monotonic() + 60
+        while min((counts.get(i, 0) for i in counts), default=0) < 5 or len(counts) < 4:
+            assert time.monotonic() < end, counts
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        for reader in readers:
+            reader.join(timeout=120)
+            assert not reader.is_alive(), "a client waits for ever"
+        assert server.process.wait(timeout=60) == 0, server.log.read_text()[-3000:]
+        if timeout:
+            assert [reasons[i] for i in counts] == ["length"] * len(counts), reasons
+        else:
+            assert "length" not in reasons.values(), reasons
+        assert "Traceback" not in server.log.read_text().split("shutdown triggered")[-1]
