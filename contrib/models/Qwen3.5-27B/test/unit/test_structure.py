@@ -88,10 +88,8 @@ TESTED_ELSEWHERE = {
 """The modules of qwen35 that have no test file of their name, and why."""
 
 VLLM_TESTED_ELSEWHERE = {
-    "connector": "how vLLM is told of a request that failed: test_vllm_runner.py",
     "model": "vLLM inspects it and nobody builds it: test_platform_selection.py",
     "platform": "what vLLM asks of it: test_platform_selection.py, test_refusals.py",
-    "request_rows": "the rows of random schedules: test_schedules.py, test_vllm_runner.py",
     "request_rules": "what a client is told: test_worker.py, test_server.py",
     "versions": "all tests of the lane run on it, with either version",
 }
