@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -179,6 +180,17 @@ def test_two_hundred_at_once_over_four_rows(server: Server) -> None:
     answers = asyncio.run(ask_all())
     assert answers == [alone[prompts[i % len(prompts)]] for i in range(200)]
     server.require_idle()
+
+
+def test_two_replicas_share_the_requests(tmp_path: Path) -> None:
+    with serve(tmp_path / "log", *ARGUMENTS, "--data-parallel-size", "2") as server:
+        for fact in FACTS[:6]:
+            assert fact["answer"] in complete(server, fact["prompt"])
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+            text = response.read().decode()
+        counted = re.findall(r'^vllm:request_success_total{engine="(\d)",finished_reason="stop".*} (\S+)$', text, re.M)
+        assert {engine: float(number) for engine, number in counted} == {"0": 3, "1": 3}
+        assert server.stop() == 0
 
 
 def _code(language: str) -> list[str]:
