@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 NAME = "qwen35"
@@ -72,10 +73,14 @@ def _named() -> list[str]:
 
 def _other_platforms() -> Iterator[tuple[str, Callable[[], object]]]:
     """The out-of-tree platforms beside this one that vLLM will ask too."""
-    named = os.environ.get("VLLM_PLUGINS")
+    given = os.environ.get("VLLM_PLUGINS")
     for entry in entry_points(group="vllm.platform_plugins"):
-        if entry.name != NAME and (named is None or entry.name in _named()):
-            yield entry.name, lambda entry=entry: entry.load()()
+        if entry.name != NAME and (given is None or entry.name in _named()):
+            yield entry.name, partial(_call, entry)
+
+
+def _call(entry: EntryPoint) -> object:
+    return entry.load()()
 
 
 def _detects(detect: Callable[[], object]) -> bool:
