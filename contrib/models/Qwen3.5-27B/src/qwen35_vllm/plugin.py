@@ -21,6 +21,8 @@ PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
 ARCHITECTURES = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5MTP")
 """Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config."""
 
+TEXT_MODEL_TYPE = "qwen3_5_text"
+
 DEVICES = Path("/dev")
 """Where the driver makes a file for each chip."""
 
@@ -53,9 +55,15 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Tell vLLM what kind of model it serves; the configuration class it has itself, or transformers has."""
+    """Tell vLLM what kind of model it serves, and transformers of the configuration class where it has none."""
+    from transformers import CONFIG_MAPPING, AutoConfig
     from vllm import ModelRegistry
 
+    if TEXT_MODEL_TYPE not in CONFIG_MAPPING:
+        # With transformers 4, vLLM knows the configuration of checkpoints with a vision encoder alone by its name.
+        from vllm.transformers_utils.configs.qwen3_5 import Qwen3_5TextConfig
+
+        AutoConfig.register(TEXT_MODEL_TYPE, Qwen3_5TextConfig)
     for architecture in ARCHITECTURES:
         # By name, so that nothing is imported here. vLLM's own classes of these names need torchvision.
         ModelRegistry.register_model(architecture, "qwen35_vllm.model:Qwen35ForVLLM")

@@ -77,7 +77,7 @@ def test_all_are_named_at_once(served_checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"enable_lora": True}, "LoRA is not supported .* without `enable_lora`"),
+        ({"enable_lora": True}, "LoRA is not supported.* without `enable_lora`"),  # here, or as ours
         ({"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported for this model"),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported"),
     ],
@@ -86,7 +86,7 @@ def test_all_are_named_at_once(served_checkpoint: Path) -> None:
 def test_what_the_model_s_class_does_not_have_vllm_refuses_itself(
     arguments: dict[str, Any], told: str, served_checkpoint: Path
 ) -> None:
-    with pytest.raises((ValueError, NotImplementedError), match=told):
+    with pytest.raises((ValueError, NotImplementedError, ConfigurationRefused), match=told):
         configured(served_checkpoint, **arguments)
 
 
@@ -174,7 +174,6 @@ def test_vllm_serve_says_so_in_a_line_and_ends(served_checkpoint: Path) -> None:
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
-    assert ended.stderr.splitlines()[-1].startswith(
-        "qwen35_vllm.options.ConfigurationRefused: not served: --load-format"
-    )
+    said = ended.stderr.splitlines()[-1]
+    assert "qwen35_vllm.options.ConfigurationRefused: not served: --load-format dummy" in said
     assert "EngineCore" not in ended.stdout + ended.stderr, "nothing was started"
