@@ -14,11 +14,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm import EngineArgs
+from vllm import AsyncEngineArgs, EngineArgs
 from vllm.config import VllmConfig
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from qwen35_vllm import options, refusals
 from qwen35_vllm.options import ConfigurationRefused
+from support.models import save_checkpoint
 from support.vllm_engines import save_served_checkpoint
 
 pytestmark = pytest.mark.vllm
@@ -132,6 +134,18 @@ def test_vllm_s_limits_are_the_model_s(served_checkpoint: Path) -> None:
     assert (config.cache_config.block_size, config.cache_config.num_gpu_blocks_override) == (64, 3)
     assert config.cache_config.enable_prefix_caching is False
     assert config.scheduler_config.async_scheduling is True
+
+
+def test_a_server_that_is_not_told_has_few_rows() -> None:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert parser.parse_args([]).max_num_seqs == 8
+    assert parser.parse_args(["--max-num-seqs", "128"]).max_num_seqs == 128
+
+
+def test_a_checkpoint_of_text_alone_is_served(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint")
+    config = configured(tmp_path / "checkpoint")
+    assert config.model_config.architecture == "Qwen3_5ForCausalLM" and not config.model_config.is_multimodal_model
 
 
 def test_blocks_that_the_user_configures_are_kept(served_checkpoint: Path) -> None:
