@@ -7,8 +7,8 @@
 #     tools/vllm_env.sh [VERSION [DIRECTORY]]
 #
 # VERSION is 0.33.0, the default, or 0.23.0, the newest for NxDI's environments (torch 2.9, transformers 4.57.6).
-# DIRECTORY is where the environment is made, or found from an earlier run; .vllm-VERSION beside this repository's
-# README by default. PYTHON is the interpreter, 3.11 to 3.13.
+# DIRECTORY is where the environment is made, or found: from an earlier run, or one with the torch and transformers that
+# the constraints name; .vllm-VERSION beside this repository's README by default. PYTHON is the interpreter, 3.11 to 3.13.
 set -euo pipefail
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -34,20 +34,18 @@ if ! "$environment/bin/python" -c "from importlib.metadata import version; asser
 fi
 # Two are installed by themselves, and what they need beside: compressed-tensors asks for a newer torch than NxDI's
 # environments have, and runs with theirs; xgrammar asks for triton, which is of no use here.
-mapfile -t needed < <("$environment/bin/python" - <<'PYTHON'
+"$environment/bin/python" - > "$environment/vllm-needs.txt" <<'PYTHON'
 from importlib.metadata import requires
 
 from packaging.requirements import Requirement
 
 for requirement in map(Requirement, requires("vllm")):
-    if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-        if requirement.name not in ("torch", "compressed-tensors", "xgrammar"):
-            requirement.marker = None
-            print(requirement)
+    if requirement.name not in ("torch", "compressed-tensors", "xgrammar"):
+        print(requirement)
 PYTHON
-)
-"${pip[@]}" --editable "$root" "${needed[@]}" apache-tvm-ffi loguru hypothesis pytest pytest-xdist
 "${pip[@]}" --no-deps compressed-tensors xgrammar
+"${pip[@]}" --editable "$root" --requirement "$environment/vllm-needs.txt" \
+    apache-tvm-ffi loguru hypothesis pytest pytest-xdist
 
 "$environment/bin/python" - "$version" "$constraints" <<'PYTHON'
 import re

@@ -137,9 +137,9 @@ def _mismatches(
         if here != there:
             yield f"it was compiled for {flag} {there}, not {here}: pass {flag} {there}"
     for name, value in options.neuron_fields().items():
-        there = getattr(neuron, name, None)
-        if (there is None) != (value is None) if name == "on_device_sampling_config" else there != value:
-            yield f"it was compiled with {name}={shown(there)}: leave the option out, or compile another"
+        kept = getattr(neuron, name, None)
+        if (kept is None) != (value is None) if name == "on_device_sampling_config" else kept != value:
+            yield f"it was compiled with {name}={shown(kept)}: leave the option out, or compile another"
     fields, compiled_fields = _checkpoint_fields(wanted), _checkpoint_fields(compiled)
     if other := sorted(name for name in fields | compiled_fields if fields.get(name) != compiled_fields.get(name)):
         yield f"it was compiled of a checkpoint that differs in {first_three(other)}: compile it of this one"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
@@ -20,14 +21,13 @@ from . import versions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 
 def takes_most_likely(params: SamplingParams) -> bool:
     """Whether the most likely token is taken, whatever came before, and nothing but its id is asked for."""
     return (
-        params.temperature == 0
+        params.sampling_type == SamplingType.GREEDY
         and params.logprobs is None
         and params.prompt_logprobs is None
         and not params.logit_bias

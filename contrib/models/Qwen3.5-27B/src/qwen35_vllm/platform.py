@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 WORKER = "qwen35_vllm.worker.Qwen35Worker"
 DEFAULT_MAX_NUM_SEQS = 8
 """Rows of `vllm serve` when it is not told: vLLM's own default is for devices that batch hundreds."""
+
+SHUTDOWN_SECONDS = "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"
+"""vLLM's variable (0.33 has it) for how long an engine may take to end after SIGTERM. Unset, and without
+--shutdown-timeout, vLLM kills it at once: streaming clients then wait for ever, and a device may not be given back."""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -88,6 +94,8 @@ class Qwen35Platform(Platform):
         # NxDI drives all ranks from one process.
         vllm_config.parallel_config.distributed_executor_backend = "uni"
         _plan_rows(vllm_config)
+        if SHUTDOWN_SECONDS in envs.environment_variables:
+            os.environ.setdefault(SHUTDOWN_SECONDS, "30")
 
     @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:

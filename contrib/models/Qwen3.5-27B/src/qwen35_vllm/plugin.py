@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 NAME = "qwen35"
@@ -19,6 +20,11 @@ NAME = "qwen35"
 PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
 ARCHITECTURES = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5MTP")
 """Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config."""
+
+TEXT_MODEL_TYPE = "qwen3_5_text"
+
+DEVICES = Path("/dev")
+"""Where the driver makes a file for each chip."""
 
 logger = logging.getLogger("vllm.qwen35")  # below "vllm", which vLLM configures
 
@@ -49,9 +55,15 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Tell vLLM what kind of model it serves; the configuration class it has itself, or transformers has."""
+    """Tell vLLM what kind of model it serves, and transformers of the configuration class where it has none."""
+    from transformers import CONFIG_MAPPING, AutoConfig
     from vllm import ModelRegistry
 
+    if TEXT_MODEL_TYPE not in CONFIG_MAPPING:
+        # With transformers 4, vLLM knows the configuration of checkpoints with a vision encoder alone by its name.
+        from vllm.transformers_utils.configs.qwen3_5 import Qwen3_5TextConfig
+
+        AutoConfig.register(TEXT_MODEL_TYPE, Qwen3_5TextConfig)
     for architecture in ARCHITECTURES:
         # By name, so that nothing is imported here. vLLM's own classes of these names need torchvision.
         ModelRegistry.register_model(architecture, "qwen35_vllm.model:Qwen35ForVLLM")
@@ -59,7 +71,7 @@ def register() -> None:
 
 def neuron_devices() -> list[str]:
     """The Neuron devices of this machine, one a chip."""
-    return sorted(str(path) for path in Path("/dev").glob("neuron[0-9]*"))
+    return sorted(map(str, DEVICES.glob("neuron[0-9]*")))
 
 
 def _named() -> list[str]:
@@ -69,10 +81,14 @@ def _named() -> list[str]:
 
 def _other_platforms() -> Iterator[tuple[str, Callable[[], object]]]:
     """The out-of-tree platforms beside this one that vLLM will ask too."""
-    named = os.environ.get("VLLM_PLUGINS")
+    given = os.environ.get("VLLM_PLUGINS")
     for entry in entry_points(group="vllm.platform_plugins"):
-        if entry.name != NAME and (named is None or entry.name in _named()):
-            yield entry.name, lambda entry=entry: entry.load()()
+        if entry.name != NAME and (given is None or entry.name in _named()):
+            yield entry.name, partial(_call, entry)
+
+
+def _call(entry: EntryPoint) -> object:
+    return entry.load()()
 
 
 def _detects(detect: Callable[[], object]) -> bool:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of vLLM's own options is not served, each by its name and with what to do.
 
-What needs a method of the model's class, as LoRA and pipeline parallel, vLLM refuses itself, and does so before.
+What needs methods of the model's class vLLM refuses itself, and does so before: pipeline parallel, and LoRA in 0.33.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _LOAD_FORMATS = ("auto", "hf", "safetensors")
 def refusals(vllm_config: VllmConfig) -> Iterator[str]:
     """What is not served of a configuration, a phrase each."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    if vllm_config.lora_config is not None:
+        yield "--enable-lora: LoRA is not supported, merge an adapter into its checkpoint and run without `enable_lora`"
     if vllm_config.speculative_config is not None:
         yield "--speculative-config: not served yet; leave it out"
     if model.quantization is not None:

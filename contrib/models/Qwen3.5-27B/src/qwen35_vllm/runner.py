@@ -147,7 +147,7 @@ class StepRunner:
         for i, request in enumerate(requests):
             try:
                 self._keep(step, request, outputs, i)
-            except ValueError as error:
+            except Exception as error:
                 self._fail([request], error)
 
     def _keep(self, step: _Step, request: ScheduledRequest, outputs: RowOutputs, i: int) -> None:

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 
+class _Batch(InputBatch):
+    def condense(self) -> None:
+        super().condense()
+        # 0.23 leaves the allowed tokens of a request that moved where it was, and the next one there is held to them.
+        if self.allowed_token_ids_mask_cpu_tensor is not None:
+            self.allowed_token_ids_mask_cpu_tensor[self.num_reqs :] = False
+
+
 def input_batch(
     vllm_config: VllmConfig, device: torch.device, vocab_size: int, logitsprocs: Any, **options: Any
 ) -> Any:
@@ -36,7 +44,7 @@ def input_batch(
         **options,
     )
     taken = inspect.signature(InputBatch).parameters
-    return InputBatch(**{name: value for name, value in given.items() if name in taken})
+    return _Batch(**{name: value for name, value in given.items() if name in taken})
 
 
 class _NativeSampler(Sampler):

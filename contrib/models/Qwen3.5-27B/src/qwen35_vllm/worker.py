@@ -43,10 +43,18 @@ class Qwen35Worker(WorkerBase):
         self._thread, self._handed_over = DeviceThread(), HandedOver()
 
     def load_model(self, **_: Any) -> None:
-        """Load the compiled model, or find out why it cannot be: on the thread that will call it."""
+        """Load the compiled model on the thread that will call it.
+
+        Raises:
+            ConfigurationRefused, ValueError: see `artifacts.load_model`, and `StepRunner`.
+        """
         start = time.monotonic()
-        model = self._thread.run(partial(load_model, self.vllm_config, serve_options(self.vllm_config), logger.info))
-        self._runner = StepRunner(self.vllm_config, model)
+        load = partial(load_model, self.vllm_config, serve_options(self.vllm_config), logger.info)
+        try:
+            self._runner = StepRunner(self.vllm_config, self._thread.run(load))
+        except BaseException:
+            self.shutdown()  # vLLM shuts a worker down only once it has an executor
+            raise
         logger.info("the model is loaded, after %.1f s", time.monotonic() - start)
 
     def get_supported_tasks(self) -> tuple[str, ...]:

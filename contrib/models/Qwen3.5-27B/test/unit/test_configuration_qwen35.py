@@ -22,7 +22,7 @@ from qwen35.configuration_qwen35 import (
     Qwen35InferenceConfig,
     Qwen35NeuronConfig,
 )
-from qwen35.nxdi import NeuronConfig, load_pretrained_config
+from qwen35.nxdi import NeuronConfig, OnDeviceSamplingConfig, load_pretrained_config
 
 ROPE = {
     "rope_type": "default",
@@ -318,6 +318,13 @@ def test_valid_tp_degrees_are_those_that_give_every_rank_equal_work(
 @pytest.mark.parametrize("field", sorted(set(configuration._SIZES) - {"full_attention_interval"}))
 def test_a_missing_size_is_named(field: str) -> None:
     the_only(refuse(remove=(field,)), f"{field} is missing", "config.json")
+
+
+def test_logits_of_all_tokens_and_a_device_that_chooses_after_the_last_are_refused_together() -> None:
+    both = {"output_prompt_logits": True, "on_device_sampling_config": OnDeviceSamplingConfig(), "output_logits": True}
+    the_only(refuse(after=both), "output_prompt_logits=True", "on_device_sampling_config", "set one of them only")
+    assert Qwen35InferenceConfig(Qwen35NeuronConfig(output_prompt_logits=True), **TEXT).output_prompt_logits
+    assert not Qwen35InferenceConfig(NeuronConfig(), **TEXT).output_prompt_logits
 
 
 @pytest.mark.parametrize("value", [0, -4, 2.5, "4", None, True])

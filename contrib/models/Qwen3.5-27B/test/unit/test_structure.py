@@ -22,6 +22,8 @@ import qwen35
 
 SRC = Path(qwen35.__file__).parents[1]
 UNIT_TESTS = Path(__file__).parent
+VLLM_TESTS = (UNIT_TESTS / "qwen35_vllm", UNIT_TESTS.parent / "vllm_lane")
+"""Of modules that need no vLLM, and of those that do."""
 
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"error_text"}, {"hardware"}, {"ops"}, {"phase"}),
@@ -55,10 +57,22 @@ ONLY_IMPORTERS = {
     "nki": {"qwen35.nki_kernels.nki_seam"},
     "nki_emulator": {"qwen35.nki_kernels.nki_seam", "qwen35.cli.kernels"},  # the report is about the emulator
 }
-"""The modules of qwen35 that may import a package; of any other, all may."""
+"""The modules that may import a package; of any other, all may."""
 
-MAY_IMPORT_BY_NAME = {"qwen35", "qwen35.nxdi"}
-"""The package's lazy names, and the choice between NxDI and its stand-in."""
+IMPORTERS_OF_VLLM = "qwen35_vllm"
+"""The package that may import vLLM; nothing imports that package."""
+
+ROOMS_FOR_VLLM = {
+    "configuration_qwen35", "configuration_qwen35_vl", "error_text", "hardware", "json_files", "kernel_selection",
+    "memory", "modeling_qwen35", "nxdi", "planning", "serving",
+}  # fmt: skip
+"""What qwen35_vllm may import of qwen35: what configures, plans, loads and runs a model, not what it is made of."""
+
+MAY_IMPORT_BY_NAME = {"qwen35", "qwen35.nxdi", "qwen35_vllm.plugin"}
+"""The package's lazy names, the choice between NxDI and its stand-in, other platforms' entry points."""
+
+READS_VERSIONS = {"importlib.metadata.version", "importlib.metadata.PackageNotFoundError"}
+"""Of importlib, what imports nothing."""
 
 IMPORTS_BY_NAME = {"importlib", "import_module", "__import__", "resolve_name", "pkgutil", "runpy", "sys.modules"}
 RUNS_TEXT = {"exec", "eval"}
@@ -73,6 +87,14 @@ TESTED_ELSEWHERE = {
     "cli/plan_report": "what the command prints: test_cli_plan.py",
 }
 """The modules of qwen35 that have no test file of their name, and why."""
+
+VLLM_TESTED_ELSEWHERE = {
+    "model": "vLLM inspects it and nobody builds it: test_platform_selection.py",
+    "platform": "what vLLM asks of it: test_platform_selection.py, test_refusals.py",
+    "request_rules": "what a client is told: test_worker.py, test_server.py",
+    "versions": "all tests of the lane run on it, with either version",
+}
+"""The same of qwen35_vllm."""
 
 Tree = Mapping[str, str]
 
@@ -157,6 +179,19 @@ def imports_past_a_seam(tree: Tree) -> list[str]:
     ]
 
 
+def imports_across_packages(tree: Tree) -> list[str]:
+    """Imports of vLLM, or of what serves with it, from elsewhere; and what that imports of rooms it may not see."""
+    found = []
+    for item in imports(tree):
+        importer, imported = item.importer.split(".")[0], item.imported.split(".")[0]
+        if importer != IMPORTERS_OF_VLLM and imported in ("vllm", IMPORTERS_OF_VLLM):
+            found.append(str(item))
+        # Its public names, which stand above all rooms, would do: they are slower to import.
+        if importer == IMPORTERS_OF_VLLM and imported == "qwen35" and top_of(item.imported) not in ROOMS_FOR_VLLM:
+            found.append(str(item))
+    return found
+
+
 def imports_by_name(tree: Tree) -> list[str]:
     """What imports without an import statement, which the other rules would not see."""
     found = []
@@ -167,6 +202,8 @@ def imports_by_name(tree: Tree) -> list[str]:
             match node:
                 case ast.Import() | ast.ImportFrom():
                     origin = getattr(node, "module", None) or ""
+                    if {f"{origin}.{alias.name}" for alias in node.names} <= READS_VERSIONS:
+                        continue
                     names = {origin, *(alias.name for alias in node.names)}
                     names |= {name.split(".")[0] for name in names} | {f"{origin}.{alias.name}" for alias in node.names}
                 case ast.Name():
@@ -180,10 +217,16 @@ def imports_by_name(tree: Tree) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "rule", [modules_without_a_floor, upward_imports, circles, imports_past_a_seam, imports_by_name]
+    "rule",
+    [modules_without_a_floor, upward_imports, circles, imports_past_a_seam, imports_across_packages, imports_by_name],
 )
 def test_qwen35_keeps_the_rule(rule: Callable[[Tree], list[str]]) -> None:
     assert rule(read("qwen35")) == []
+
+
+@pytest.mark.parametrize("rule", [circles, imports_past_a_seam, imports_across_packages, imports_by_name])
+def test_qwen35_vllm_keeps_the_rule(rule: Callable[[Tree], list[str]]) -> None:
+    assert rule(read("qwen35_vllm")) == []
 
 
 @pytest.mark.parametrize("package", ["nki_emulator", "nxdi_cpu"])
@@ -248,6 +291,12 @@ def test_an_import_is_found_however_it_is_written(text: str, imported: str) -> N
         (imports_past_a_seam, {"qwen35/cli/kernels.py": "import nki"}),
         (imports_past_a_seam, {"qwen35/nki_kernels/decode_layer.py": "import neuronxcc.nki as nki"}),
         (imports_past_a_seam, {"qwen35/serving/loading.py": "def f():\n    import libneuronxla"}),
+        (imports_past_a_seam, {"qwen35_vllm/worker.py": "from nxdi_cpu.config import NeuronConfig"}),
+        (imports_across_packages, {"qwen35/serving/engine.py": "def f():\n    from vllm import LLM"}),
+        (imports_across_packages, {"qwen35/cli/compile.py": "from qwen35_vllm.options import ServeOptions"}),
+        (imports_across_packages, {"qwen35_vllm/worker.py": "from qwen35.layers.cache import CacheLayout"}),
+        (imports_across_packages, {"qwen35_vllm/worker.py": "from qwen35 import NeuronQwen35ForCausalLM"}),
+        (circles, {"qwen35_vllm/a.py": "from .b import f", "qwen35_vllm/b.py": "def g():\n    from . import a"}),
         *(
             (imports_by_name, {"qwen35/layers/norms.py": text})
             for text in (
@@ -259,6 +308,7 @@ def test_an_import_is_found_however_it_is_written(text: str, imported: str) -> N
                 "import sys\nsys.modules['qwen35.serving.engine']",
                 "from sys import modules",
                 "import pkgutil\npkgutil.resolve_name('qwen35.serving.engine:X')",
+                "from importlib.metadata import entry_points, version",
                 "exec('from qwen35.serving import engine')",
                 "engine = eval('qwen35.serving.engine')",
             )
@@ -280,12 +330,15 @@ def test_a_planted_violation_is_found(rule: Callable[[Tree], list[str]], planted
         ("qwen35/__init__.py", "from .cli import main"),
         ("qwen35/__init__.py", "from importlib import import_module"),
         ("qwen35/vision/encoder.py", "import sys\nsys.stdin\nmodel.eval()"),
+        ("qwen35/serving/compiled.py", "from importlib.metadata import PackageNotFoundError, version"),
+        ("qwen35_vllm/worker.py", "from vllm.config import VllmConfig\nfrom qwen35.serving.runner import Row"),
     ],
 )
 def test_what_the_rules_allow_is_not_reported(path: str, text: str) -> None:
     tree = {path: text, "qwen35/hardware.py": ""}
-    assert upward_imports(tree) == circles(tree) == imports_past_a_seam(tree) == modules_without_a_floor(tree) == []
-    assert imports_by_name(tree) == []
+    own = {path: text for path, text in tree.items() if path.startswith("qwen35/")}
+    assert upward_imports(tree) == circles(tree) == imports_past_a_seam(tree) == modules_without_a_floor(own) == []
+    assert imports_by_name(tree) == imports_across_packages(tree) == []
 
 
 def untested_modules(tree: Tree, tests: Collection[str]) -> list[str]:
@@ -305,6 +358,18 @@ def untested_modules(tree: Tree, tests: Collection[str]) -> list[str]:
 def test_every_module_has_a_test_of_its_name() -> None:
     tests = {path.relative_to(UNIT_TESTS).as_posix() for path in UNIT_TESTS.rglob("test_*.py")}
     assert sorted(untested_modules(read("qwen35"), tests)) == sorted(TESTED_ELSEWHERE)
+
+
+def test_every_module_of_qwen35_vllm_has_a_test_of_its_name() -> None:
+    tests = {path.name.replace("test_vllm_", "test_") for folder in VLLM_TESTS for path in folder.glob("test_*.py")}
+    modules = [module_of(path).split(".") for path in read("qwen35_vllm")]
+    untested = {name for _, *names in modules for name in names if f"test_{name}.py" not in tests}
+    assert untested == VLLM_TESTED_ELSEWHERE.keys()
+
+
+def test_names_of_test_files_are_distinct() -> None:
+    names = [path.name for path in UNIT_TESTS.parent.rglob("test_*.py")]
+    assert sorted(names) == sorted({*names})
 
 
 def test_a_module_without_a_test_of_its_name_is_found() -> None:

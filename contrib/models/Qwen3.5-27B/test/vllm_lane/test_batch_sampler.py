@@ -130,26 +130,53 @@ def test_stop_tokens_are_not_taken_before_min_tokens(engine: LLMEngine, oracle: 
     assert answers(engine, [PROMPT], greedy(stop_token_ids=stops)) == [plain[: first + 1]]
 
 
+def state(request_id: str, params: SamplingParams) -> CachedRequestState:
+    return CachedRequestState(
+        req_id=request_id,
+        prompt_token_ids=PROMPT,
+        mm_features=[],
+        sampling_params=params,
+        generator=None if params.seed is None else torch.Generator().manual_seed(params.seed),
+        block_ids=([0],),
+        num_computed_tokens=0,
+        output_token_ids=[],
+    )
+
+
+def test_a_request_gets_no_constraint_of_one_that_had_its_place_in_the_batch(engine: LLMEngine) -> None:
+    sampler = BatchSampler(engine.vllm_config)
+    constrained = {
+        "allowed_token_ids": [3],
+        "logit_bias": {3: 50.0},
+        "repetition_penalty": 9.0,
+        "bad_words": ["a"],
+        "stop_token_ids": [9],
+        "min_tokens": 5,
+    }
+    constraints = [
+        state(name, greedy(**{name: value}) if name != "bad_words" else greedy()) for name, value in constrained.items()
+    ]
+    constraints[3].sampling_params._bad_words_token_ids = [[9]]
+    plain = [state(str(i), greedy()) for i in range(8)]
+    logits = torch.zeros(V)
+    logits[9], logits[3] = 10.0, 1.0
+    for other in constraints:
+        for before, after in (([*plain[:2], other], [plain[0], other]), ([other, *plain[:2]], plain[:2])):
+            sampler.hold(before)
+            sampler.hold(after)
+            order = sampler.hold([*after, *plain[2:6]])
+            tokens = sampler.sample(logits.repeat(len(order), 1), SchedulerOutput.make_empty(), None).sampled_token_ids
+            found = dict(zip(order, tokens[:, 0].tolist(), strict=True))
+            assert all(found[each.req_id] == 9 for each in plain if each.req_id in found), other.req_id
+
+
 def drawn(vllm_config: Any, logits: torch.Tensor, **options: Any) -> Counter[int]:
     """How often each token was drawn from the same logits [V], by all rows of a batch."""
     sampler, rows = BatchSampler(vllm_config), 8
-    params = [SamplingParams(**options) for _ in range(rows)]
-    generators = [
-        torch.Generator().manual_seed(p.seed + i) if p.seed is not None else None for i, p in enumerate(params)
-    ]
-    states = [
-        CachedRequestState(
-            req_id=str(i),
-            prompt_token_ids=PROMPT,
-            mm_features=[],
-            sampling_params=params[i],
-            generator=generators[i],
-            block_ids=([i],),
-            num_computed_tokens=0,
-            output_token_ids=[],
-        )
-        for i in range(rows)
-    ]
+    states = [state(str(i), SamplingParams(**options)) for i in range(rows)]
+    for i, each in enumerate(states):
+        if each.generator is not None:
+            each.generator.manual_seed(i)
     counts: Counter[int] = Counter()
     for _ in range(DRAWS // rows):
         sampler.hold(states)

@@ -182,7 +182,7 @@ def test_requests_were_preempted(engine: LLMEngine, request: pytest.FixtureReque
             lambda asked, *args, **kwargs: (preempted.append(asked.request_id), preempt(asked, *args, **kwargs))[1],
         )
         long = [
-            Asked(f"long-{i}", [i + 1] * 40, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), 0, None)
+            Asked(f"long-{i}", [i + 1] * 40, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), 0, None)
             for i in range(4)
         ]
         tokens = run(engine, long)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qwen35_vllm
 from qwen35_vllm.options import ConfigurationRefused, ServeOptions, options_in
 
 NAMES = [field.name for field in fields(ServeOptions)]
@@ -82,6 +84,12 @@ def test_what_is_wrong_is_named(section: Any, told: str) -> None:
 def test_all_that_is_wrong_is_named_at_once() -> None:
     with pytest.raises(ConfigurationRefused, match=r"'a' is unknown; 'b' is unknown; compile=1 must be"):
         options_in({"qwen35": {"a": 1, "b": 2, "compile": 1}})
+
+
+def test_the_document_names_every_option() -> None:
+    document = (Path(qwen35_vllm.__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*`) \|", document, re.MULTILINE)
+    assert {*NAMES} <= {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
 
 
 JSON = st.recursive(
