@@ -60,12 +60,24 @@ class Acceptance:
         accepted = sum(itertools.takewhile(bool, map(operator.eq, drafts, given)))
         self.steps += 1
         self.tokens += len(given)
-        for counts in (self.drafted, self.reached, self.accepted):
+        for counts in self._by_place():
             counts.extend([0] * (drafted - len(counts)))
         for i in range(drafted):
             self.drafted[i] += 1
             self.reached[i] += i <= accepted
             self.accepted[i] += i < accepted
+
+    def join(self, other: Acceptance) -> None:
+        """Count what another counted, too."""
+        self.steps += other.steps
+        self.tokens += other.tokens
+        for counts, more in zip(self._by_place(), other._by_place(), strict=True):
+            counts.extend([0] * (len(more) - len(counts)))
+            for i, count in enumerate(more):
+                counts[i] += count
+
+    def _by_place(self) -> tuple[list[int], list[int], list[int]]:
+        return self.drafted, self.reached, self.accepted
 
     @property
     def tokens_per_step(self) -> float:

@@ -222,6 +222,10 @@ def test_acceptance_is_counted_by_place() -> None:
     assert acceptance.tokens_per_step == 2.0
     assert acceptance.rates == [2 / 3, 1 / 2, 1 / 2]
     assert acceptance.conditional_rates == [2 / 3, 1 / 2, 1.0]
+    both = Acceptance()
+    both.add([5], [5, 6])
+    both.join(acceptance)
+    assert both == Acceptance(steps=5, tokens=10, drafted=[4, 2, 2], reached=[4, 2, 1], accepted=[3, 1, 1])
 
 
 def test_drafts_after_the_end_of_an_answer_are_not_counted() -> None:
