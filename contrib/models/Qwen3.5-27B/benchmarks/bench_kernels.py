@@ -29,10 +29,16 @@ CHUNK = 128
 CASES = {
     **{f"context encoding, {n} tokens": KernelCase(KernelName.FUSED, tokens=n) for n in (128, 256, 512)},
     "the same 512, plain inverse": KernelCase(KernelName.FUSED, tokens=512, inverse=DeltaNetInverse.PLAIN),
+    **{f"context encoding, {n} tokens": KernelCase(KernelName.FUSED, tokens=n) for n in (1024, 2048)},
+    **{f"looped, {n} tokens": KernelCase(KernelName.LOOPED, tokens=n) for n in (1024, 2048)},
     "chunk step, 128 tokens": KernelCase(KernelName.CHUNKED, tokens=CHUNK),
     "the same step, plain inverse": KernelCase(KernelName.CHUNKED, tokens=CHUNK, inverse=DeltaNetInverse.PLAIN),
     "decode layer, batch 1": KernelCase(KernelName.DECODE, batch=1),
     "decode layer, batch 8": KernelCase(KernelName.DECODE, batch=8),
+    "verify 4 tokens, batch 1": KernelCase(KernelName.VERIFY, batch=1, tokens=4),
+    "verify 4 tokens, batch 8": KernelCase(KernelName.VERIFY, batch=8, tokens=4),
+    "commit of 4 tokens, batch 1": KernelCase(KernelName.COMMIT, batch=1, tokens=4),
+    "commit of 4 tokens, batch 8": KernelCase(KernelName.COMMIT, batch=8, tokens=4),
 }
 
 

@@ -67,8 +67,8 @@ RUNS_TEXT = {"exec", "eval"}
 TESTED_ELSEWHERE = {
     "nki_kernels/chunk_pieces": "code of kernels, which runs in one only: test_chunked.py, test_fused_chunked.py",
     "nki_kernels/common": "code of kernels, which runs in one only: the tests of all of them",
-    "nki_kernels/decode_io": "code of a kernel, which runs in it only: test_decode_layer.py",
-    "nki_kernels/decode_operands": "code of a kernel, which runs in it only: test_decode_layer.py",
+    "nki_kernels/decode_io": "code of kernels, which runs in them only: test_decode_layer.py and its neighbours",
+    "nki_kernels/decode_operands": "code of kernels, which runs in them only: test_{decode,verify}_layer.py",
     "nki_kernels/nki_seam": "imports alone: test_structure.py says who may, test_emulator_install.py what is imported",
     "cli/plan_report": "what the command prints: test_cli_plan.py",
 }

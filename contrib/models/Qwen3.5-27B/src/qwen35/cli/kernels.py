@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..configuration_qwen35 import DTYPES, dtype_name
 from ..kernel_selection import DeltaNetInverse
-from ..ops import causal_conv, recurrent_gated_delta_rule
+from ..ops import causal_conv, commit_conv, commit_delta_rule, recurrent_gated_delta_rule, verify_delta_rule
 
 if TYPE_CHECKING:
     from nki_emulator.report import EngineUse, Report
@@ -35,7 +35,7 @@ CONV_WIDTH = 4
 """Taps of the convolution (linear_conv_kernel_dim)."""
 
 NORM_EPS = 1e-6
-"""rms_norm_eps of the checkpoints, and the default of the decode kernel."""
+"""rms_norm_eps of the checkpoints, and the default of the decoding kernels."""
 
 HBM_BYTES_PER_US = 0.36e6
 """Of one physical core: Trainium2 has 2.9 TB/s for eight (about-neuron/arch/neuron-hardware/trainium2.rst)."""
@@ -46,9 +46,12 @@ SEED = 0
 class KernelName(str, Enum):
     """The kernels that the model launches."""
 
-    DECODE = "decode"  # deltanet_decode_layer: a layer between its projections, 1 to 8 tokens
+    DECODE = "decode"  # deltanet_decode_layer: a layer between its projections, one token
+    VERIFY = "verify"  # deltanet_verify_layer: the same for 1 to 8 tokens, without writing the state
+    COMMIT = "commit"  # deltanet_commit_layer: the state after a prefix of those tokens
     CHUNKED = "chunked"  # deltanet_chunk_step: the delta rule over one chunk of 32, 64 or 128 tokens
     FUSED = "fused"  # deltanet_fused_chunked_layer: the delta rule over whole sequences
+    LOOPED = "looped"  # deltanet_looped_chunked_layer_state: the same, with a loop over every 512 tokens
 
 
 class Gates(str, Enum):
@@ -59,7 +62,17 @@ class Gates(str, Enum):
     EQUAL_KEYS = "equal-keys"  # one key for all tokens, no decay, beta = 1: each token erases the one before it
 
 
-DEFAULT_TOKENS = {KernelName.DECODE: 1, KernelName.CHUNKED: 128, KernelName.FUSED: 512}
+DEFAULT_TOKENS = {
+    KernelName.DECODE: 1,
+    KernelName.VERIFY: 4,
+    KernelName.COMMIT: 4,
+    KernelName.CHUNKED: 128,
+    KernelName.FUSED: 512,
+    KernelName.LOOPED: 1024,
+}
+
+LAYER = (KernelName.DECODE, KernelName.VERIFY)
+"""Kernels that take a layer's activations before the convolution."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class KernelCase:
         dtype: of activations; gates and states are float32.
         cores: 1, or 2 for LNC=2.
         gates: how hard the inputs are.
-        inverse: how the fused and the chunked kernel invert the system of a chunk; the decode kernel has none.
+        inverse: how the fused, looped and chunked kernels invert the system of a chunk; the others have no choice.
 
     Raises:
         ValueError: the kernel does not take this shape.
@@ -99,10 +112,14 @@ class KernelCase:
             raise ValueError(f"cores={self.cores}: 1, or 2 with LNC=2")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype={self.dtype}: one of {', '.join(DTYPES)} is needed")
-        if self.kernel is KernelName.DECODE and self.tokens > 8:
-            raise ValueError(f"tokens={self.tokens}: the decode kernel takes 1 to 8 tokens")
+        if self.kernel is KernelName.DECODE and self.tokens != 1:
+            raise ValueError(f"tokens={self.tokens}: the decode kernel takes 1 token; the verify kernel takes up to 8")
+        if self.kernel in (KernelName.VERIFY, KernelName.COMMIT) and self.tokens > 8:
+            raise ValueError(f"tokens={self.tokens}: the {self.kernel.value} kernel takes 1 to 8 tokens")
         if self.kernel is KernelName.CHUNKED and self.tokens not in (32, 64, 128):
             raise ValueError(f"tokens={self.tokens}: the chunked kernel takes 32, 64 or 128 tokens")
+        if self.kernel is KernelName.LOOPED and self.tokens % 512:
+            raise ValueError(f"tokens={self.tokens}: the looped kernel takes multiples of 512 tokens")
 
     def __str__(self) -> str:
         return (
@@ -162,30 +179,36 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
     import nki_emulator
 
     from ..nki_kernels.chunked import deltanet_chunk_step
+    from ..nki_kernels.commit_layer import deltanet_commit_layer
     from ..nki_kernels.decode_layer import deltanet_decode_layer
     from ..nki_kernels.fused_chunked import deltanet_fused_chunked_layer
+    from ..nki_kernels.looped_chunked import deltanet_looped_chunked_layer_state
     from ..nki_kernels.nki_seam import EMULATED
+    from ..nki_kernels.verify_layer import deltanet_verify_layer
 
     if not EMULATED:
         raise ValueError("the Neuron SDK's nki is installed here: kernel reports need an environment without it")
     kernel = {
         KernelName.DECODE: deltanet_decode_layer,
+        KernelName.VERIFY: deltanet_verify_layer,
+        KernelName.COMMIT: deltanet_commit_layer,
         KernelName.CHUNKED: deltanet_chunk_step,
         KernelName.FUSED: deltanet_fused_chunked_layer,
+        KernelName.LOOPED: deltanet_looped_chunked_layer_state,
     }[case.kernel]
     inputs = _make_inputs(case)
-    options: dict[str, Any] = {} if case.kernel is KernelName.DECODE else {"inverse": case.inverse.value}
+    inverts = case.kernel in (KernelName.CHUNKED, KernelName.FUSED, KernelName.LOOPED)
+    options: dict[str, Any] = {"inverse": case.inverse.value} if inverts else {}
     try:
         result = nki_emulator.emulate(kernel, *inputs, grid=case.cores, **options)
     except (AssertionError, nki_emulator.NkiValidationError) as error:
         raise ValueError(f"the kernel refuses {case}: {error}") from error
-    exact = [x.double() for x in inputs]
-    expected = _decode_step(*exact) if case.kernel is KernelName.DECODE else recurrent_gated_delta_rule(*exact)
+    output_error, state_error = _errors(case, inputs, result.outputs)
     report = result.report
     return (
         KernelFigures(
-            output_error=_relative_error(result.outputs[0], expected[0]),
-            state_error=_relative_error(result.outputs[1], expected[1]),
+            output_error=output_error,
+            state_error=state_error,
             modelled_us=report.makespan_ns / 1e3,
             launch_us=report.launch_ns / 1e3,
             hbm_bound_us=hbm_bound_us(case),
@@ -204,13 +227,17 @@ def hbm_bytes(case: KernelCase) -> int:
     """Bytes of all inputs and outputs of the launch, each counted once."""
     B, T, H, Hk = case.batch, case.tokens, case.heads, case.key_heads
     size, channels = case.dtype.itemsize, (2 * Hk + H) * HEAD_DIM
-    activations = B * T * (channels + H * HEAD_DIM) * size  # q, k, v and the output
-    states = 4 * B * H * HEAD_DIM**2 * (1 if case.kernel is KernelName.FUSED else 2)  # a sequence starts from zero
-    if case.kernel is not KernelName.DECODE:
-        return activations + states + 2 * 4 * B * T * H  # g and beta
-    gates = B * T * H * (HEAD_DIM + 2) * size  # z, a and b
-    conv = channels * (CONV_WIDTH + 2 * B * (CONV_WIDTH - 1)) * size  # weights, and the state in and out
-    return activations + states + gates + conv + 4 * (2 * H + HEAD_DIM)  # A_log, dt_bias and the norm
+    state, conv_state = 4 * B * H * HEAD_DIM**2, B * channels * (CONV_WIDTH - 1) * size
+    qkv, z = B * T * channels * size, B * T * H * HEAD_DIM * size
+    committed = 4 * B * T * (Hk * HEAD_DIM + H * HEAD_DIM + H)  # keys, u and g
+    if case.kernel is KernelName.COMMIT:
+        return committed + 2 * state + qkv + 2 * conv_state + 4 * B
+    if case.kernel in LAYER:
+        parameters = channels * CONV_WIDTH * size + 4 * (2 * H + HEAD_DIM)  # the convolution, A_log, dt_bias, the norm
+        taken = qkv + z + 2 * B * T * H * size + conv_state + parameters + state
+        return taken + z + (state + conv_state if case.kernel is KernelName.DECODE else committed)
+    # q, k, v and the output; g and beta; a sequence of the fused kernel starts from zero.
+    return qkv + z + 2 * 4 * B * T * H + state * (1 if case.kernel is KernelName.FUSED else 2)
 
 
 def hbm_bound_us(case: KernelCase) -> float:
@@ -275,19 +302,74 @@ def _make_inputs(case: KernelCase) -> list[Tensor]:
         a, b = torch.full_like(a, -30.0), torch.full_like(b, 20.0)
         qkv[:, :, : 2 * Hk] = history[:, :, : 2 * Hk] = normal(1, 1, 1, D)
 
-    if case.kernel is KernelName.DECODE:
+    if case.kernel in (*LAYER, KernelName.COMMIT):
         channels = (2 * Hk + H) * D
         # One filter for all heads keeps equal keys equal.
         weight = (normal(1, D, CONV_WIDTH) / 2).expand(2 * Hk + H, D, CONV_WIDTH).reshape(channels, CONV_WIDTH)
         activations = (qkv.flatten(2), normal(B, T, H * D), a, b, weight, history.flatten(2).mT.contiguous())
         rest = [rates.log(), torch.zeros(H), 1 + normal(D) / 10, state]
-        return [x.to(case.dtype) for x in activations] + rest
+        step = [x.to(case.dtype) for x in activations] + rest
+        return step if case.kernel in LAYER else _commit_inputs(*(x.float() for x in step), dtype=case.dtype)
     q, k, v = (x.contiguous().to(case.dtype) for x in qkv.split((Hk, Hk, H), dim=2))
     gated = [q, k, v, -rates * F.softplus(a), b.sigmoid()]
-    return [*gated, state] if case.kernel is KernelName.CHUNKED else gated
+    return gated if case.kernel is KernelName.FUSED else [*gated, state]
 
 
-def _decode_step(
+def _commit_inputs(
+    qkv: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv_weight: Tensor,
+    conv_state: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    state: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """`deltanet_commit_layer`'s arguments after verification of `deltanet_verify_layer`'s; rows accept 1, 2, ... T."""
+    q, k, v, g, beta = _delta_rule_inputs(qkv, a, b, conv_weight, conv_state, A_log, dt_bias)
+    _, keys, u = verify_delta_rule(q, k, v, g, beta, state)
+    accepted = 1 + torch.arange(len(qkv), dtype=torch.int32) % qkv.shape[1]
+    return [keys.contiguous(), u.contiguous(), g, state, qkv.to(dtype), conv_state.to(dtype), accepted]
+
+
+def _delta_rule_inputs(
+    qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, conv_state: Tensor, A_log: Tensor, dt_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, g and beta of a layer's activations, in their precision."""
+    H = a.shape[2]
+    mixed = causal_conv(qkv, conv_weight, conv_state)[0].unflatten(-1, (-1, HEAD_DIM))
+    Hk = (mixed.shape[2] - H) // 2
+    q, k, v = mixed.split((Hk, Hk, H), dim=2)
+    return q, k, v, -A_log.exp() * F.softplus(a + dt_bias), b.sigmoid()
+
+
+def _errors(case: KernelCase, inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Errors of the output and of the state, see `KernelFigures`.
+
+    Of verification, the state is that after all tokens by what the kernel returned; of a commit, which has no output,
+    the conv state takes its place.
+    """
+    exact = [x.double() for x in inputs]
+    if case.kernel is KernelName.COMMIT:
+        keys, u, g, state, qkv, conv_state, accepted = exact
+        conv_error = _relative_error(outputs[1], commit_conv(qkv, conv_state, accepted.long()))
+        return conv_error, _relative_error(outputs[0], commit_delta_rule(keys, u, g, state, accepted.long()))
+    if case.kernel not in LAYER:
+        expected = recurrent_gated_delta_rule(*exact)
+        return _relative_error(outputs[0], expected[0]), _relative_error(outputs[1], expected[1])
+    output, state = _layer_step(*exact)
+    found = outputs[1]
+    if case.kernel is KernelName.VERIFY:
+        keys, u, g = (x.double() for x in outputs[1:])
+        found = commit_delta_rule(keys, u, g, exact[-1], torch.full((case.batch,), case.tokens))
+    return _relative_error(outputs[0], output), _relative_error(found, state)
+
+
+def _layer_step(
     qkv: Tensor,
     z: Tensor,
     a: Tensor,
@@ -299,14 +381,9 @@ def _decode_step(
     norm_weight: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H D] and state [B, H, D, D] of `deltanet_decode_layer`'s arguments, in their precision."""
-    H = a.shape[2]
-    mixed = causal_conv(qkv, conv_weight, conv_state)[0].unflatten(-1, (-1, HEAD_DIM))
-    Hk = (mixed.shape[2] - H) // 2
-    q, k, v = mixed.split((Hk, Hk, H), dim=2)
-    o, new_state = recurrent_gated_delta_rule(
-        q, k, v, -A_log.exp() * F.softplus(a + dt_bias), b.sigmoid(), initial_state=state
-    )
+    """Output [B, T, H D] and final state [B, H, D, D] of `deltanet_verify_layer`'s arguments, in their precision."""
+    q, k, v, g, beta = _delta_rule_inputs(qkv, a, b, conv_weight, conv_state, A_log, dt_bias)
+    o, new_state = recurrent_gated_delta_rule(q, k, v, g, beta, initial_state=state)
     normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + NORM_EPS) * norm_weight
     return normed.flatten(2) * F.silu(z), new_state
 

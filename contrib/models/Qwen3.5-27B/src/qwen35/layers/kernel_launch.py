@@ -18,9 +18,12 @@ import torch.nn.functional as F
 
 from ..kernel_selection import DeltaNetInverse, DeltaNetKernel
 from ..nki_kernels.chunked import deltanet_chunk_step
+from ..nki_kernels.commit_layer import deltanet_commit_layer
 from ..nki_kernels.decode_layer import deltanet_decode_layer
 from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer, deltanet_fused_chunked_layer_state
+from ..nki_kernels.looped_chunked import LOOP_TOKENS, deltanet_looped_chunked_layer_state
 from ..nki_kernels.recurrent import deltanet_recurrent_fwd_state
+from ..nki_kernels.verify_layer import deltanet_verify_layer
 from ..ops import l2norm
 
 
@@ -37,19 +40,23 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `ops.chunk_gated_delta_rule`, by a kernel on `cores` physical cores (LNC).
 
-    `inverse` says how FUSED and CHUNKED invert the system of a chunk.
+    `inverse` says how FUSED, LOOPED and CHUNKED invert the system of a chunk. LOOPED is FUSED for prompts that are not
+    a number of whole iterations.
 
     On the meta device, where the traced calls are walked without a compiler, shapes and dtypes only.
     """
     if q.is_meta:
         B, _, H, V = v.shape
         return torch.empty_like(v), v.new_empty((B, H, q.shape[3], V), dtype=torch.float32)
-    if kernel is DeltaNetKernel.FUSED:
+    looped = kernel is DeltaNetKernel.LOOPED and q.shape[1] % LOOP_TOKENS == 0
+    if kernel in (DeltaNetKernel.FUSED, DeltaNetKernel.LOOPED) and not looped:
         if state is None:
             return deltanet_fused_chunked_layer[cores](q, k, v, g, beta, inverse=inverse.value)
         return deltanet_fused_chunked_layer_state[cores](q, k, v, g, beta, state, inverse=inverse.value)
     if state is None:
         state = q.new_zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    if looped:
+        return deltanet_looped_chunked_layer_state[cores](q, k, v, g, beta, state, inverse=inverse.value)
     if kernel is DeltaNetKernel.CHUNKED:
         return _by_chunks(cores, inverse, q, k, v, g, beta, state)
     return _by_heads(cores, q, k, v, g, beta, state)
@@ -104,13 +111,70 @@ def decode(
     recurrent_state: torch.Tensor,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A whole layer between its projections, by `deltanet_decode_layer`, which says what the tensors are.
+    """A whole layer between its projections, for one token, by `deltanet_decode_layer`; see there for the tensors.
 
-    Returns the normed output [B, T, H V], the recurrent state [B, H, K, V] and the conv state [B, Ch, W - 1]; on the
+    Returns the normed output [B, 1, H V], the recurrent state [B, H, K, V] and the conv state [B, Ch, W - 1]; on the
     meta device, shapes and dtypes only.
     """
     if qkv.is_meta:
         return torch.empty_like(z), torch.empty_like(recurrent_state), torch.empty_like(conv_state)
     tensors = (qkv, z, a, b, conv_weight, conv_state, A_log, dt_bias, norm_weight, recurrent_state)
     outputs: Any = deltanet_decode_layer[cores](*(x.contiguous() for x in tensors), norm_eps=norm_eps)
+    return outputs
+
+
+def verify(
+    cores: int,
+    *,
+    qkv: torch.Tensor,
+    z: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A whole layer between its projections, for T tokens of which a prefix will be kept, by `deltanet_verify_layer`.
+
+    Returns the normed output [B, T, H V], and for `commit` keys [B, T, Hk, K], u [B, T, H, V] and g [B, T, H]; on the
+    meta device, shapes and dtypes only.
+    """
+    if qkv.is_meta:
+        B, T, H = a.shape
+        K, V = recurrent_state.shape[2:]
+        Hk = (qkv.shape[2] - H * V) // (2 * K)
+        keys, u, g = (
+            torch.empty(*shape, dtype=torch.float32, device=qkv.device)
+            for shape in ((B, T, Hk, K), (B, T, H, V), a.shape)
+        )
+        return torch.empty_like(z), keys, u, g
+    tensors = (qkv, z, a, b, conv_weight, conv_state, A_log, dt_bias, norm_weight, recurrent_state)
+    outputs: Any = deltanet_verify_layer[cores](*(x.contiguous() for x in tensors), norm_eps=norm_eps)
+    return outputs
+
+
+def commit(
+    cores: int,
+    *,
+    keys: torch.Tensor,
+    u: torch.Tensor,
+    g: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    qkv: torch.Tensor,
+    conv_state: torch.Tensor,
+    accepted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrent and the conv state after the first accepted[b] of `verify`'s tokens, by `deltanet_commit_layer`.
+
+    The states and qkv are what `verify` was given; accepted [B] has any type of integers. On the meta device, shapes
+    and dtypes only.
+    """
+    if qkv.is_meta:
+        return torch.empty_like(recurrent_state), torch.empty_like(conv_state)
+    tensors = (keys, u, g, recurrent_state, qkv, conv_state, accepted.to(torch.int32))
+    outputs: Any = deltanet_commit_layer[cores](*(x.contiguous() for x in tensors))
     return outputs

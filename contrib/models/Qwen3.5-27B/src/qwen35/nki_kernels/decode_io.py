@@ -1,8 +1,9 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding step of a DeltaNet layer reads from HBM and writes to it, and which part of it a core takes.
+"""What the kernels of a DeltaNet layer's decoding step read from HBM and write to it, and which part a core takes.
 
-Letters as in `decode_layer`.
+Letters as in `decode_layer` and `verify_layer`. A *column* is one token of one value head of one sequence, in the order
+(sequence, head, token).
 """
 
 from dataclasses import dataclass
@@ -44,9 +45,44 @@ def first_head(box: Box) -> int:
     return box.k0 * box.R + box.r0
 
 
-def heads_per_group(run: int) -> int:
-    """n: the largest of 4, 2 and 1 that divides the number of heads whose states follow each other in HBM."""
-    return 4 if run % 4 == 0 else 2 if run % 2 == 0 else 1
+def share_of_core(B: int, Hk: int, R: int, core: int, cores: int) -> Box:
+    """The box of a core: half of the sequences if B is even, else of the key heads, else of the value heads."""
+    assert cores == 1 or cores == 2, "launch with grid 2 or without a grid"
+    b0, nb, k0, nk, r0, nr = 0, B, 0, Hk, 0, R
+    if cores == 2 and B % 2 == 0:
+        b0, nb = core * (B // 2), B // 2
+    elif cores == 2 and Hk > 1:
+        k0, nk = _half(Hk, core)
+    elif cores == 2:
+        r0, nr = _half(R, core)
+        nb = B if nr > 0 else 0
+    return Box(b0=b0, nb=nb, k0=k0, nk=nk, r0=r0, nr=nr, R=R)
+
+
+def _half(count: int, core: int) -> tuple[int, int]:
+    """First and number of the items of a core; core 0 takes the odd one."""
+    half = (count + 1) // 2
+    return core * half, half if core == 0 else count - half
+
+
+def heads_per_group(box: Box, H: int, most: int) -> int:
+    """n: the largest power of two up to `most` that divides the heads whose states follow each other in HBM."""
+    run = heads_per_sequence(box)
+    if run == H:  # those of one sequence follow those of another
+        run = run * box.nb
+    n = most
+    while run % n != 0:
+        n = n // 2
+    return n
+
+
+def check_layer(H: int, Hk: int, qkv: Tensor, conv_weight: Tensor, conv_state: Tensor, state: Tensor) -> None:
+    """Shapes and types of what every decoding kernel takes."""
+    assert state.shape[2] == PARTITIONS and state.shape[3] == PARTITIONS, "K and V must be 128"
+    assert state.dtype == nl.float32, "state must be float32"
+    assert qkv.shape[2] == (2 * Hk + H) * PARTITIONS and H % Hk == 0, "qkv must hold [q | k | v] of whole key heads"
+    assert conv_weight.shape[1] == 4, "the convolution must have 4 taps"
+    assert conv_state.dtype == qkv.dtype, "conv_state must have the dtype of qkv"
 
 
 # --- Convolution -----------------------------------------------------------------------------------------------------
@@ -84,160 +120,151 @@ def load_conv(box: Box, qkv: Tensor, conv_state: Tensor, conv_weight: Tensor, H:
     """Operands of the convolution; a partition holds one row, 128 channels of one sequence.
 
     Returns:
-        x: [rows of all sequences, T, 128] in qkv.dtype, the inputs of this step.
-        history: [rows of all sequences, 128, 3] in conv_state.dtype, the inputs before it.
+        x, history: see `load_inputs_of_conv`.
         weight: [rows of one sequence, 128, 4] in conv_weight.dtype.
     """
-    T, Ch = qkv.shape[1], qkv.shape[2]
-    rows = rows_per_sequence(box)
-    x = nl.ndarray((box.nb * rows, T, PARTITIONS), dtype=qkv.dtype, buffer=nl.sbuf)
-    history = nl.ndarray((box.nb * rows, PARTITIONS, 3), dtype=conv_state.dtype, buffer=nl.sbuf)
-    weight = nl.ndarray((rows, PARTITIONS, 4), dtype=conv_weight.dtype, buffer=nl.sbuf)
+    weight = nl.ndarray((rows_per_sequence(box), PARTITIONS, 4), dtype=conv_weight.dtype, buffer=nl.sbuf)
     for segment in _segments(box=box, H=H):
         row, head, heads = segment
         nisa.dma_copy(
             dst=weight[row : row + heads, :, :],
             src=conv_weight.ap(pattern=[[4 * PARTITIONS, heads], [1, 4 * PARTITIONS]], offset=4 * head * PARTITIONS),
         )
+    x, history = load_inputs_of_conv(box=box, qkv=qkv, conv_state=conv_state, H=H, width=PARTITIONS)
+    return x, history, weight
+
+
+def load_inputs_of_conv(box: Box, qkv: Tensor, conv_state: Tensor, H: int, width: int) -> tuple[Tensor, Tensor]:
+    """Inputs of the convolution; a partition holds `width` channels of one sequence, a part of a row of 128.
+
+    Returns:
+        x: [parts of all sequences, T, width] in qkv.dtype, the inputs of this step.
+        history: [parts of all sequences, width, 3] in conv_state.dtype, the inputs before it.
+    """
+    T, Ch, parts = qkv.shape[1], qkv.shape[2], PARTITIONS // width
+    count = box.nb * rows_per_sequence(box) * parts
+    x = nl.ndarray((count, T, width), dtype=qkv.dtype, buffer=nl.sbuf)
+    history = nl.ndarray((count, width, 3), dtype=conv_state.dtype, buffer=nl.sbuf)
     for transfer in _transfers(box=box, H=H):
         row, sequence, sequences, head, heads = transfer
+        mine = nl.ds(row * parts, sequences * heads * parts)
         nisa.dma_copy(
-            dst=x[row : row + sequences * heads, :, :],
+            dst=x[mine, :, :],
             src=qkv.ap(
-                pattern=[[T * Ch, sequences], [PARTITIONS, heads], [Ch, T], [1, PARTITIONS]],
+                pattern=[[T * Ch, sequences], [width, heads * parts], [Ch, T], [1, width]],
                 offset=sequence * T * Ch + head * PARTITIONS,
             ),
         )
         nisa.dma_copy(
-            dst=history[row : row + sequences * heads, :, :],
+            dst=history[mine, :, :],
             src=conv_state.ap(
-                pattern=[[3 * Ch, sequences], [3 * PARTITIONS, heads], [1, 3 * PARTITIONS]],
+                pattern=[[3 * Ch, sequences], [3 * width, heads * parts], [1, 3 * width]],
                 offset=3 * (sequence * Ch + head * PARTITIONS),
             ),
         )
-    return x, history, weight
+    return x, history
 
 
-def store_conv_state(new_conv: Tensor, x: Tensor, history: Tensor, box: Box, H: int) -> None:
-    """Store the last 3 inputs of [history | x]. GpSimd joins them, since it would be idle meanwhile."""
-    T, Ch = x.shape[1], new_conv.shape[1]
-    new = nl.ndarray(history.shape, dtype=new_conv.dtype, buffer=nl.sbuf)
+def shift_conv_state(x: Tensor, history: Tensor) -> Tensor:
+    """The last 3 inputs of [history | x] of one token, like history. GpSimd joins them: it would be idle meanwhile."""
+    new = nl.ndarray(history.shape, dtype=history.dtype, buffer=nl.sbuf)
     for w in range(3):
-        source = history[:, :, T + w] if T + w < 3 else x[:, T + w - 3, :]
+        source = history[:, :, w + 1] if w < 2 else x[:, 0, :]
         nisa.tensor_copy(dst=new[:, :, w], src=source, engine=nisa.engine.gpsimd)
+    return new
+
+
+def store_conv(new_conv: Tensor, new: Tensor, box: Box, H: int) -> None:
+    """Store the conv state [parts of all sequences, width, 3], see `load_inputs_of_conv`, to new_conv [B, Ch, 3]."""
+    Ch, width = new_conv.shape[1], new.shape[1]
+    parts = PARTITIONS // width
     for transfer in _transfers(box=box, H=H):
         row, sequence, sequences, head, heads = transfer
         # Cores that split the value heads of one key head both load its q and k; core 0 stores them.
         if box.r0 == 0 or head >= 2 * (H // box.R):
             nisa.dma_copy(
                 dst=new_conv.ap(
-                    pattern=[[3 * Ch, sequences], [3 * PARTITIONS, heads], [1, 3 * PARTITIONS]],
+                    pattern=[[3 * Ch, sequences], [3 * width, heads * parts], [1, 3 * width]],
                     offset=3 * (sequence * Ch + head * PARTITIONS),
                 ),
-                src=new[row : row + sequences * heads, :, :],
+                src=new[nl.ds(row * parts, sequences * heads * parts), :, :],
             )
 
 
 # --- Gates -----------------------------------------------------------------------------------------------------------
 def load_gates(box: Box, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The gates before their activation and the parameters of each head, all on one partition.
+    """The gates of one token before their activation and the parameters of each head, all on one partition.
 
     Returns:
-        raw: [1, 2, T, sequences x heads] in a.dtype, a and b.
+        raw: [1, 2, sequences x heads] in a.dtype, a and b.
         per_head: [1, 2, heads of one sequence] float32, A_log and dt_bias.
     """
-    T, H = a.shape[1], a.shape[2]
+    H = a.shape[2]
     heads, first, count = heads_per_sequence(box), first_head(box), box.nb * heads_per_sequence(box)
-    raw = nl.ndarray((1, 2, T, count), dtype=a.dtype, buffer=nl.sbuf)
+    raw = nl.ndarray((1, 2, count), dtype=a.dtype, buffer=nl.sbuf)
     per_head = nl.ndarray((1, 2, heads), dtype=nl.float32, buffer=nl.sbuf)
     gates, parameters = (a, b), (A_log, dt_bias)
     for which in range(2):
         nisa.dma_copy(
-            dst=raw.ap(pattern=[[2 * T * count, 1], [heads, box.nb], [count, T], [1, heads]], offset=which * T * count),
-            src=gates[which].ap(pattern=[[H, 1], [T * H, box.nb], [H, T], [1, heads]], offset=box.b0 * T * H + first),
+            dst=raw[:, which, :],
+            src=gates[which].ap(pattern=[[H, 1], [H, box.nb], [1, heads]], offset=box.b0 * H + first),
         )
         nisa.dma_copy(dst=per_head[:, which, :], src=parameters[which].ap(pattern=[[H, 1], [1, heads]], offset=first))
     return raw, per_head
 
 
 # --- State -----------------------------------------------------------------------------------------------------------
-def _state_transfers(hbm: Tensor, tile: Tensor, box: Box, group: int, token: int) -> list[tuple[Tensor, Tensor]]:
-    """Views of one group's states in HBM and on chip, in pairs that a transfer connects.
-
-    Args:
-        hbm: [B, T, H, K, V] float32.
-        tile: [128, groups, n, V] float32, packed as `decode_layer` describes.
-        token: which of the T states.
-    """
-    T, H = hbm.shape[1], hbm.shape[2]
-    n, heads = tile.shape[2], heads_per_sequence(box)
-    block = PARTITIONS // n
-    # Heads of a group lie side by side in HBM, unless the states of other tokens lie between two sequences.
-    length = n
-    if T > 1 and group * n // heads != (group * n + n - 1) // heads:
-        length = 1
-    transfers = []
-    for start in range(0, n, length):
-        column = group * n + start
-        sequence, head = box.b0 + column // heads, first_head(box) + column % heads
-        far = hbm.ap(
-            pattern=[[n * PARTITIONS, length * block], [1, n * PARTITIONS]],
-            offset=((sequence * T + token) * H + head) * PARTITIONS * PARTITIONS,
-        )
-        transfers.append((far, tile[start * block : (start + length) * block, group, :, :]))
-    return transfers
+def packed_rows(hbm: Tensor, box: Box, n: int, group: int) -> Tensor:
+    """One group of heads of a state [B, H, K, V] in HBM as [128, n V]: n rows of a head's matrix for each partition."""
+    H, heads, column = hbm.shape[1], heads_per_sequence(box), group * n
+    first = (box.b0 + column // heads) * H + first_head(box) + column % heads
+    return hbm.ap(pattern=[[n * PARTITIONS, PARTITIONS], [1, n * PARTITIONS]], offset=first * PARTITIONS * PARTITIONS)
 
 
-def load_state(state: Tensor, tile: Tensor, box: Box, group: int) -> None:
-    """One group of heads of state [B, 1, H, K, V] float32 to the packed tile."""
-    for views in _state_transfers(hbm=state, tile=tile, box=box, group=group, token=0):
-        nisa.dma_copy(dst=views[1], src=views[0])
-
-
-def store_state(states: Tensor, tile: Tensor, box: Box, group: int, token: int) -> None:
-    """One group of heads of the packed tile to a token of states [B, T, H, K, V] float32."""
-    for views in _state_transfers(hbm=states, tile=tile, box=box, group=group, token=token):
-        nisa.dma_copy(dst=views[0], src=views[1])
+def load_states(state: Tensor, box: Box, most: int) -> Tensor:
+    """[128, groups, n <= most, V] float32, packed as `decode_layer` describes, from state [B, H, K, V]."""
+    n = heads_per_group(box, state.shape[1], most)
+    groups = box.nb * heads_per_sequence(box) // n
+    tile = nl.ndarray((PARTITIONS, groups, n, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    for i in range(groups):
+        nisa.dma_copy(dst=tile[:, i, :, :], src=packed_rows(hbm=state, box=box, n=n, group=i))
+    return tile
 
 
 # --- Output ----------------------------------------------------------------------------------------------------------
-def load_output_gate(box: Box, z: Tensor, norm_weight: Tensor, tokens: int) -> tuple[list[Tensor], Tensor]:
-    """Operands of the gated norm, for blocks of `tokens` tokens, whose outputs are normed together.
+def load_output_gate(box: Box, z: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands of the gated norm.
 
     Returns:
-        blocks: z of each block, [tokens x sequences x heads, 128] in z.dtype; the last block may have fewer tokens.
-        weight: [tokens x sequences x heads, 128] float32, norm_weight repeated on every partition.
+        rows: [columns, 128] in z.dtype.
+        weight: [columns, 128] float32, norm_weight repeated on every partition.
     """
-    T, width = z.shape[1], z.shape[2]
-    heads = heads_per_sequence(box)
-    blocks = []
-    for t0 in range(0, T, tokens):
-        some = min(tokens, T - t0)
-        rows = nl.ndarray((some * box.nb * heads, PARTITIONS), dtype=z.dtype, buffer=nl.sbuf)
-        nisa.dma_copy(
-            dst=rows,
-            src=z.ap(
-                pattern=[[width, some], [T * width, box.nb], [PARTITIONS, heads], [1, PARTITIONS]],
-                offset=(box.b0 * T + t0) * width + first_head(box) * PARTITIONS,
-            ),
-        )
-        blocks.append(rows)
-    columns = tokens * box.nb * heads
+    T, columns = z.shape[1], box.nb * heads_per_sequence(box) * z.shape[1]
+    rows = nl.ndarray((columns, PARTITIONS), dtype=z.dtype, buffer=nl.sbuf)
     weight = nl.ndarray((columns, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=rows, src=rows_of_heads(z, box, T))
     nisa.dma_copy(dst=weight, src=norm_weight.ap(pattern=[[0, columns], [1, PARTITIONS]], offset=0))
-    return blocks, weight
+    return rows, weight
 
 
-def store_output(output: Tensor, o_rows: Tensor, gate: Tensor, norm_bias: Tensor, box: Box, t0: int) -> None:
-    """Gated RMS norm of the outputs from token t0 on, stored to output [B, T, H V].
+def rows_of_heads(hbm: Tensor, box: Box, T: int) -> Tensor:
+    """The box's part of [B, T, H V] or [B, T, H, V] in HBM as rows of V, one for each column."""
+    width = hbm.shape[2] if len(hbm.shape) == 3 else hbm.shape[2] * hbm.shape[3]
+    return hbm.ap(
+        pattern=[[T * width, box.nb], [PARTITIONS, heads_per_sequence(box)], [width, T], [1, PARTITIONS]],
+        offset=box.b0 * T * width + first_head(box) * PARTITIONS,
+    )
+
+
+def store_output(output: Tensor, o_rows: Tensor, gate: Tensor, norm_bias: Tensor, box: Box) -> None:
+    """Gated RMS norm of the outputs, stored to output [B, T, H V].
 
     Args:
-        o_rows: [tokens x sequences x heads, V] float32 in PSUM.
+        o_rows: [columns, V] float32 in PSUM.
         gate: the same shape, norm_weight silu(z).
-        norm_bias: [tokens x sequences x heads, 1], see `make_norm_bias`.
+        norm_bias: [columns, 1], see `make_norm_bias`.
     """
-    T, width = output.shape[1], output.shape[2]
-    count, per_token = o_rows.shape[0], box.nb * heads_per_sequence(box)
+    count = o_rows.shape[0]
     squares = nl.ndarray((count, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
     scale = nl.ndarray((count, 1), dtype=nl.float32, buffer=nl.sbuf)
     gated = nl.ndarray((count, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
@@ -247,15 +274,4 @@ def store_output(output: Tensor, o_rows: Tensor, gate: Tensor, norm_bias: Tensor
     # Vector does this while Scalar does the two above. Scalar then applies the scale, in half the time of Vector.
     nisa.tensor_tensor(dst=gated, data1=o_rows, data2=gate, op=nl.multiply)
     nisa.activation(dst=rows, op=nl.copy, data=gated, scale=scale)
-    nisa.dma_copy(
-        dst=output.ap(
-            pattern=[
-                [width, count // per_token],
-                [T * width, box.nb],
-                [PARTITIONS, heads_per_sequence(box)],
-                [1, PARTITIONS],
-            ],
-            offset=(box.b0 * T + t0) * width + first_head(box) * PARTITIONS,
-        ),
-        src=rows,
-    )
+    nisa.dma_copy(dst=rows_of_heads(output, box, output.shape[1]), src=rows)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operands of a decoding step's state update: convolution, gates, and what multiplies each head's products.
 
-Letters as in `decode_layer`. A column is one value head of one token and sequence, in the order (token, sequence,
-head); `columns` counts those whose operands are computed together, at most MAX_HEADS.
+Letters and columns as in `decode_io`; `columns` counts those whose operands are computed together, at most MAX_COLUMNS.
+What says nothing else is for one token, where a column is a head.
 
 Numbers that belong to a column, such as its gates, are needed on every partition, to scale tiles of [128, columns].
 Matmuls with ones put them there. They share one PSUM bank, `scalars` [128, 512] float32:
@@ -18,20 +18,15 @@ from .common import L2_EPS, PARTITIONS, Tensor
 from .decode_io import Box, heads_per_sequence, rows_per_sequence
 from .nki_seam import nisa, nl
 
-MAX_HEADS = 64
-"""Columns done together at most: n x 2 x 64 float32 of k and q fill a PSUM bank of 512, with n = 4."""
+MAX_COLUMNS = 64
+"""Columns of one token done together at most, so that `scalars` has room for them."""
 
-GATES, SQUARES, DECAY, NORM = 0, 3 * MAX_HEADS, 6 * MAX_HEADS, 511
+GATES, SQUARES, DECAY, NORM = 0, 3 * MAX_COLUMNS, 6 * MAX_COLUMNS, 511
 """First column of each part of `scalars`."""
 
 
-def block_masks(ones: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Which partitions hold the state of head i of a group of n heads: 1 there, 0 elsewhere.
-
-    Returns:
-        mask: [128, n] float32.
-        blocks: [1, n, 128] float32, its transpose.
-    """
+def head_mask(ones: Tensor, n: int) -> Tensor:
+    """[128, n] float32: 1 where a partition holds the state of head i of a group of n heads, 0 elsewhere."""
     block = PARTITIONS // n
     mask = nl.ndarray((PARTITIONS, n), dtype=nl.float32, buffer=nl.sbuf)
     nisa.affine_select(
@@ -51,11 +46,17 @@ def block_masks(ones: Tensor, n: int) -> tuple[Tensor, Tensor]:
         on_false_value=0.0,
         cmp_op=nl.greater_equal,
     )
+    return mask
+
+
+def head_blocks(n: int) -> Tensor:
+    """[1, n, 128] float32, the transpose of `head_mask`."""
+    block = PARTITIONS // n
     blocks = nl.ndarray((1, n, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=blocks, value=0.0, engine=nisa.engine.vector)
     for i in range(n):
         nisa.memset(dst=blocks[:, i, i * block : (i + 1) * block], value=1.0, engine=nisa.engine.vector)
-    return mask, blocks
+    return blocks
 
 
 # --- Per channel: the channels of a head are on partitions -----------------------------------------------------------
@@ -94,80 +95,125 @@ def transpose_weights(weight: Tensor, nb: int) -> Tensor:
     return columns
 
 
-def convolve(taps: Tensor, weights: Tensor, box: Box, t0: int, some: int) -> tuple[Tensor, Tensor]:
-    """Convolution and SiLU of `some` tokens from t0 on; k and q of a key head are repeated for its value heads.
+def convolve(taps: Tensor, weights: Tensor, box: Box, T: int) -> tuple[Tensor, Tensor]:
+    """Convolution and SiLU of all T tokens; k and q of a key head are repeated for its value heads.
 
     Returns:
         kq: [channel, 2, columns] float32, k and q.
         rk_v: [channel, 2, columns] float32, v in the second half; `head_scalars` writes rk to the first.
     """
-    nk, nr = box.nk, box.nr
-    per_sequence, heads, rows = rows_per_sequence(box), heads_per_sequence(box), box.nb * rows_per_sequence(box)
-    sequences, columns = some * box.nb, some * box.nb * heads  # tokens and sequences are one axis from here on
-    pitch = taps.shape[2]  # of a tap: the rows, or the room that a transpose has
-    products = nl.ndarray((PARTITIONS, some * rows, 4), dtype=nl.float32, buffer=nl.sbuf)
-    sums = nl.ndarray((PARTITIONS, some * rows), dtype=nl.float32, buffer=nl.sbuf)
+    nk, nr, nb, heads, per_sequence = box.nk, box.nr, box.nb, heads_per_sequence(box), rows_per_sequence(box)
+    rows, pitch, columns = nb * per_sequence, taps.shape[2], nb * heads * T
+    products = nl.ndarray((PARTITIONS, T, rows, 4), dtype=nl.float32, buffer=nl.sbuf)
+    sums = nl.ndarray((PARTITIONS, T, rows), dtype=nl.float32, buffer=nl.sbuf)
     kq = nl.ndarray((PARTITIONS, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
     rk_v = nl.ndarray((PARTITIONS, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(
-        dst=products.ap(pattern=[[4 * some * rows, PARTITIONS], [4 * rows, some], [1, 4], [4, rows]], offset=0),
-        data1=taps.ap(
-            pattern=[[taps.shape[1] * pitch, PARTITIONS], [pitch, some], [pitch, 4], [1, rows]],
-            offset=t0 * pitch,
-        ),
-        data2=weights.ap(pattern=[[4 * rows, PARTITIONS], [0, some], [rows, 4], [1, rows]], offset=0),
+        dst=products.ap(pattern=[[4 * T * rows, PARTITIONS], [4 * rows, T], [1, 4], [4, rows]], offset=0),
+        data1=taps.ap(pattern=[[taps.shape[1] * pitch, PARTITIONS], [pitch, T], [pitch, 4], [1, rows]], offset=0),
+        data2=weights.ap(pattern=[[4 * rows, PARTITIONS], [0, T], [rows, 4], [1, rows]], offset=0),
         op=nl.multiply,
     )
-    nisa.tensor_reduce(dst=sums, op=nl.add, data=products, axis=2)
+    nisa.tensor_reduce(dst=sums, op=nl.add, data=products, axis=3)
+    # An instruction takes three axes, so it moves several sequences of one token or several tokens of one sequence. In
+    # a column a sequence lies before the head and a token after it.
+    several, step, across = (nb, heads, per_sequence) if T == 1 else (T, 1, rows)
     first_rows = (nk, 0)  # of k and q: the rows of q come before those of k
-    for which in range(2):
+    for i in range(1 if T == 1 else nb):
+        for which in range(2):
+            nisa.activation(
+                dst=kq.ap(
+                    pattern=[[2 * columns, PARTITIONS], [step, several], [nr * T, nk], [T, nr]],
+                    offset=which * columns + i * heads * T,
+                ),
+                op=nl.silu,
+                data=sums.ap(
+                    pattern=[[T * rows, PARTITIONS], [across, several], [1, nk], [0, nr]],
+                    offset=i * per_sequence + first_rows[which],
+                ),
+            )
+    for i in range(1 if T == 1 else nb):
         nisa.activation(
-            dst=kq.ap(
-                pattern=[[2 * columns, PARTITIONS], [heads, sequences], [nr, nk], [1, nr]], offset=which * columns
+            dst=rk_v.ap(
+                pattern=[[2 * columns, PARTITIONS], [step, several], [T, heads]], offset=columns + i * heads * T
             ),
             op=nl.silu,
             data=sums.ap(
-                pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, nk], [0, nr]],
-                offset=first_rows[which],
+                pattern=[[T * rows, PARTITIONS], [across, several], [1, heads]], offset=i * per_sequence + 2 * nk
             ),
         )
-    nisa.activation(
-        dst=rk_v.ap(pattern=[[2 * columns, PARTITIONS], [heads, sequences], [1, heads]], offset=columns),
-        op=nl.silu,
-        data=sums.ap(pattern=[[some * rows, PARTITIONS], [per_sequence, sequences], [1, heads]], offset=2 * nk),
-    )
     return kq, rk_v
 
 
-def pack_columns(
-    kq: Tensor, mask: Tensor, ones: Tensor, identity: Tensor, scalars: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """k and q in the layout of the packed state, each head on its own block of partitions, zero elsewhere.
-
-    Writes k.k, q.q and k.q to scalars, from SQUARES on.
+def select_channels(kq: Tensor, identity: Tensor, n: int) -> Tensor:
+    """k and q in the layout of the packed state, for every head on every block of partitions, in PSUM.
 
     Returns:
-        packed: [128, n, 2, columns] float32. Partition i (128 / n) + p of row j has channel n p + j of a column that is
-            head i of its group, and zeros in the other columns.
-        k_columns: [128, n, groups] float32, k without those zeros: the group's head that the partition belongs to.
-        squares: [128, 3, columns] float32, the terms k k, q q and k q of each channel.
+        channels: [128, n, room >= 2 columns] float32. Partition i (128 / n) + p of row j has channel n p + j.
     """
-    columns, n = kq.shape[2], mask.shape[1]
-    block = PARTITIONS // n
-    groups = columns // n
-    transposed = nl.ndarray((PARTITIONS, n, 2 * columns), dtype=nl.float32, buffer=nl.psum)
-    packed = nl.ndarray((PARTITIONS, n, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
-    k_columns = nl.ndarray((PARTITIONS, n, groups), dtype=nl.float32, buffer=nl.sbuf)
-    squares = nl.ndarray((PARTITIONS, 3, columns), dtype=nl.float32, buffer=nl.sbuf)
+    columns = kq.shape[2]
+    # Rows that lie in one PSUM bank of 512 altogether, or whole rows in each of several banks.
+    room = 2 * columns if 2 * columns * n <= 512 else 128 if columns <= 64 else 256
+    channels = nl.ndarray((PARTITIONS, n, room), dtype=nl.float32, buffer=nl.psum)
     for j in range(n):
         # Columns j, n + j, 2 n + j, ... of the identity select these channels, once for every block of partitions.
         nisa.nc_matmul(
-            dst=transposed[:, j, :],
-            stationary=identity.ap(pattern=[[PARTITIONS, PARTITIONS], [0, n], [n, block]], offset=j),
+            dst=channels[:, j, 0 : 2 * columns],
+            stationary=identity.ap(pattern=[[PARTITIONS, PARTITIONS], [0, n], [n, PARTITIONS // n]], offset=j),
             moving=kq,
             is_stationary_onezero=True,
             accumulate=False,
         )
+    return channels
+
+
+def mask_channels(channels: Tensor, mask: Tensor, columns: int, T: int) -> Tensor:
+    """`select_channels` with zeros but for each head on its own block of partitions.
+
+    Returns:
+        packed: [128, n, 2, columns] float32: a partition of the block of head i of a group holds its k and q in the
+            columns of that head, and zeros in others.
+    """
+    n, room = channels.shape[1], channels.shape[2]
+    packed = nl.ndarray((PARTITIONS, n, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
+    # The first rows are masked while the Tensor engine selects the others.
+    at_once = min(n, 4) if T == 1 or room == 2 * columns else 1
+    for first in range(0, n, at_once):
+        if T == 1:  # row, group of k or q, head
+            dst = [[2 * columns, at_once], [n, 2 * columns // n], [1, n]]
+            data = [[room, at_once], [n, 2 * columns // n], [1, n]]
+            keep = [[0, at_once], [0, 2 * columns // n], [1, n]]
+        else:  # row and group of k or q, head, token
+            dst = [[n * T, at_once * 2 * columns // (n * T)], [T, n], [1, T]]
+            data = dst
+            keep = [[0, at_once * 2 * columns // (n * T)], [1, n], [0, T]]
+        nisa.tensor_tensor(
+            dst=packed.ap(pattern=[[2 * n * columns, PARTITIONS], dst[0], dst[1], dst[2]], offset=2 * first * columns),
+            data1=channels.ap(pattern=[[n * room, PARTITIONS], data[0], data[1], data[2]], offset=first * room),
+            data2=mask.ap(pattern=[[n, PARTITIONS], keep[0], keep[1], keep[2]], offset=0),
+            op=nl.multiply,
+        )
+    return packed
+
+
+def keys_of_partitions(packed: Tensor) -> Tensor:
+    """[128, n, groups] float32 of one token: k without the zeros of `packed`, of the head that a partition holds."""
+    n, columns = packed.shape[1], packed.shape[3]
+    groups = columns // n
+    keys = nl.ndarray((PARTITIONS, n, groups), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_reduce(
+        dst=keys,
+        op=nl.add,
+        data=packed.ap(pattern=[[2 * n * columns, PARTITIONS], [2 * columns, n], [n, groups], [1, n]], offset=0),
+        axis=3,
+    )
+    return keys
+
+
+def multiply_channels(kq: Tensor, ones: Tensor, scalars: Tensor) -> Tensor:
+    """The terms k k, q q and k q of each channel, [128, 3, columns] float32; scalars gets their sums, at SQUARES."""
+    columns = kq.shape[2]
+    squares = nl.ndarray((PARTITIONS, 3, columns), dtype=nl.float32, buffer=nl.sbuf)
     nisa.activation(dst=squares[:, 0:2, :], op=nl.square, data=kq)
     nisa.tensor_tensor(dst=squares[:, 2, :], data1=kq[:, 0, :], data2=kq[:, 1, :], op=nl.multiply)
     nisa.nc_matmul(
@@ -177,25 +223,13 @@ def pack_columns(
         is_stationary_onezero=True,
         accumulate=False,
     )
-    nisa.tensor_tensor(
-        dst=packed.ap(pattern=[[2 * n * columns, PARTITIONS], [n, 2 * columns], [1, n]], offset=0),
-        data1=transposed.ap(pattern=[[2 * n * columns, PARTITIONS], [n, 2 * columns], [1, n]], offset=0),
-        data2=mask.ap(pattern=[[n, PARTITIONS], [0, 2 * columns], [1, n]], offset=0),
-        op=nl.multiply,
-    )
-    nisa.tensor_reduce(
-        dst=k_columns,
-        op=nl.add,
-        data=packed.ap(pattern=[[2 * n * columns, PARTITIONS], [2 * columns, n], [n, groups], [1, n]], offset=0),
-        axis=3,
-    )
-    return packed, k_columns, squares
+    return squares
 
 
 # --- Per head --------------------------------------------------------------------------------------------------------
 def gate_steps(raw_gates: Tensor, per_head: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(A_log) [1, heads] and softplus(a + dt_bias) [1, T x sequences, heads], float32; -g is their product."""
-    size, heads = raw_gates.shape[2] * raw_gates.shape[3], per_head.shape[2]
+    """exp(A_log) [1, heads] and softplus(a + dt_bias) [1, sequences, heads], float32; -g is their product."""
+    size, heads = raw_gates.shape[2], per_head.shape[2]
     rate = nl.ndarray((1, heads), dtype=nl.float32, buffer=nl.sbuf)
     steps = nl.ndarray((1, size // heads, heads), dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(
@@ -210,13 +244,13 @@ def gate_steps(raw_gates: Tensor, per_head: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_gate_rows(raw_gates: Tensor, rate: Tensor, steps: Tensor) -> Tensor:
-    """[1, 3, columns of all T tokens] float32 on one partition: exp(g), then -exp(g) beta, then beta.
+    """[1, 3, columns] float32 on one partition: exp(g), then -exp(g) beta, then beta. `steps` becomes -g.
 
-    `broadcast_gates` writes the second when it needs it. `steps` becomes -g.
+    `broadcast_gates` writes the second when it needs it.
     """
     repeats, heads = steps.shape[1], steps.shape[2]
     rows = nl.ndarray((1, 3, repeats * heads), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.activation(dst=rows[:, 2, :], op=nl.sigmoid, data=raw_gates[:, 1, :, :])
+    nisa.activation(dst=rows[:, 2, :], op=nl.sigmoid, data=raw_gates[:, 1, :])
     nisa.tensor_tensor(
         dst=steps,
         data1=steps,
@@ -227,37 +261,34 @@ def make_gate_rows(raw_gates: Tensor, rate: Tensor, steps: Tensor) -> Tensor:
     return rows
 
 
-def broadcast_gates(
-    gate_rows: Tensor, blocks: Tensor, ones: Tensor, scalars: Tensor, first: int, columns: int
-) -> Tensor:
-    """Gates of the columns from `first` on, to all partitions: scalars from GATES on.
+def broadcast_gates(gate_rows: Tensor, blocks: Tensor, ones: Tensor, scalars: Tensor) -> Tensor:
+    """Gates of the columns to all partitions: scalars from GATES on.
 
     Returns:
         decay: [128, columns / n] float32 in PSUM, exp(g) of the head whose state a partition holds; in scalars.
     """
-    n, width = blocks.shape[1], gate_rows.shape[2]
+    n, columns = blocks.shape[1], gate_rows.shape[2]
     decay = scalars[:, DECAY : DECAY + columns // n]
-    own = nl.ds(first, columns)
     for i in range(n):
         nisa.nc_matmul(
             dst=decay,
             stationary=blocks[:, i, :],
-            moving=gate_rows.ap(pattern=[[3 * width, 1], [n, columns // n]], offset=first + i),
+            moving=gate_rows.ap(pattern=[[3 * columns, 1], [n, columns // n]], offset=i),
             is_stationary_onezero=True,
             accumulate=i != 0,
         )
     nisa.scalar_tensor_tensor(
-        dst=gate_rows[:, 1, own],
-        data=gate_rows[:, 0, own],
+        dst=gate_rows[:, 1, :],
+        data=gate_rows[:, 0, :],
         op0=nl.multiply,
         operand0=-1.0,
         op1=nl.multiply,
-        operand1=gate_rows[:, 2, own],
+        operand1=gate_rows[:, 2, :],
     )
     nisa.nc_matmul(
         dst=scalars[:, GATES : GATES + 3 * columns],
         stationary=ones[0:1, :],
-        moving=gate_rows[:, :, own],
+        moving=gate_rows,
         is_stationary_onezero=True,
         accumulate=False,
     )
@@ -310,9 +341,9 @@ def make_norm_bias(squares: Tensor, ones: Tensor, scalars: Tensor, norm_eps: flo
     return norm_bias
 
 
-def make_output_gate(z_rows: Tensor, norm_rows: Tensor, columns: int) -> Tensor:
+def make_output_gate(z_rows: Tensor, norm_rows: Tensor) -> Tensor:
     """norm_weight silu(z), [columns, V] float32, from `load_output_gate`'s tiles."""
-    gate = nl.ndarray((columns, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    gate = nl.ndarray(norm_rows.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.activation(dst=gate, op=nl.silu, data=z_rows)
-    nisa.tensor_tensor(dst=gate, data1=gate, data2=norm_rows[0:columns, :], op=nl.multiply, engine=nisa.engine.gpsimd)
+    nisa.tensor_tensor(dst=gate, data1=gate, data2=norm_rows, op=nl.multiply, engine=nisa.engine.gpsimd)
     return gate

@@ -166,7 +166,7 @@ def commit_delta_rule(keys: Tensor, u: Tensor, g: Tensor, initial_state: Tensor,
         u: [B, T, H, V], float32, from `verify_delta_rule`.
         g: [B, T, H] float32, what it was given.
         initial_state: [B, H, K, V] float32, likewise; not modified.
-        accepted: [B] integers, 0 to T; 0 leaves a row's state as it is.
+        accepted: [B] integers, 0 to T; 0 leaves a row's state as it is. What is not accepted may hold anything.
 
     Returns:
         state: [B, H, K, V] float32.
@@ -186,6 +186,7 @@ def commit_delta_rule(keys: Tensor, u: Tensor, g: Tensor, initial_state: Tensor,
     # Sums of what follows each token, not differences of sums, which lose small decays after large ones.
     to_end = F.pad(g[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1).exp()
     u = torch.where(real.unsqueeze(-1), u * to_end.unsqueeze(-1), 0.0)
+    keys = torch.where(real.unsqueeze(-1), keys, 0.0)
     rows = u.unflatten(2, (Hk, -1)).movedim(1, 3)  # [B, Hk, R, T, V]
     columns = keys.permute(0, 2, 3, 1).unsqueeze(2).expand(-1, -1, H // Hk, -1, -1)  # [B, Hk, R, K, T]
     written = (columns @ rows).flatten(1, 2)

@@ -44,10 +44,13 @@ def small(kernel: KernelName, tokens: int, dtype: torch.dtype = torch.float32, *
     ("kernel", "tokens", "cores"),
     [
         (KernelName.DECODE, 1, 2),
-        (KernelName.DECODE, 3, 1),
+        (KernelName.VERIFY, 3, 1),
+        (KernelName.VERIFY, 8, 2),
+        (KernelName.COMMIT, 3, 2),
         (KernelName.CHUNKED, 32, 2),
         (KernelName.FUSED, 1, 1),
         (KernelName.FUSED, 130, 2),
+        (KernelName.LOOPED, 512, 2),
     ],
 )
 def test_kernels_are_near_float64(kernel: KernelName, tokens: int, cores: int, dtype: torch.dtype) -> None:
@@ -59,7 +62,7 @@ def test_kernels_are_near_float64(kernel: KernelName, tokens: int, cores: int, d
 
 
 @pytest.mark.parametrize("gates", [Gates.STRONG, Gates.EQUAL_KEYS])
-@pytest.mark.parametrize(("kernel", "tokens"), [(KernelName.DECODE, 4), (KernelName.FUSED, 64)])
+@pytest.mark.parametrize(("kernel", "tokens"), [(KernelName.VERIFY, 4), (KernelName.COMMIT, 4), (KernelName.FUSED, 64)])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_hard_gates_cost_little_accuracy(kernel: KernelName, tokens: int, gates: Gates, dtype: torch.dtype) -> None:
     figures, _ = measure(small(kernel, tokens, dtype, gates=gates))
@@ -110,8 +113,11 @@ def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch: pytest.Mon
         (("--heads", "7", "--key-heads", "2"), "heads=7 is not a multiple of key_heads=2"),
         (("--key-heads", "0"), "key_heads=0"),
         (("--batch", "-1"), "batch=-1"),
-        (("--tokens", "9"), "tokens=9"),
+        (("--tokens", "2"), "tokens=2: the decode kernel takes 1 token"),
+        (("--kernel", "verify", "--tokens", "9"), "tokens=9"),
+        (("--kernel", "commit", "--tokens", "9"), "tokens=9"),
         (("--kernel", "chunked", "--tokens", "100"), "tokens=100"),
+        (("--kernel", "looped", "--tokens", "768"), "tokens=768"),
         (("--heads", "144", "--key-heads", "1", "--cores", "1"), "H=144"),
     ],
 )

@@ -18,7 +18,7 @@ from qwen35 import ops
 from qwen35.kernel_selection import KERNEL_ENVIRONMENT, DeltaNetInverse, DeltaNetKernel
 from qwen35.layers import gated_deltanet
 from qwen35.layers.cache import DeltaNetState
-from qwen35.layers.kernel_launch import decode, prefill
+from qwen35.layers.kernel_launch import commit, decode, prefill, verify
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
 from qwen35.nki_kernels.nki_seam import EMULATED
 from qwen35.phase import Phase
@@ -61,7 +61,7 @@ def test_the_mini_says_the_same_through_the_kernels_in_the_emulator(kernel: str,
 
 @pytest.mark.parametrize(
     ("phase", "tokens"),
-    [(Phase.TOKEN_GENERATION, 1), (Phase.TOKEN_GENERATION, 8), (Phase.CONTINUATION, 8), (Phase.CONTINUATION, 9)],
+    [(Phase.TOKEN_GENERATION, 1), (Phase.CONTINUATION, 8), (Phase.CONTINUATION, 9)],
 )
 def test_a_layer_continues_from_a_state_by_kernel_as_by_torch(phase: Phase, tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def test_the_fused_kernel_is_right_on_what_the_mini_computes(
 
 
 # --- Launches --------------------------------------------------------------------------------------------------------
-LAUNCHED = [DeltaNetKernel.FUSED, DeltaNetKernel.CHUNKED, DeltaNetKernel.RECURRENT]
+LAUNCHED = [DeltaNetKernel.FUSED, DeltaNetKernel.LOOPED, DeltaNetKernel.CHUNKED, DeltaNetKernel.RECURRENT]
 
 
 @emulated
@@ -131,6 +131,19 @@ def test_a_continued_prompt_compiles_one_program_too(kernel: DeltaNetKernel) -> 
         for _ in range(2):
             prefill(kernel, DeltaNetInverse.TILED, 1, *case.tensors, case.state)
     assert len(launches.compiled) == 1
+
+
+@emulated
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("tokens", [512, 500])
+def test_the_looped_kernel_takes_whole_loops_and_leaves_others_to_the_fused_one(tokens: int, with_state: bool) -> None:
+    case = make_case(S=tokens, R=1, K=128, V=128, state=with_state)
+    with recorded_launches() as launches:
+        results = prefill(DeltaNetKernel.LOOPED, DeltaNetInverse.TILED, 1, *case.tensors, case.state)
+    name = launches.compiled[0][0]
+    assert name.startswith("deltanet_looped" if tokens == 512 else "deltanet_fused")
+    for actual, expected in zip(results, ops.chunk_gated_delta_rule(*case.tensors, case.state), strict=True):
+        assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_call_with_none_compiles_every_time_in_the_record() -> None:
@@ -163,13 +176,39 @@ def test_results_are_where_the_inputs_are_whatever_the_default_device(
         assert_close(actual, reference, atol=1e-5 * float(reference.abs().max()), label=kernel.value)
 
 
+STEP = "qkv z a b conv_weight conv_state A_log dt_bias norm_weight recurrent_state".split()
+COMMIT = "keys u g recurrent_state qkv conv_state accepted".split()
+
+
 @emulated
-def test_decoding_leaves_results_where_the_inputs_are() -> None:
-    names = "qkv z a b conv_weight conv_state A_log dt_bias norm_weight recurrent_state".split()
-    inputs: dict[str, Any] = dict(zip(names, small_arguments("deltanet_decode_layer"), strict=True))
+@pytest.mark.parametrize(
+    ("launch", "kernel", "names", "options"),
+    [
+        (decode, "deltanet_decode_layer", STEP, {"norm_eps": 1e-6}),
+        (verify, "deltanet_verify_layer", STEP, {"norm_eps": 1e-6}),
+        (commit, "deltanet_commit_layer", COMMIT, {}),
+    ],
+)
+def test_a_step_leaves_results_where_the_inputs_are_and_the_meta_device_tells_their_shapes(
+    launch: Any, kernel: str, names: list[str], options: dict[str, float]
+) -> None:
+    inputs: dict[str, Any] = dict(zip(names, small_arguments(kernel), strict=True))
     with torch.device("meta"):
-        results = decode(2, **inputs, norm_eps=1e-6)
-    assert {result.device.type for result in results} == {"cpu"}
+        results = launch(2, **inputs, **options)
+    shapes = launch(2, **{name: x.to("meta") for name, x in inputs.items()}, **options)
+    for result, shape in zip(results, shapes, strict=True):
+        assert result.device.type == "cpu" and shape.is_meta
+        assert (result.shape, result.dtype) == (shape.shape, shape.dtype)
+
+
+@emulated
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_counts_are_data_so_that_all_of_them_share_a_program(integers: torch.dtype) -> None:
+    inputs: dict[str, Any] = dict(zip(COMMIT, small_arguments("deltanet_commit_layer"), strict=True))
+    with recorded_launches() as launches:
+        for counts in ([0, 2], [1, 1]):
+            commit(1, **{**inputs, "accepted": torch.tensor(counts, dtype=integers)})
+    assert len(launches.compiled) == 1
 
 
 @emulated

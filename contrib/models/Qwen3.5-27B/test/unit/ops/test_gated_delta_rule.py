@@ -333,7 +333,8 @@ def test_what_was_rejected_never_reaches_the_state_not_even_nan() -> None:
     x, state = inputs(1, 4, 2, 2, 16, 8), torch.randn(1, 4, 16, 8)
     _, keys, u = verify_delta_rule(*x, state)
     clean = commit_delta_rule(keys, u, x[3], state, torch.tensor([2]))
-    u[:, 2:], x[3][:, 2:] = torch.nan, torch.nan
+    for rejected in (keys, u, x[3]):
+        rejected[:, 2:] = torch.nan
     assert_close(commit_delta_rule(keys, u, x[3], state, torch.tensor([2])), clean)
 
 
