@@ -29,6 +29,8 @@ CHUNK = 128
 CASES = {
     **{f"context encoding, {n} tokens": KernelCase(KernelName.FUSED, tokens=n) for n in (128, 256, 512)},
     "the same 512, plain inverse": KernelCase(KernelName.FUSED, tokens=512, inverse=DeltaNetInverse.PLAIN),
+    **{f"context encoding, {n} tokens": KernelCase(KernelName.FUSED, tokens=n) for n in (1024, 2048)},
+    **{f"looped, {n} tokens": KernelCase(KernelName.LOOPED, tokens=n) for n in (1024, 2048)},
     "chunk step, 128 tokens": KernelCase(KernelName.CHUNKED, tokens=CHUNK),
     "the same step, plain inverse": KernelCase(KernelName.CHUNKED, tokens=CHUNK, inverse=DeltaNetInverse.PLAIN),
     "decode layer, batch 1": KernelCase(KernelName.DECODE, batch=1),

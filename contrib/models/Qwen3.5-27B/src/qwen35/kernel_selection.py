@@ -15,13 +15,14 @@ class DeltaNetKernel(str, Enum):
 
     AUTO = "auto"  # FUSED on a Neuron device, TORCH on a CPU
     FUSED = "fused"  # all heads and chunks in one launch per layer
+    LOOPED = "looped"  # the same with a loop on the device over every 512 tokens, for prompts of whole loops
     CHUNKED = "chunked"  # one launch per chunk of 128 tokens
     RECURRENT = "recurrent"  # token by token, one launch per head: to check the others
     TORCH = "torch"  # `qwen35.ops`
 
 
 class DeltaNetInverse(str, Enum):
-    """How FUSED and CHUNKED invert the triangular system of a chunk."""
+    """How FUSED, LOOPED and CHUNKED invert the triangular system of a chunk."""
 
     TILED = "tiled"  # on sub-arrays of the Tensor engine, side by side
     PLAIN = "plain"  # by matmuls that take all of it: slower, and nothing in it goes beyond NKI's documents

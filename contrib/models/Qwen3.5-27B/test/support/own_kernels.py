@@ -47,6 +47,10 @@ def small_arguments(name: str, dtype: torch.dtype = torch.bfloat16) -> list[torc
         activations = [normal(2, T, 512), normal(2, T, 256), normal(2, T, 2), normal(2, T, 2), normal(512, 4)]
         float32 = [normal(*shape, dtype=torch.float32) for shape in ((2,), (2,), (128,), (2, 2, 128, 128))]
         return [*activations, normal(2, 512, 3), *float32]
+    if name == "deltanet_looped_chunked_layer_state":
+        case = make_case(B=1, S=1024, R=1, K=128, V=128, dtype=dtype, state=True)
+        assert case.state is not None
+        return [*case.tensors, case.state]
     case = make_case(B=2, S=128, R=2, K=128, V=128, dtype=dtype, state=True)
     assert case.state is not None
     lengths = torch.tensor([128, 70], dtype=torch.int32)

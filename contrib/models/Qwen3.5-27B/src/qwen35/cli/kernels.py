@@ -51,6 +51,7 @@ class KernelName(str, Enum):
     COMMIT = "commit"  # deltanet_commit_layer: the state after a prefix of those tokens
     CHUNKED = "chunked"  # deltanet_chunk_step: the delta rule over one chunk of 32, 64 or 128 tokens
     FUSED = "fused"  # deltanet_fused_chunked_layer: the delta rule over whole sequences
+    LOOPED = "looped"  # deltanet_looped_chunked_layer_state: the same, with a loop over every 512 tokens
 
 
 class Gates(str, Enum):
@@ -67,6 +68,7 @@ DEFAULT_TOKENS = {
     KernelName.COMMIT: 4,
     KernelName.CHUNKED: 128,
     KernelName.FUSED: 512,
+    KernelName.LOOPED: 1024,
 }
 
 LAYER = (KernelName.DECODE, KernelName.VERIFY)
@@ -84,7 +86,7 @@ class KernelCase:
         dtype: of activations; gates and states are float32.
         cores: 1, or 2 for LNC=2.
         gates: how hard the inputs are.
-        inverse: how the fused and the chunked kernel invert the system of a chunk; the others have no choice.
+        inverse: how the fused, looped and chunked kernels invert the system of a chunk; the others have no choice.
 
     Raises:
         ValueError: the kernel does not take this shape.
@@ -116,6 +118,8 @@ class KernelCase:
             raise ValueError(f"tokens={self.tokens}: the {self.kernel.value} kernel takes 1 to 8 tokens")
         if self.kernel is KernelName.CHUNKED and self.tokens not in (32, 64, 128):
             raise ValueError(f"tokens={self.tokens}: the chunked kernel takes 32, 64 or 128 tokens")
+        if self.kernel is KernelName.LOOPED and self.tokens % 512:
+            raise ValueError(f"tokens={self.tokens}: the looped kernel takes multiples of 512 tokens")
 
     def __str__(self) -> str:
         return (
@@ -178,6 +182,7 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
     from ..nki_kernels.commit_layer import deltanet_commit_layer
     from ..nki_kernels.decode_layer import deltanet_decode_layer
     from ..nki_kernels.fused_chunked import deltanet_fused_chunked_layer
+    from ..nki_kernels.looped_chunked import deltanet_looped_chunked_layer_state
     from ..nki_kernels.nki_seam import EMULATED
     from ..nki_kernels.verify_layer import deltanet_verify_layer
 
@@ -189,9 +194,10 @@ def measure(case: KernelCase) -> tuple[KernelFigures, Report]:
         KernelName.COMMIT: deltanet_commit_layer,
         KernelName.CHUNKED: deltanet_chunk_step,
         KernelName.FUSED: deltanet_fused_chunked_layer,
+        KernelName.LOOPED: deltanet_looped_chunked_layer_state,
     }[case.kernel]
     inputs = _make_inputs(case)
-    inverts = case.kernel in (KernelName.CHUNKED, KernelName.FUSED)
+    inverts = case.kernel in (KernelName.CHUNKED, KernelName.FUSED, KernelName.LOOPED)
     options: dict[str, Any] = {"inverse": case.inverse.value} if inverts else {}
     try:
         result = nki_emulator.emulate(kernel, *inputs, grid=case.cores, **options)
@@ -230,7 +236,7 @@ def hbm_bytes(case: KernelCase) -> int:
         parameters = channels * CONV_WIDTH * size + 4 * (2 * H + HEAD_DIM)  # the convolution, A_log, dt_bias, the norm
         taken = qkv + z + 2 * B * T * H * size + conv_state + parameters + state
         return taken + z + (state + conv_state if case.kernel is KernelName.DECODE else committed)
-    # q, k, v and the output; g and beta; a sequence starts from zero.
+    # q, k, v and the output; g and beta; a sequence of the fused kernel starts from zero.
     return qkv + z + 2 * 4 * B * T * H + state * (1 if case.kernel is KernelName.FUSED else 2)
 
 
@@ -306,7 +312,7 @@ def _make_inputs(case: KernelCase) -> list[Tensor]:
         return step if case.kernel in LAYER else _commit_inputs(*(x.float() for x in step), dtype=case.dtype)
     q, k, v = (x.contiguous().to(case.dtype) for x in qkv.split((Hk, Hk, H), dim=2))
     gated = [q, k, v, -rates * F.softplus(a), b.sigmoid()]
-    return [*gated, state] if case.kernel is KernelName.CHUNKED else gated
+    return gated if case.kernel is KernelName.FUSED else [*gated, state]
 
 
 def _commit_inputs(

@@ -21,6 +21,7 @@ from ..nki_kernels.chunked import deltanet_chunk_step
 from ..nki_kernels.commit_layer import deltanet_commit_layer
 from ..nki_kernels.decode_layer import deltanet_decode_layer
 from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer, deltanet_fused_chunked_layer_state
+from ..nki_kernels.looped_chunked import LOOP_TOKENS, deltanet_looped_chunked_layer_state
 from ..nki_kernels.recurrent import deltanet_recurrent_fwd_state
 from ..nki_kernels.verify_layer import deltanet_verify_layer
 from ..ops import l2norm
@@ -39,19 +40,23 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `ops.chunk_gated_delta_rule`, by a kernel on `cores` physical cores (LNC).
 
-    `inverse` says how FUSED and CHUNKED invert the system of a chunk.
+    `inverse` says how FUSED, LOOPED and CHUNKED invert the system of a chunk. LOOPED is FUSED for prompts that are not
+    a number of whole iterations.
 
     On the meta device, where the traced calls are walked without a compiler, shapes and dtypes only.
     """
     if q.is_meta:
         B, _, H, V = v.shape
         return torch.empty_like(v), v.new_empty((B, H, q.shape[3], V), dtype=torch.float32)
-    if kernel is DeltaNetKernel.FUSED:
+    looped = kernel is DeltaNetKernel.LOOPED and q.shape[1] % LOOP_TOKENS == 0
+    if kernel in (DeltaNetKernel.FUSED, DeltaNetKernel.LOOPED) and not looped:
         if state is None:
             return deltanet_fused_chunked_layer[cores](q, k, v, g, beta, inverse=inverse.value)
         return deltanet_fused_chunked_layer_state[cores](q, k, v, g, beta, state, inverse=inverse.value)
     if state is None:
         state = q.new_zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    if looped:
+        return deltanet_looped_chunked_layer_state[cores](q, k, v, g, beta, state, inverse=inverse.value)
     if kernel is DeltaNetKernel.CHUNKED:
         return _by_chunks(cores, inverse, q, k, v, g, beta, state)
     return _by_heads(cores, q, k, v, g, beta, state)

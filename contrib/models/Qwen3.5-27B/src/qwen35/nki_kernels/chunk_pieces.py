@@ -307,20 +307,12 @@ def make_constants(shape: Shape) -> Constants:
 
 
 # --- Loads and gates -------------------------------------------------------------------------------------------------
-def load_segment(
-    shape: Shape, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b: int, first: int, n: int
-) -> Segment:
-    """Start the transfers of chunks [first, first + n) of sequence b; tokens beyond S read as zero.
-
-    Args:
-        q, k: [B, S, Hk, K]; v: [B, S, H, V]; g, beta: [B, S, H] float32, in HBM.
-    """
+def make_segment(shape: Shape, n: int) -> Segment:
+    """Room for n chunks."""
     C, heads, key_heads = shape.C, shape.heads, shape.key_heads
-    S = k.shape[1]
-    h1, k1 = shape.h0 + heads, shape.k0 + key_heads
     key_tile = (C, n, key_heads, shape.K)
     gate_tile = (C, n, heads)
-    s = Segment(
+    return Segment(
         k=nl.ndarray(key_tile, dtype=shape.dtype, buffer=nl.sbuf),
         q=nl.ndarray(key_tile, dtype=shape.dtype, buffer=nl.sbuf),
         v=nl.ndarray((C, n, heads, shape.V), dtype=shape.dtype, buffer=nl.sbuf),
@@ -335,6 +327,20 @@ def load_segment(
         k_norm=nl.ndarray((C, n, key_heads), dtype=nl.float32, buffer=nl.sbuf),
         q_scale=nl.ndarray((C, n, key_heads), dtype=nl.float32, buffer=nl.sbuf),
     )
+
+
+def load_segment(
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b: int, first: int, n: int
+) -> Segment:
+    """Start the transfers of chunks [first, first + n) of sequence b; tokens beyond S read as zero.
+
+    Args:
+        q, k: [B, S, Hk, K]; v: [B, S, H, V]; g, beta: [B, S, H] float32, in HBM.
+    """
+    C, heads, key_heads = shape.C, shape.heads, shape.key_heads
+    S = k.shape[1]
+    h1, k1 = shape.h0 + heads, shape.k0 + key_heads
+    s = make_segment(shape, n)
     for c in range(n):
         start = (first + c) * C
         rows = min(C, S - start)

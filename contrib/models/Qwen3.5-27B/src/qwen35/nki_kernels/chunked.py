@@ -33,8 +33,10 @@ from .chunk_pieces import (
     TILED,
     UNIT_HEADS,
     Constants,
+    Segment,
     Shape,
     State,
+    Unit,
     Work,
     check_inputs,
     compute_gates,
@@ -277,6 +279,72 @@ SEGMENT_CHUNKS = 4
 """Chunks whose inputs are loaded and whose gates are computed together, while those of the next segment are loaded."""
 
 
+def shape_of_core(k: Tensor, v: Tensor, C: int, inverse: str) -> Shape:
+    """Sizes of a launch with chunks of C tokens, and the heads of this core, which may be none."""
+    Hk, K, H, V = k.shape[2], k.shape[3], v.shape[2], v.shape[3]
+    R = H // Hk
+    h0, heads = split_heads(H, Hk)
+    k0 = h0 // R
+    key_heads = 0 if heads == 0 else (h0 + heads - 1) // R + 1 - k0
+    return Shape(C=C, K=K, V=V, heads=heads, key_heads=key_heads, h0=h0, k0=k0, dtype=k.dtype, inverse=inverse)
+
+
+def make_slots(shape: Shape, units: list[Unit]) -> tuple[list[Tensor], list[Tensor]]:
+    """`Work.T`, zero where no stage writes, and `Work.halves`, for `clear_halves`, of the chunks in flight."""
+    inverses, halves = [], []
+    for _ in range((PHASES + 1) * len(units)):
+        t = nl.ndarray((shape.C, UNIT_HEADS, shape.C), dtype=shape.dtype, buffer=nl.sbuf)
+        nisa.memset(dst=t, value=0.0, engine=nisa.engine.gpsimd)
+        inverses.append(t)
+        halves.append(nl.ndarray((shape.C, UNIT_HEADS, 2, BLOCK), dtype=nl.float32, buffer=nl.sbuf))
+    return inverses, halves
+
+
+def clear_halves(shape: Shape, units: list[Unit], halves: list[Tensor], i: int) -> None:
+    """Zeros for the slots of chunk i, before their first use."""
+    if shape.inverse == TILED:
+        for u in range(len(units)):
+            nisa.memset(dst=halves[_slot(u, i)], value=0.0, engine=nisa.engine.vector)
+
+
+def _slot(u: int, i: int) -> int:
+    """Slot of unit u of chunk i."""
+    return (PHASES + 1) * u + i % (PHASES + 1)
+
+
+def enter_chunk(
+    units: list[Unit], inverses: list[Tensor], halves: list[Tensor], inputs: Segment, c: int, i: int
+) -> list[Work]:
+    """The units of chunk i, which is chunk c of its segment."""
+    entering = []
+    for u in range(len(units)):
+        slot, R = _slot(u, i), units[u].R
+        t, x = inverses[slot][:, 0:R], halves[slot][:, 0:R]
+        entering.append(Work(unit=units[u], segment=inputs, chunk=c, T=t, halves=x))
+    return entering
+
+
+def advance(shape: Shape, consts: Constants, pipeline: list[list[Work]], state: State, o: Tensor) -> None:
+    """One step of the chunks in flight, the youngest first: a phase of preparation each, and the scan of the last.
+
+    Args:
+        state: that before the last chunk, moved on over it.
+        o: [C, heads, V] in SBUF, receives its outputs.
+    """
+    scans = []
+    for stage in range(SCAN_STAGES):
+        for w in pipeline[PHASES]:
+            scans.append((w, stage))
+    done = 0
+    for step in range(PHASE_STAGES):
+        for phase in range(PHASES):
+            for w in pipeline[phase]:
+                prepare(shape, consts, w, phase * PHASE_STAGES + step)
+        while done < (step + 1) * len(scans) // PHASE_STAGES:
+            scan(shape, consts, scans[done][0], state, o, scans[done][1])
+            done = done + 1
+
+
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -305,32 +373,13 @@ def delta_rule(
     The loops are unrolled: per chunk and unit of three heads 197 instructions of the Tensor engine (174 of them on
     sub-arrays), 52 of Vector, Scalar and GpSimd, and 6 transfers.
     """
-    B, S, Hk, K = k.shape
-    H, V = v.shape[2], v.shape[3]
-    R = H // Hk
-    h0, heads = split_heads(H, Hk)
-    if heads == 0:
+    B, S = k.shape[0], k.shape[1]
+    shape = shape_of_core(k, v, C, inverse)
+    if shape.heads == 0:
         return
-    k0 = h0 // R
-    shape = Shape(
-        C=C,
-        K=K,
-        V=V,
-        heads=heads,
-        key_heads=(h0 + heads - 1) // R + 1 - k0,
-        h0=h0,
-        k0=k0,
-        dtype=k.dtype,
-        inverse=inverse,
-    )
-    units = make_units(shape, R)
+    units = make_units(shape, v.shape[2] // k.shape[2])
     consts = make_constants(shape)
-    inverses, halves = [], []
-    for _ in range((PHASES + 1) * len(units)):
-        t = nl.ndarray((C, UNIT_HEADS, C), dtype=shape.dtype, buffer=nl.sbuf)
-        nisa.memset(dst=t, value=0.0, engine=nisa.engine.gpsimd)
-        inverses.append(t)
-        halves.append(nl.ndarray((C, UNIT_HEADS, 2, BLOCK), dtype=nl.float32, buffer=nl.sbuf))
+    inverses, halves = make_slots(shape, units)
 
     # Segments as (sequence, first chunk, chunks); chunks of all sequences as (sequence, segment, chunk within the
     # segment, chunk within the sequence).
@@ -369,38 +418,23 @@ def delta_rule(
                 if segment + 1 < len(segments):
                     b1, first1, n1 = segments[segment + 1]
                     next_inputs = load_segment(shape, q, k, v, g, beta, b1, first1, n1)
-            for u in range(len(units)):
-                slot, R = (PHASES + 1) * u + i % (PHASES + 1), units[u].R
-                if i <= PHASES and inverse == TILED:  # after the gates, for which Vector is wanted first
-                    nisa.memset(dst=halves[slot], value=0.0, engine=nisa.engine.vector)
-                t, x = inverses[slot][:, 0:R], halves[slot][:, 0:R]
-                entering.append(Work(unit=units[u], segment=inputs, chunk=c, T=t, halves=x))
+            if i <= PHASES:  # after the gates, for which Vector is wanted first
+                clear_halves(shape, units, halves, i)
+            entering = enter_chunk(units, inverses, halves, inputs, c, i)
         older = pipeline
         pipeline = [entering]
         for phase in range(PHASES):
             pipeline.append(older[phase])
         leaving = i - PHASES
-        out: Any = None
+        state, out = states[0], nl.ndarray((C, shape.heads, v.shape[3]), dtype=v.dtype, buffer=nl.sbuf)
         if leaving >= 0:
-            out = nl.ndarray((C, heads, V), dtype=v.dtype, buffer=nl.sbuf)
-        scans = []
-        for stage in range(SCAN_STAGES):
-            for w in pipeline[PHASES]:
-                scans.append((w, stage))
-        done = 0
-        for step in range(PHASE_STAGES):
-            for phase in range(PHASES):
-                stage = phase * PHASE_STAGES + step
-                for w in pipeline[phase]:
-                    prepare(shape, consts, w, stage)
-            while done < (step + 1) * len(scans) // PHASE_STAGES:
-                scan(shape, consts, scans[done][0], states[items[leaving][0]], out, scans[done][1])
-                done = done + 1
+            state = states[items[leaving][0]]
+        advance(shape, consts, pipeline, state, out)
         if leaving >= 0:
             b, _, _, chunk = items[leaving]
             start = chunk * C
             rows = min(C, S - start)
-            nisa.dma_copy(dst=o[b, start : start + rows, h0 : h0 + heads], src=out[0:rows])
+            nisa.dma_copy(dst=o[b, start : start + rows, shape.h0 : shape.h0 + shape.heads], src=out[0:rows])
             if chunk == chunks - 1:
                 store_state(shape, states[b], final_state, b)
 

@@ -241,16 +241,20 @@ class ModelRunner:
         (logits,) = self._run_drafting(drafting_inputs(Phase.VERIFICATION, rows, tokens))
         return [own[: len(verified)] for own, verified in zip(logits, tokens, strict=True)]
 
-    def draft(self, rows: Sequence[Row]) -> None:
+    def draft(self, rows: Sequence[Row]) -> list[list[int]]:
         """Take in what is not cached of each row but its last token, and draft what follows.
 
         That is what was accepted of the tokens that `verify` went through last, or nothing after a prompt.
+
+        Returns:
+            The drafts of each row, which it also has.
         """
         tokens = [row.tokens[row.cached :] for row in rows]
         (drafts,) = self._run_drafting(drafting_inputs(Phase.DRAFT, rows, tokens))
         for row, own, new in zip(rows, tokens, drafts.tolist(), strict=True):
             row.cached += len(own) - 1
             self._set_drafts(row, new, len(row.tokens))
+        return [row.drafts for row in rows]
 
     def _to_verify(self, rows: Sequence[Row]) -> list[list[int]]:
         """The next token of each row and its drafts."""

@@ -50,6 +50,7 @@ def small(kernel: KernelName, tokens: int, dtype: torch.dtype = torch.float32, *
         (KernelName.CHUNKED, 32, 2),
         (KernelName.FUSED, 1, 1),
         (KernelName.FUSED, 130, 2),
+        (KernelName.LOOPED, 512, 2),
     ],
 )
 def test_kernels_are_near_float64(kernel: KernelName, tokens: int, cores: int, dtype: torch.dtype) -> None:
@@ -116,6 +117,7 @@ def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch: pytest.Mon
         (("--kernel", "verify", "--tokens", "9"), "tokens=9"),
         (("--kernel", "commit", "--tokens", "9"), "tokens=9"),
         (("--kernel", "chunked", "--tokens", "100"), "tokens=100"),
+        (("--kernel", "looped", "--tokens", "768"), "tokens=768"),
         (("--heads", "144", "--key-heads", "1", "--cores", "1"), "H=144"),
     ],
 )

@@ -104,7 +104,7 @@ def test_the_fused_kernel_is_right_on_what_the_mini_computes(
 
 
 # --- Launches --------------------------------------------------------------------------------------------------------
-LAUNCHED = [DeltaNetKernel.FUSED, DeltaNetKernel.CHUNKED, DeltaNetKernel.RECURRENT]
+LAUNCHED = [DeltaNetKernel.FUSED, DeltaNetKernel.LOOPED, DeltaNetKernel.CHUNKED, DeltaNetKernel.RECURRENT]
 
 
 @emulated
@@ -131,6 +131,19 @@ def test_a_continued_prompt_compiles_one_program_too(kernel: DeltaNetKernel) -> 
         for _ in range(2):
             prefill(kernel, DeltaNetInverse.TILED, 1, *case.tensors, case.state)
     assert len(launches.compiled) == 1
+
+
+@emulated
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("tokens", [512, 500])
+def test_the_looped_kernel_takes_whole_loops_and_leaves_others_to_the_fused_one(tokens: int, with_state: bool) -> None:
+    case = make_case(S=tokens, R=1, K=128, V=128, state=with_state)
+    with recorded_launches() as launches:
+        results = prefill(DeltaNetKernel.LOOPED, DeltaNetInverse.TILED, 1, *case.tensors, case.state)
+    name = launches.compiled[0][0]
+    assert name.startswith("deltanet_looped" if tokens == 512 else "deltanet_fused")
+    for actual, expected in zip(results, ops.chunk_gated_delta_rule(*case.tensors, case.state), strict=True):
+        assert_close(actual, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_call_with_none_compiles_every_time_in_the_record() -> None:
