@@ -183,8 +183,8 @@ class NeuronBaseModel(nn.Module):
         windowed_context_encoding_window_idx: int = -1,
         padding_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Normalised hidden states [B, S, D] and the updated flat cache list."""
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """Normalised hidden states [B, S, D] and the updated flat cache list, or what each layer gave to update it."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if vision_embeddings is not None and vision_mask is not None and is_for_context_encoding:
@@ -220,6 +220,8 @@ class NeuronBaseModel(nn.Module):
                 **kwargs,
             )
             new_key_values.append(key_value)
+        if not update_cache:
+            return self.norm(hidden_states), new_key_values
         updated = self.kv_mgr.update_cache(
             is_for_context_encoding=is_for_context_encoding,
             seq_ids=seq_ids,  # type: ignore[arg-type]

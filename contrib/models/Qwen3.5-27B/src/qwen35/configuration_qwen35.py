@@ -99,7 +99,14 @@ _QUANTISATIONS = ("quantization_config", "quantization", "compression_config")
 _QUANTISERS = {"awq": "AWQ", "gptq": "GPTQ", "modelopt": "NVIDIA ModelOpt", "auto-round": "AutoRound"}
 """Names of methods, where `quant_method` has them in another form."""
 
-_NO_ROLLBACK = "a rejected token cannot be taken out of the DeltaNet state again"
+_NO_ROLLBACK = (
+    "NxDI's speculation cannot take a rejected token out of a DeltaNet state; num_speculative_tokens drafts with the "
+    "checkpoint's own MTP head"
+)
+MOST_SPECULATIVE_TOKENS = 7
+"""With the token before them eight: what the DeltaNet layers verify as one chunk."""
+
+_OFF = "num_speculative_tokens=0"
 _ONE_ROW = "the DeltaNet state is one row per sequence, compiled for one batch size, never paged, shared or windowed"
 _PLAIN_ATTENTION = "the full-attention layers take NxDI's plain path (heads of 256 dims, an output gate)"
 _ONE_DTYPE = "weights and caches are kept in torch_dtype"
@@ -157,6 +164,8 @@ class Qwen35NeuronConfig(NeuronConfig):
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
         instance: where the model will run, a key of `hardware.INSTANCES`: compiling for a device then first checks that
             it fits there. It is not guessed, since one machine may compile for another; None checks nothing.
+        num_speculative_tokens: tokens that the checkpoint's MTP head drafts a step, 0 to 7; 0 decodes without it.
+            NxDI's speculation_length is for its own draft models and stays 0.
     """
 
     def __init__(
@@ -165,6 +174,7 @@ class Qwen35NeuronConfig(NeuronConfig):
         deltanet_inverse: str = DeltaNetInverse.TILED,
         prefill_chunk_size: int | None = None,
         instance: str | None = None,
+        num_speculative_tokens: int = 0,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("cast_type", "as-declared")
@@ -175,6 +185,7 @@ class Qwen35NeuronConfig(NeuronConfig):
         self.deltanet_kernel = deltanet_kernel.value if isinstance(deltanet_kernel, Enum) else deltanet_kernel
         self.deltanet_inverse = deltanet_inverse.value if isinstance(deltanet_inverse, Enum) else deltanet_inverse
         self.instance = instance
+        self.num_speculative_tokens = num_speculative_tokens
 
 
 class Qwen35InferenceConfig(InferenceConfig):
@@ -333,8 +344,9 @@ class Qwen35InferenceConfig(InferenceConfig):
                 self.neuron_config.attn_kernel_enabled = False
             # A batch is compiled for a number of rows; with fewer, the rest must not write to the lines of sequences
             # that wait. A single line is never idle in its own batch, and needs no room for what is masked.
-            # The padding of a chunk needs that room too.
+            # The padding of a chunk needs that room too, and that of a step with fewer drafts than most.
             masked = self.neuron_config.kv_cache_batch_size > 1 or self.prefill_chunk_size is not None
+            masked = masked or self.num_speculative_tokens != 0
             self.neuron_config.apply_seq_ids_mask = masked
 
     @property
@@ -342,6 +354,20 @@ class Qwen35InferenceConfig(InferenceConfig):
         """Tokens of a prompt that are encoded at a time, or None; a plain NeuronConfig does not know of it."""
         size: int | None = getattr(self.neuron_config, "prefill_chunk_size", None)
         return size
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Tokens that the MTP head drafts a step, or 0; a plain NeuronConfig does not know of it."""
+        number: int = getattr(self.neuron_config, "num_speculative_tokens", 0)
+        return number
+
+    @property
+    def cached_layer_types(self) -> list[str]:
+        """The kind of every layer that keeps something between calls: the decoder's, then the MTP head's if it drafts.
+
+        The index in it is the number of a layer.
+        """
+        return [*self.layer_types, *[FULL_ATTENTION] * (self.num_speculative_tokens > 0)]
 
     @property
     def rotary_dim(self) -> int:
@@ -611,6 +637,32 @@ def _tp_obstacle(config: Qwen35InferenceConfig, tp: int) -> str | None:
     return None
 
 
+def _speculation_problems(config: Qwen35InferenceConfig) -> Iterator[str]:
+    """Problems of drafting with the MTP head."""
+    neuron, number = config.neuron_config, config.num_speculative_tokens
+    if not is_count(number) or number > MOST_SPECULATIVE_TOKENS:
+        yield (
+            f"num_speculative_tokens={shown(number)} must be a whole number of 0..{MOST_SPECULATIVE_TOKENS}; "
+            "0 decodes without drafts"
+        )
+        return
+    if number == 0:
+        return
+    asked = f"num_speculative_tokens={number}"
+    layers = getattr(config, "mtp_num_hidden_layers", None)
+    if layers not in (None, 0, 1):  # 0 or no such field: whether there is a head, the tensors say
+        yield f"{asked} with mtp_num_hidden_layers={shown(layers)}: only a head of one layer is supported; set {_OFF}"
+    if getattr(config, "mtp_use_dedicated_embeddings", None):
+        yield f"{asked} with mtp_use_dedicated_embeddings=True: a head with its own is not supported; set {_OFF}"
+    if neuron.on_device_sampling_config is not None:
+        yield (
+            f"{asked} with on_device_sampling_config: greedy steps choose on the device without it, and sampled tokens "
+            "are accepted on the host; set on_device_sampling_config=None"
+        )
+    if neuron.async_mode:
+        yield f"{asked} with async_mode=True: a step begins where the accepted tokens of the last end; set it to False"
+
+
 def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[str]:
     """Problems of the run settings, by themselves and against the checkpoint."""
     neuron = config.neuron_config
@@ -624,6 +676,7 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
     if neuron.torch_dtype not in DTYPES.values():
         reason = "gates and decays overflow float16; " if neuron.torch_dtype == torch.float16 else ""
         yield f"torch_dtype={neuron.torch_dtype} is not supported: {reason}set torch_dtype to bfloat16 or float32"
+    yield from _speculation_problems(config)
     yield from kernel_problems(config, malformed)
     instance = getattr(neuron, "instance", None)
     if instance is not None and instance not in INSTANCES:

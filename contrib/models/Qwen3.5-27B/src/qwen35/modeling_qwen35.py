@@ -10,7 +10,8 @@ Read this file first. The parts it puts together, from the ground up:
 - `weights`: Hugging Face weights to this module tree, and to a file per rank;
 - `layers`: DeltaNet, attention, MLP, norms and rotary embedding, and the cache of what is kept between calls;
 - `memory`: the bytes it needs on a device, and whether they fit;
-- `submodels`: how a call is padded to the shapes that were compiled.
+- `submodels`: how a call is padded to the shapes that were compiled;
+- `modeling_qwen35_mtp`: the head that drafts tokens, and the programs of a step with drafts.
 
 Letters: B rows, S tokens per row, D hidden.
 """
@@ -27,14 +28,15 @@ from torch import nn
 
 from .configuration_qwen35 import LINEAR_ATTENTION, Qwen35InferenceConfig
 from .layers.attention import NeuronQwen35Attention
-from .layers.cache import CacheLayout, DeltaNetState, KeyValue, LayerState, Qwen35CacheManager
+from .layers.cache import CacheLayout, DeltaNetState, DeltaNetTokens, KeyValue, LayerState, Qwen35CacheManager
 from .layers.gated_deltanet import NeuronGatedDeltaNet
 from .layers.linear import output_head, token_embedding
 from .layers.mlp import make_mlp
 from .layers.norms import Qwen35RMSNorm
 from .memory.counting import RankBytes, count_bytes
 from .memory.fit import require_fits
-from .nxdi import ModelWrapper, NeuronBaseForCausalLM, NeuronBaseModel, as_rank
+from .modeling_qwen35_mtp import MTPPrograms, NeuronQwen35MTP
+from .nxdi import ModelWrapper, NeuronBaseForCausalLM, as_rank
 from .phase import Phase, Submodel, phase_of, real_tokens
 from .submodels import (
     ModelInputs,
@@ -50,11 +52,11 @@ from .weights.text_rules import convert_checkpoint
 
 
 class NeuronQwen35DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is DeltaNet or attention by `layer_types`."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is DeltaNet or attention by `cached_layer_types`."""
 
     def __init__(self, config: Qwen35InferenceConfig, layer_idx: int) -> None:
         super().__init__()
-        self.is_linear = config.layer_types[layer_idx] == LINEAR_ATTENTION
+        self.is_linear = config.cached_layer_types[layer_idx] == LINEAR_ATTENTION
         # The checkpoint's own names, so that a tensor is found where its name says.
         if self.is_linear:
             self.linear_attn = NeuronGatedDeltaNet(config)
@@ -74,14 +76,14 @@ class NeuronQwen35DecoderLayer(nn.Module):
         cos_cache: torch.Tensor | None = None,
         sin_cache: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, LayerState, torch.Tensor | None, torch.Tensor | None, None]:
+    ) -> tuple[torch.Tensor, LayerState | DeltaNetTokens, torch.Tensor | None, torch.Tensor | None, None]:
         """hidden_states [B, S, D]; the keywords are those NxDI's decoder loop passes to every layer.
 
         `past_key_value` is what the cache keeps of this layer: of a DeltaNet layer its state, which NxDI names so too.
         Returns (hidden_states, what to keep now, cos, sin, None), the tuple that loop unpacks.
         """
         normed = self.input_layernorm(hidden_states)
-        kept: LayerState
+        kept: LayerState | DeltaNetTokens
         if self.is_linear:
             state = None if past_key_value is None else DeltaNetState(*past_key_value)
             mixed, kept = self.linear_attn(normed, phase, state, padding_mask)
@@ -96,8 +98,8 @@ class NeuronQwen35DecoderLayer(nn.Module):
         return hidden_states, kept, cos_cache, sin_cache, None
 
 
-class NeuronQwen35Model(NeuronBaseModel):
-    """The traced module: embedding, layers, norm, head, cache."""
+class NeuronQwen35Model(MTPPrograms):
+    """The traced module: embedding, layers, norm, head, cache; and the MTP head where tokens are drafted."""
 
     phase: Phase
     """Of the next call or trace; the submodel that runs this module sets it."""
@@ -116,6 +118,9 @@ class NeuronQwen35Model(NeuronBaseModel):
         self.layers = nn.ModuleList(NeuronQwen35DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen35RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = output_head(config)
+        self.mtp = None
+        if config.num_speculative_tokens > 0:
+            self.mtp = NeuronQwen35MTP(config, NeuronQwen35DecoderLayer(config, config.num_hidden_layers))
         # The layers work in place, which autograd refuses, and NxDI leaves it on when it traces and when it runs.
         self.requires_grad_(False)
 
@@ -130,13 +135,53 @@ class NeuronQwen35Model(NeuronBaseModel):
     def _is_context_encoding(self, input_ids: torch.Tensor) -> bool:
         return self.phase is Phase.CONTEXT_ENCODING
 
+    def forward(self, *args: torch.Tensor) -> Any:  # type: ignore[override] # by position, as it is traced
+        """NxDI's, of `ModelInputs` by position; the programs that draft are `MTPPrograms.run_program`."""
+        if self.phase.drafts:
+            inputs = ModelInputs(*args)
+            rotary = self.set_none_if_empty(inputs.rotary_position_id)
+            return self.run_program(self.phase, inputs._replace(rotary_position_id=rotary))
+        return super().forward(*args)
+
+    def embed(
+        self, input_ids: torch.Tensor, vision_embeddings: torch.Tensor | None, vision_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What enters the first layer [B, S, D], for ids [B, S]; of media see the class that takes them."""
+        embeds: torch.Tensor = self.embed_tokens(input_ids)
+        return embeds
+
     def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
-        """NxDI's decoder loop; new tokens of a continued prompt see the cache, and each other from left to right."""
-        if self.phase is Phase.CONTINUATION:
+        """NxDI's decoder loop over tokens that are taken in."""
+        media = (kwargs.pop("vision_embeddings", None), kwargs.pop("vision_mask", None))
+        if kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.embed(kwargs["input_ids"], *media)
+        hidden, updated = self._decode(self.phase, *args, **kwargs)
+        if self.mtp is None:
+            return hidden, updated
+        embeds, seq_ids, position_ids = (kwargs[name] for name in ("inputs_embeds", "seq_ids", "position_ids"))
+        rotary = kwargs.get("rotary_position_ids")
+        return hidden, self.with_head(updated, self.phase, embeds, hidden, seq_ids, position_ids.long(), rotary)
+
+    def _decode(self, phase: Phase, *args: Any, **kwargs: Any) -> Any:
+        """NxDI's decoder loop; several tokens that follow those cached see these, and each other from left to right."""
+        if phase.continues:
             tokens = kwargs["input_ids"].shape[1]
             index = torch.arange(tokens, device=kwargs["input_ids"].device)
             kwargs["active_mask"] = (index.unsqueeze(1) >= index).view(1, 1, tokens, tokens)
-        return super().get_model_output(*args, phase=self.phase, **kwargs)
+        return super().get_model_output(*args, phase=phase, **kwargs)
+
+    def decode_tokens(self, inputs: ModelInputs, phase: Phase) -> tuple[torch.Tensor, list[Any]]:
+        hidden, kept = self._decode(
+            phase,
+            input_ids=inputs.input_ids,
+            seq_ids=inputs.seq_ids,
+            attention_mask=self.create_attn_mask(inputs.attention_mask, False, False, position_ids=inputs.position_ids),
+            position_ids=inputs.position_ids,
+            rotary_position_ids=inputs.rotary_position_id,
+            padding_mask=real_tokens(inputs.position_ids, phase),
+            update_cache=False,
+        )
+        return hidden, [*kept]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NeuronQwen35Model:
         # Every parameter is declared with the dtype it needs. A cast of the whole module, as NxDI makes under
@@ -192,13 +237,24 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
             buckets = self.token_generation_model.neuron_config.buckets
             config.neuron_config.buckets = [bucket for bucket in buckets if bucket >= chunk]
             self.add_submodel(Submodel(Phase.CONTINUATION), config)
+        if self.config.num_speculative_tokens > 0:
+            verified = self.config.num_speculative_tokens + 1
+            for phase, tokens in (
+                (Phase.SPECULATION, verified),
+                (Phase.VERIFICATION, verified),
+                (Phase.DRAFT, verified + 1),
+            ):
+                config = copy.deepcopy(self.token_generation_model.config)
+                config.neuron_config.n_active_tokens = tokens
+                self.add_submodel(Submodel(phase), config)
 
     def add_submodel(self, kind: Submodel, config: Any, **model_init_kwargs: Any) -> None:
-        """Another submodel over the same weights and state, compiled like context encoding."""
+        """Another submodel over the same weights and state, compiled like context encoding or like token generation."""
+        like = self.context_encoding_model if kind.phase.encodes_prompts else self.token_generation_model
         submodel = self.model_wrapper(
             config=config,
             model_cls=self._model_cls,
-            tag=self.context_encoding_model.tag,  # NxDI chooses the compiler's arguments by the tag
+            tag=like.tag,  # NxDI chooses the compiler's arguments by the tag
             model_init_kwargs=model_init_kwargs,
         )
         submodel.tag = kind.tag
@@ -208,11 +264,16 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         """The wrapper of a submodel.
 
         Raises:
-            ValueError: there is none: prompts are continued only where they come in chunks.
+            ValueError: there is none: prompts are continued only where they come in chunks, and tokens drafted only
+                where that is asked for.
         """
         for submodel in self.models:
             if (submodel.phase, submodel.takes_media) == kind:
                 return submodel
+        if kind.phase.drafts:
+            raise ValueError(
+                f"there is no {kind.tag}: set num_speculative_tokens in Qwen35NeuronConfig to draft tokens"
+            )
         raise ValueError(
             f"there is no {kind.tag}: position_ids that do not start at 0 continue a prompt, which needs "
             "prefill_chunk_size in Qwen35NeuronConfig"
@@ -236,8 +297,8 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     def to_cpu(self) -> None:
         super().to_cpu()
         for submodel in self.models:
-            # Under continuous batching NxDI makes one module per submodel; those that encode prompts share theirs.
-            if submodel.phase.encodes_prompts:
+            # Under continuous batching NxDI makes one module per submodel; all but token generation share one.
+            if submodel is not self.token_generation_model:
                 submodel.model = self.context_encoding_model.model
         self._check_modules()
 
@@ -249,7 +310,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     @property
     def cache_layout(self) -> CacheLayout:
         """Where `cache_entries` have the state of each layer."""
-        return CacheLayout(self.config.layer_types)
+        return CacheLayout(self.config)
 
     def cache_entries(self) -> list[list[torch.Tensor]]:
         """What every rank of this process keeps between calls; see `submodels.cache_entries`."""
@@ -305,12 +366,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
             kwargs["sampling_params"] = self.default_sampling_params[:1].repeat(input_ids.shape[0], 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         seq_ids = torch.arange(input_ids.shape[0]) if seq_ids is None else seq_ids
-        slots, ids = self.neuron_config.kv_cache_batch_size, seq_ids.tolist()
-        if len({*ids}) < len(ids) or min(ids) < 0 or max(ids) >= slots:
-            raise ValueError(
-                f"seq_ids={ids} must be distinct and in 0..{slots - 1}, the slots of the cache; "
-                f"for more sequences at a time raise kv_cache_batch_size={slots}"
-            )
+        ids = self._require_slots(seq_ids)
         if ids == sorted(ids):
             return self._forward_in_order(phase, seq_ids, **inputs)
         order = torch.argsort(seq_ids)
@@ -321,6 +377,62 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         for name in ("logits", "tokens", "hidden_states"):
             setattr(outputs, name, select_rows(getattr(outputs, name, None), len(ids), back))
         return outputs
+
+    def _require_slots(self, seq_ids: torch.Tensor) -> list[int]:
+        """Refuse seq_ids [B] that do not name a slot each; returns them as a list."""
+        slots, ids = self.neuron_config.kv_cache_batch_size, seq_ids.tolist()
+        if len({*ids}) < len(ids) or min(ids) < 0 or max(ids) >= slots:
+            raise ValueError(
+                f"seq_ids={ids} must be distinct and in 0..{slots - 1}, the slots of the cache; "
+                f"for more sequences at a time raise kv_cache_batch_size={slots}"
+            )
+        return [*ids]
+
+    @torch.no_grad()
+    def run_drafting(
+        self,
+        phase: Phase,
+        input_ids: torch.Tensor,
+        seq_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        rotary_position_id: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """What a program with drafts gives for each row, in the order of the rows; see `MTPPrograms.run_program`.
+
+        Args:
+            phase: SPECULATION, VERIFICATION or DRAFT.
+            input_ids, position_ids: [B, S] int64, of the first token that is not cached and of those after it, at most
+                k + 1 (DRAFT: k + 2) of them; 0 at padding. The verified ones are below seq_len.
+            seq_ids: [B] int64, the slots, in any order.
+            attention_mask: [B, cached tokens].
+            rotary_position_id: [B, S] int64, where the model takes media.
+
+        Raises:
+            ValueError: the model does not draft; or an id names no slot, or is given twice.
+        """
+        submodel = self.submodel(Submodel(phase))
+        self._require_slots(seq_ids)
+        order = torch.argsort(seq_ids)
+        rows = seq_ids.shape[0]
+        inputs = ModelInputs(
+            input_ids,
+            attention_mask,
+            position_ids,
+            seq_ids,
+            self.default_sampling_params[:1].repeat(rows, 1),
+            rotary_position_id=rotary_position_id,
+        )
+        outputs = submodel(*inputs.rows(order).args())
+        if not submodel.is_neuron():
+            names = self.cache_layout.parameter_names()
+            outputs, entries = outputs[: -len(names)], outputs[-len(names) :]
+            for each in self.models:
+                for entry, new in zip(each.model.kv_mgr.past_key_values, entries, strict=True):
+                    entry.data = new.data
+        results = [outputs] if isinstance(outputs, torch.Tensor) else [*outputs]
+        back = torch.argsort(order)
+        return [output[back] for output in results]
 
     def _require_in_vocabulary(self, input_ids: torch.Tensor) -> None:
         """Refuse ids that have no embedding: a CPU raises IndexError for them, a device reads what it finds."""

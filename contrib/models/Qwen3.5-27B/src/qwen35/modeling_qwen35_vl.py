@@ -26,7 +26,7 @@ from .configuration_qwen35_vl import MEDIA_TOKENS, Qwen35VLInferenceConfig
 from .modeling_qwen35 import NeuronQwen35ForCausalLM, NeuronQwen35Model
 from .nxdi import ModelWrapper
 from .phase import Phase, Submodel, phase_of
-from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper, align_tokens
+from .submodels import PLAIN_ARGUMENTS, ModelInputs, Qwen35ModelWrapper, align_tokens, pad_columns
 from .vision.encoder import NeuronQwen35VisionModel
 from .vision.positions import checked_grids
 from .vision.rope_index import get_rope_index
@@ -38,13 +38,13 @@ from .weights.vision_rules import convert_vision_checkpoint
 class NeuronQwen35VLModel(NeuronQwen35Model):
     """The text decoder whose embeddings may come from outside."""
 
-    def get_model_output(self, *args: Any, **kwargs: Any) -> Any:
-        if self.phase is Phase.CONTINUATION and kwargs.get("vision_embeddings") is not None:
-            # NxDI places them in the first chunk of a prompt only.
-            kwargs["inputs_embeds"] = self.encode_vision_to_input(
-                self.embed_tokens(kwargs["input_ids"]), kwargs.pop("vision_embeddings"), kwargs.pop("vision_mask")
-            )
-        return super().get_model_output(*args, **kwargs)
+    def embed(
+        self, input_ids: torch.Tensor, vision_embeddings: torch.Tensor | None, vision_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        embeds = super().embed(input_ids, vision_embeddings, vision_mask)
+        if vision_embeddings is None or vision_mask is None:
+            return embeds
+        return self.encode_vision_to_input(embeds, vision_embeddings, vision_mask)
 
     def encode_vision_to_input(
         self, inputs_embeds: torch.Tensor, vision_embeddings: torch.Tensor, vision_mask: torch.Tensor
@@ -59,14 +59,14 @@ class Qwen35VLModelWrapper(Qwen35ModelWrapper):
     def input_generator(self) -> list[tuple[torch.Tensor, ...]]:
         """One tuple of sample inputs per bucket.
 
-        Prompts of text have the seven plain ones. Decoding adds rotary positions [B, 1]; a prompt with images
-        rotary positions [B, 3, S], vision embeddings [B, S, D] and a mask [B, S, 1].
+        Prompts of text have the seven plain ones. Decoding adds rotary positions [B, 1], with drafts [B, S]; a prompt
+        with images rotary positions [B, 3, S], vision embeddings [B, S, D] and a mask [B, S, 1].
         """
         return [self._add_media(ModelInputs(*inputs)).args() for inputs in super().input_generator()]
 
     def _add_media(self, inputs: ModelInputs) -> ModelInputs:
         zeros = torch.zeros_like(inputs.input_ids)
-        if self.phase is Phase.TOKEN_GENERATION:
+        if not self.phase.encodes_prompts:
             return inputs._replace(rotary_position_id=zeros)
         if not self.takes_media:
             return inputs
@@ -78,10 +78,12 @@ class Qwen35VLModelWrapper(Qwen35ModelWrapper):
 
     def pad_inputs(self, *args: torch.Tensor, pad_type: str = "first_fit") -> tuple[torch.Tensor, ...]:
         padded = super().pad_inputs(*args, pad_type=pad_type)
-        if not self.takes_media:
-            return padded
         inputs = ModelInputs(*padded)
         bucket = inputs.input_ids.shape[1]
+        if self.phase.drafts and inputs.rotary_position_id is not None:
+            return inputs._replace(rotary_position_id=pad_columns(inputs.rotary_position_id, bucket)).args()
+        if not self.takes_media:
+            return padded
 
         def fit(tensor: torch.Tensor | None, dim: int) -> torch.Tensor:
             assert tensor is not None, "prompts with media come with all three"
@@ -267,6 +269,21 @@ class NeuronQwen35VLForCausalLM(NeuronQwen35ForCausalLM):
                 "place() gave for the whole prompts"
             )
         return super().forward(input_ids, seq_ids, attention_mask, position_ids, phase, llava_args=extra, **kwargs)
+
+    def run_drafting(
+        self,
+        phase: Phase,
+        input_ids: torch.Tensor,
+        seq_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        rope_deltas: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """As for text; rope_deltas [B] int64 as of `forward`."""
+        if rope_deltas is not None:
+            self.rope_deltas[seq_ids] = rope_deltas
+        rotary = position_ids + self.rope_deltas[seq_ids].unsqueeze(1)
+        return super().run_drafting(phase, input_ids, seq_ids, attention_mask, position_ids, rotary)
 
     @torch.no_grad()
     def place(

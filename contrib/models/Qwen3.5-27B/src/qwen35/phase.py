@@ -23,11 +23,26 @@ class Phase(Enum):
     CONTEXT_ENCODING = "context_encoding"  # they begin prompts: no state and no keys come before them
     CONTINUATION = "continuation"  # they are the next tokens of prompts whose beginnings are in the cache
     TOKEN_GENERATION = "token_generation"  # one new token per row
+    SPECULATION = (
+        "speculation"  # the next token of each row and drafts of those after it: verified, accepted, drafted anew
+    )
+    VERIFICATION = "verification"  # the same tokens, of which the host will accept a part
+    DRAFT = "draft"  # what the host accepted is taken in, and the tokens after it are drafted
 
     @property
     def encodes_prompts(self) -> bool:
         """Whether the tokens are of prompts, padded on the right to a common length."""
-        return self is not Phase.TOKEN_GENERATION
+        return self in (Phase.CONTEXT_ENCODING, Phase.CONTINUATION)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether tokens are drafts of the MTP head: rows have some of them, padded on the right."""
+        return self in (Phase.SPECULATION, Phase.VERIFICATION, Phase.DRAFT)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the tokens of a row, several, see what is cached and each other, from left to right."""
+        return self in (Phase.CONTINUATION, Phase.VERIFICATION)
 
     @property
     def reads_cache(self) -> bool:
@@ -67,14 +82,19 @@ def first_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def real_tokens(position_ids: torch.Tensor, phase: Phase) -> torch.Tensor | None:
-    """Where tokens of prompts are real, [B, S] bool, from their positions [B, S]; None where all are.
+    """Where the tokens of a call are real, [B, S] bool, from their positions [B, S]; None where all are.
 
     Only the first token of a row may be real at position 0: the submodels give that position to padding.
     """
-    if not phase.encodes_prompts:
+    if phase is Phase.TOKEN_GENERATION:
         return None
     first = torch.arange(position_ids.shape[1], device=position_ids.device) == 0
     return (position_ids > 0) | first
+
+
+def cached_before(position_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of the first `length` places of a cache are before the first token of each row: [B, length] bool."""
+    return torch.arange(length, device=position_ids.device) < position_ids[:, :1]
 
 
 class Submodel(NamedTuple):

@@ -20,7 +20,9 @@ from .layers.cache import rows_are_slots
 from .nxdi import DecoderModelInstance, ModelWrapper, NeuronBaseModel
 from .phase import Phase, first_tokens, submodel_of
 
-FLOAT32_SUFFIXES = ("A_log.weight", "dt_bias.weight", "norm.weight")
+FLOAT32_SUFFIXES = (
+    "A_log.weight", "dt_bias.weight", "norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight"
+)  # fmt: skip
 """Endings of the names of parameters that are float32 whatever `torch_dtype` is."""
 
 
@@ -28,8 +30,8 @@ class ModelInputs(NamedTuple):
     """The arguments of NxDI's traced `forward` (`NeuronBaseModel.forward`), which takes them by position.
 
     Shapes of those that are used: input_ids and position_ids [B, S]; attention_mask [B, S] of prompts from their
-    beginning, else [B, cached tokens]; seq_ids [B]; rotary_position_id [B, 1] or [B, 3, S]; vision_embeddings
-    [B, S, D]; vision_mask [B, S, 1].
+    beginning, else [B, cached tokens]; seq_ids [B]; rotary_position_id [B, S] after prompts or [B, 3, S];
+    vision_embeddings [B, S, D]; vision_mask [B, S, 1].
     """
 
     input_ids: torch.Tensor
@@ -160,13 +162,20 @@ class Qwen35DecoderModelInstance(DecoderModelInstance):
         require_float32(self.module)
         self.module.phase = self.phase
 
+    def get(self, bucket_rank: int | None, **kwargs: Any) -> Any:
+        """NxDI's, whose caches follow one output: a step with drafts has three."""
+        module, aliases = super().get(bucket_rank, **kwargs)
+        further = 2 if self.phase is Phase.SPECULATION else 0
+        self.input_output_aliases = {parameter: index + further for parameter, index in aliases.items()}
+        return module, self.input_output_aliases
+
 
 class Qwen35ModelWrapper(ModelWrapper):
     """NxDI's wrapper. Padding tokens are told by their position, and rows that pad a batch are written nowhere."""
 
     @property
     def phase(self) -> Phase:
-        """What this submodel does. Under CONTINUATION its buckets are lengths of what is cached."""
+        """What this submodel does. Where it reads the cache, its buckets are lengths of what is cached."""
         return submodel_of(self.tag).phase
 
     @property
@@ -184,12 +193,21 @@ class Qwen35ModelWrapper(ModelWrapper):
         return [self._mark(ModelInputs(*inputs)).args() for inputs in super().input_generator()]
 
     def _mark(self, inputs: ModelInputs) -> ModelInputs:
-        """In a continuation, replace NxDI's placeholder [B] for hidden states by an empty tensor, which means none.
+        """Replace NxDI's placeholders [B] for hidden states and adapters by empty tensors, which mean none.
 
-        A loaded model finds the program to run by the shapes of its inputs alone, and a chunk that follows as many
-        cached tokens as it has itself would look like a prompt of this length.
+        A loaded model finds the program to run by the shapes of its inputs alone. A chunk that follows as many cached
+        tokens as it has itself would look like a prompt of this length, and a step with drafts like a short chunk. So
+        which of the two are empty tells continuations, and the two programs of as many tokens, from all others.
         """
-        return inputs._replace(prev_hidden=torch.empty(0)) if self.phase is Phase.CONTINUATION else inputs
+        none = torch.empty(0)
+        match self.phase:
+            case Phase.CONTINUATION:
+                return inputs._replace(prev_hidden=none)
+            case Phase.SPECULATION | Phase.DRAFT:
+                return inputs._replace(adapter_ids=none)
+            case Phase.VERIFICATION:
+                return inputs._replace(prev_hidden=none, adapter_ids=none)
+        return inputs
 
     def get_target_bucket(self, *args: torch.Tensor, strategy: str = "first_fit") -> int:
         """The bucket for an attention mask [B, length]; a prompt may be as long as its bucket.
@@ -210,13 +228,13 @@ class Qwen35ModelWrapper(ModelWrapper):
         if self.phase is Phase.TOKEN_GENERATION:
             return super().pad_inputs(*args, pad_type=pad_type)
         inputs = ModelInputs(*args)
-        if self.phase is Phase.CONTINUATION:
+        if self.phase.reads_cache:
             bucket, tokens = self.get_target_bucket(*args, strategy=pad_type), self.neuron_config.n_active_tokens
             return self._mark(
                 inputs._replace(
-                    input_ids=_pad_columns(inputs.input_ids, tokens),
-                    attention_mask=_pad_columns(inputs.attention_mask, bucket),
-                    position_ids=_pad_columns(inputs.position_ids, tokens),
+                    input_ids=pad_columns(inputs.input_ids, tokens),
+                    attention_mask=pad_columns(inputs.attention_mask, bucket),
+                    position_ids=pad_columns(inputs.position_ids, tokens),
                 )
             ).args()
         longest = int(inputs.attention_mask.sum(dim=1).max())
@@ -226,10 +244,10 @@ class Qwen35ModelWrapper(ModelWrapper):
             position_ids=inputs.position_ids[:, :longest],
         )
         bucket = self.get_target_bucket(*cut.args(), strategy=pad_type)
-        attention_mask = _pad_columns(cut.attention_mask, bucket)
-        position_ids = _pad_columns(cut.position_ids, bucket)
+        attention_mask = pad_columns(cut.attention_mask, bucket)
+        position_ids = pad_columns(cut.position_ids, bucket)
         return cut._replace(
-            input_ids=_pad_columns(cut.input_ids, bucket),
+            input_ids=pad_columns(cut.input_ids, bucket),
             attention_mask=attention_mask,
             position_ids=torch.where(attention_mask > 0, position_ids, 0),
         ).args()
@@ -283,7 +301,7 @@ class Qwen35ModelWrapper(ModelWrapper):
         return inputs.rows(source)._replace(seq_ids=padded_ids), places
 
 
-def _pad_columns(tensor: torch.Tensor, width: int) -> torch.Tensor:
+def pad_columns(tensor: torch.Tensor, width: int) -> torch.Tensor:
     """[B, S] as [B, width], zeros on the right."""
     return F.pad(tensor, (0, width - tensor.shape[1]))
 

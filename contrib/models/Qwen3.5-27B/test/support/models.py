@@ -44,15 +44,15 @@ TINY = dict(
 )
 
 
-def random_weights(seed: int = 0, **overrides: Any) -> dict[str, torch.Tensor]:
+def random_weights(seed: int = 0, *, mtp: bool = False, **overrides: Any) -> dict[str, torch.Tensor]:
     """Tensors of a random checkpoint in which every weight matters: activations of order one, real gates, norms away
-    from zero. NumPy's generator gives the same numbers on every machine."""
+    from zero. NumPy's generator gives the same numbers on every machine; an MTP head does not change the others."""
     generator = np.random.default_rng(seed)
 
     def normal(shape: Sequence[int], std: float = 1.0) -> torch.Tensor:
         return std * torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
-    config = Qwen35InferenceConfig(Qwen35NeuronConfig(), **{**TINY, **overrides})
+    config = Qwen35InferenceConfig(Qwen35NeuronConfig(num_speculative_tokens=int(mtp)), **{**TINY, **overrides})
     weights: dict[str, torch.Tensor] = {}
     for rule in conversion_plan(config):
         for name, shape in rule.sources.items():
@@ -70,7 +70,9 @@ def random_weights(seed: int = 0, **overrides: Any) -> dict[str, torch.Tensor]:
                 weights[name] = normal(shape, (0.5 if branch else 1.0) / math.sqrt(fan_in))
             if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
                 _look_for_own_keys(weights[name], config.key_dim)
-    return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in weights.items()}
+    return {
+        name if name.startswith(("lm_head", "mtp")) else f"model.{name}": tensor for name, tensor in weights.items()
+    }
 
 
 def _look_for_own_keys(weight: torch.Tensor, key_dim: int) -> None:
@@ -83,12 +85,12 @@ def _look_for_own_keys(weight: torch.Tensor, key_dim: int) -> None:
     query.add_(key).mul_(0.5**0.5)
 
 
-def save_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> None:
-    """Write a random checkpoint with its config.json to `path`."""
+def save_checkpoint(path: Path, seed: int = 0, *, mtp: bool = False, **overrides: Any) -> None:
+    """Write a random checkpoint with its config.json to `path`, with an MTP head if asked for."""
     path.mkdir(parents=True, exist_ok=True)
     fields = {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], "dtype": "float32"}
     (path / "config.json").write_text(json.dumps({**fields, **TINY, **overrides}))
-    save_file(random_weights(seed, **overrides), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(random_weights(seed, mtp=mtp, **overrides), path / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_neuron(path: Path, **neuron_options: Any) -> NeuronQwen35ForCausalLM:

@@ -21,6 +21,15 @@ OPTIONS = {
         batch_size=2, ctx_batch_size=1, kv_cache_batch_size=4, max_batch_size=4, is_continuous_batching=True
     ),
     "prompts in chunks": dict(batch_size=2, prefill_chunk_size=128, enable_bucketing=True),
+    "drafts": dict(batch_size=2, prefill_chunk_size=128, enable_bucketing=True, num_speculative_tokens=3),
+    "drafts for two rows of four slots": dict(
+        batch_size=2,
+        ctx_batch_size=1,
+        kv_cache_batch_size=4,
+        max_batch_size=4,
+        is_continuous_batching=True,
+        num_speculative_tokens=7,
+    ),
     "sampled tokens and logits": dict(
         batch_size=2, on_device_sampling_config=OnDeviceSamplingConfig(), output_logits=True, on_cpu=True
     ),

@@ -87,10 +87,11 @@ def media(rows: list[Row]) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_vl_checkpoint(path: Path) -> None:
-    """A random checkpoint in which every weight matters, with its config.json."""
+def save_vl_checkpoint(path: Path, mtp: bool = False) -> None:
+    """A random checkpoint in which every weight matters, with its config.json, and an MTP head if asked for."""
     generator = np.random.default_rng(4)
-    tensors = {name.replace("model.", "model.language_model.", 1): t for name, t in random_weights(3).items()}
+    weights = random_weights(3, mtp=mtp)
+    tensors = {name.replace("model.", "model.language_model.", 1): t for name, t in weights.items()}
     for rule in vision_plan(Qwen35VisionConfig.from_dict(VISION), torch.float32, lambda t: t):
         for name, shape in rule.sources.items():
             noise = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))

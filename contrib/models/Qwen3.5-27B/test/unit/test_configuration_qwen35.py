@@ -22,7 +22,7 @@ from qwen35.configuration_qwen35 import (
     Qwen35InferenceConfig,
     Qwen35NeuronConfig,
 )
-from qwen35.nxdi import NeuronConfig, load_pretrained_config
+from qwen35.nxdi import NeuronConfig, OnDeviceSamplingConfig, load_pretrained_config
 
 ROPE = {
     "rope_type": "default",
@@ -461,6 +461,35 @@ def test_sequence_lengths_are_held_against_the_checkpoint_and_each_other() -> No
 def test_run_sizes_must_be_positive_integers(field: str, value: Any) -> None:
     problems = refuse({field: value, "is_continuous_batching": True})
     the_only(problems, f"{field}={value!r}", "positive integer")
+
+
+@pytest.mark.parametrize("value", [-1, 8, 1.5, True, "3", None])
+def test_a_number_of_drafts_is_0_to_7(value: Any) -> None:
+    problems = refuse({"num_speculative_tokens": value})
+    the_only(problems, f"num_speculative_tokens={value!r}", "whole number of 0..7", "0 decodes without drafts")
+
+
+@pytest.mark.parametrize(
+    ("neuron", "fields", "words"),
+    [
+        ({"on_device_sampling_config": OnDeviceSamplingConfig()}, {}, ("on_device_sampling_config=None",)),
+        ({"async_mode": True}, {}, ("async_mode=True", "set it to False")),
+        ({}, {"mtp_num_hidden_layers": 2}, ("mtp_num_hidden_layers=2", "num_speculative_tokens=0")),
+        ({}, {"mtp_use_dedicated_embeddings": True}, ("mtp_use_dedicated_embeddings", "num_speculative_tokens=0")),
+    ],
+)
+def test_what_drafts_do_not_go_with_is_refused(
+    neuron: dict[str, Any], fields: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    the_only(refuse({"num_speculative_tokens": 3, **neuron}, **fields), "num_speculative_tokens=3", *words)
+    make(neuron, **fields)
+
+
+def test_the_number_of_drafts_outlives_a_saved_configuration(tmp_path: Path) -> None:
+    make({"num_speculative_tokens": 3}).save(tmp_path)
+    loaded = Qwen35InferenceConfig.load(tmp_path)
+    assert loaded.num_speculative_tokens == 3 and make().num_speculative_tokens == 0
+    assert loaded.cached_layer_types == [*loaded.layer_types, "full_attention"]
 
 
 def test_every_sequence_needs_a_cache_line() -> None:

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"weights"},),
     ({"layers"}, {"vision"}),
     ({"memory"}, {"submodels"}),
+    ({"modeling_qwen35_mtp"},),
     ({"modeling_qwen35"},),
     ({"modeling_qwen35_vl"},),
     ({"planning"},),

@@ -37,6 +37,10 @@ OURS = """
 PLAIN_DELTA_RULE = """
     addcmul baddbmm baddbmm_ constant_pad_nd cumsum eye ones stack unbind.int zeros
 """
+# Steps with drafts: comparisons, a reduction, constants; rotary axes, as with images; decays, from the last token on.
+DRAFTS = """
+    all.dim bitwise_and.Tensor bitwise_not flip index.Tensor le.Scalar le.Tensor lt.Tensor ones_like zeros_like
+"""
 # The sampler on a CPU; on a device a kernel takes its place.
 CPU_SAMPLER = "argmax"
 # The attention of the stand-ins, in the place of NxDI's own.
@@ -73,6 +77,8 @@ def test_every_bucket_runs_with_every_state_aliased_and_known_operations(
         allowed |= names(PLAIN_DELTA_RULE)
     if options.get("on_cpu"):
         allowed |= names(PLAIN_DELTA_RULE, CPU_SAMPLER)
+    if options.get("num_speculative_tokens"):
+        allowed |= names(PLAIN_DELTA_RULE, DRAFTS)
     if not NXDI_AVAILABLE:
         allowed |= names(STAND_IN_ATTENTION)
     app = small_application(**options)
@@ -81,7 +87,7 @@ def test_every_bucket_runs_with_every_state_aliased_and_known_operations(
         with Operations() as operations, torch.device("meta"):
             outputs = module(*(tensor.to("meta") for tensor in inputs))
         assert input_problems(inputs) + alias_problems(module, aliases, outputs) == [], bucket
-        assert len(aliases) == 2 * app.config.num_hidden_layers
+        assert len(aliases) == len(app.cache_layout.parameter_names())
         assert operations.names - allowed == set(), bucket
         seen.append(bucket)
         programs.setdefault(shapes_of(inputs), []).append(bucket)

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..nxdi import NeuronAttentionBase
 from ..phase import Phase
+from .cache import KeyValue
 from .linear import column_parallel
 from .norms import Qwen35RMSNorm
 from .rope import Qwen35RotaryEmbedding, apply_partial_rotary
@@ -53,6 +54,13 @@ class _RunningSoftmax:
         return torch.matmul(weights.to(values.dtype), values.unsqueeze(2)).float()
 
 
+class RecentTokens(NamedTuple):
+    """Tokens that attention sees, cached or not: keys and values [B, M, S, E], and which are real [B, 1, 1, S]."""
+
+    key_value: KeyValue
+    mask: torch.Tensor
+
+
 class NeuronQwen35Attention(NeuronAttentionBase):
     """NxDI's attention with normed queries and keys, a partial rotary embedding and an output gate.
 
@@ -84,6 +92,12 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         self._gate = self.gate_proj(hidden_states)
         return super().prep_qkv_tensors(position_ids, hidden_states, *args, **kwargs)
 
+    def key_values(self, rotary_position_ids: torch.Tensor, hidden_states: torch.Tensor) -> KeyValue:
+        """Keys and values [B, M, S, E] of hidden states [B, S, D], for a caller that needs no attention of them."""
+        _, key, value, *_ = self.prep_qkv_tensors(rotary_position_ids, hidden_states, None)
+        self._gate = None
+        return KeyValue(key, value)
+
     def get_o_proj(self) -> Callable[..., torch.Tensor]:
         o_proj, gate, self._gate = super().get_o_proj(), self._gate, None
         assert gate is not None, "get_o_proj comes after prep_qkv_tensors in NxDI's forward"
@@ -104,23 +118,29 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         active_mask: torch.Tensor | None,
         *,
         phase: Phase,
+        recent: RecentTokens | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """NxDI's for one token per row. For the next tokens of prompts the cache is read in blocks, with a running
-        softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] -> [B, N, S, E].
+        """NxDI's for one token per row. For several tokens that follow those cached, the cache is read in blocks, with
+        a running softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] -> [B, N, S, E].
 
         Scores of all cached tokens at once would be the largest activation by far: 1.6 GB per layer for 2,048 new
         tokens on 32K cached ones at 6 heads per rank.
+
+        Args:
+            recent: tokens that come between those cached and these, and are in no cache.
         """
-        if phase is not Phase.CONTINUATION:
+        if not phase.continues:
             attended: torch.Tensor = super().attention_tokengen(
                 Q, K, V, attention_mask, position_ids, past_key_value, active_mask, **kwargs
             )
             return attended
-        assert active_mask is not None, "the new tokens of a prompt see each other through it"
+        assert active_mask is not None, "the new tokens see each other through it"
         kv_heads, groups = K.shape[1], Q.shape[1] // K.shape[1]
         query = Q.unflatten(1, (kv_heads, groups)) * self.head_dim**-0.5  # [B, M, G, S, E]
         state = _RunningSoftmax(query, K, V, active_mask.unsqueeze(2))
+        if recent is not None:
+            state.add(*recent.key_value, recent.mask.unsqueeze(2))
         block = max(PRIOR_SCORES // Q.shape[2], 1)
         for start in range(0, past_key_value[0].shape[2], block):
             keys, values = (part[:, :, start : start + block] for part in past_key_value)

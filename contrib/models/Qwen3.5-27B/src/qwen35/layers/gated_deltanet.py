@@ -14,9 +14,17 @@ from torch import nn
 from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..kernel_selection import DeltaNetKernel, select_deltanet_inverse, select_deltanet_kernel
 from ..nxdi import get_tensor_model_parallel_size
-from ..ops import causal_conv, chunk_gated_delta_rule, decay_and_beta, recurrent_gated_delta_rule
+from ..ops import (
+    causal_conv,
+    chunk_gated_delta_rule,
+    commit_conv,
+    commit_delta_rule,
+    decay_and_beta,
+    recurrent_gated_delta_rule,
+    verify_delta_rule,
+)
 from ..phase import Phase
-from .cache import DeltaNetState
+from .cache import DeltaNetState, DeltaNetTokens
 from .linear import HeadShardedParameter, column_parallel, row_parallel
 from .norms import Qwen35GatedRMSNorm
 
@@ -55,11 +63,11 @@ class NeuronGatedDeltaNet(nn.Module):
         phase: Phase,
         state: DeltaNetState | None = None,
         padding_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, DeltaNetState]:
+    ) -> tuple[torch.Tensor, DeltaNetState | DeltaNetTokens]:
         """hidden_states [B, S, D]; the state of earlier tokens, or None where there are none.
 
         padding_mask [B, S] bool, True at real tokens, which come first; None when every token is real. Returns the
-        output [B, S, D] and the state after the last real token.
+        output [B, S, D] and the state after the last real token; under VERIFICATION what `commit` makes it of.
         """
         qkv, z = self.in_proj_qkvz(hidden_states).split((2 * self.key_dim + self.value_dim, self.value_dim), dim=-1)
         b, a = self.in_proj_ba(hidden_states).split(self.num_value_heads, dim=-1)
@@ -67,6 +75,7 @@ class NeuronGatedDeltaNet(nn.Module):
             output, state = self._decode_by_kernel(qkv, z, a, b, state)
             return self.out_proj(output), state
         recurrent, conv = (None, None) if state is None else state
+        conv_inputs = qkv
         qkv, conv = causal_conv(qkv, self.conv1d.weight, conv, padding_mask)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
         g, beta = decay_and_beta(a, b, self.A_log.weight, self.dt_bias.weight)
@@ -79,9 +88,27 @@ class NeuronGatedDeltaNet(nn.Module):
             x.unflatten(-1, (-1, dim))
             for x, dim in ((q, self.key_head_dim), (k, self.key_head_dim), (v, self.value_head_dim))
         )
-        output, recurrent = self._delta_rule(phase, q, k, v, g, beta, recurrent)
+        kept: DeltaNetState | DeltaNetTokens
+        if phase is Phase.VERIFICATION:
+            assert recurrent is not None, "drafts follow a prompt"
+            output, keys, u = verify_delta_rule(q, k, v, g, beta, recurrent)
+            kept = DeltaNetTokens(conv_inputs, keys, u, g)
+        else:
+            output, recurrent = self._delta_rule(phase, q, k, v, g, beta, recurrent)
+            kept = DeltaNetState(recurrent, conv)
         output = self.norm(output, z.unflatten(-1, (-1, self.value_head_dim))).flatten(2)
-        return self.out_proj(output), DeltaNetState(recurrent, conv)
+        return self.out_proj(output), kept
+
+    @staticmethod
+    def commit(state: DeltaNetState, tokens: DeltaNetTokens, accepted: torch.Tensor) -> DeltaNetState:
+        """The state after the first accepted[b] of the T tokens of each row that were verified from `state`; [B] ints.
+
+        What is not accepted may hold anything, numbers or not.
+        """
+        real = (torch.arange(tokens.g.shape[1], device=accepted.device) < accepted.unsqueeze(1))[..., None, None]
+        keys = torch.where(real, tokens.keys, 0.0)  # the rule multiplies those of rejected tokens by zero
+        recurrent = commit_delta_rule(keys, tokens.u, tokens.g, state.recurrent, accepted)
+        return DeltaNetState(recurrent, commit_conv(tokens.conv_inputs, state.conv, accepted))
 
     def _decode_by_kernel(
         self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState

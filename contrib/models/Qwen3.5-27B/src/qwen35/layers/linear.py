@@ -21,10 +21,15 @@ from ..nxdi import (
 )
 
 
-def column_parallel(config: Qwen35InferenceConfig, inputs: int, outputs: int) -> ColumnParallelLinear:
-    """x [..., inputs] -> [..., outputs / R] on each of R ranks, which has its own rows of the weight."""
+def column_parallel(
+    config: Qwen35InferenceConfig, inputs: int, outputs: int, gather_output: bool = False
+) -> ColumnParallelLinear:
+    """x [..., inputs] -> [..., outputs / R] on each of R ranks, which has its own rows of the weight.
+
+    With gather_output every rank gets all [..., outputs].
+    """
     return ColumnParallelLinear(
-        inputs, outputs, bias=False, gather_output=False, dtype=config.neuron_config.torch_dtype
+        inputs, outputs, bias=False, gather_output=gather_output, dtype=config.neuron_config.torch_dtype
     )
 
 

@@ -22,11 +22,13 @@ class RankBytes:
     kv_cache: int
     recurrent_state: int
     conv_state: int
+    speculation: int
+    """What drafting keeps beside the MTP head's keys and values, which are in kv_cache."""
 
     @property
     def kept(self) -> int:
         """KV cache and states together."""
-        return self.kv_cache + self.recurrent_state + self.conv_state
+        return self.kv_cache + self.recurrent_state + self.conv_state + self.speculation
 
     def __str__(self) -> str:
         return (
@@ -44,6 +46,8 @@ class WeightBytes:
     deltanet: int
     attention: int
     mlp: int
+    mtp: int
+    """The MTP head, where tokens are drafted."""
     norms: int
     """Between the layers; the norms within a DeltaNet or attention layer are counted there."""
 
@@ -53,6 +57,7 @@ class WeightBytes:
 
 
 _GROUPS = {
+    "mtp": "mtp",  # first: its layer has an attention and an MLP of its own
     "embed_tokens": "embedding",
     "lm_head": "lm_head",
     "linear_attn": "deltanet",

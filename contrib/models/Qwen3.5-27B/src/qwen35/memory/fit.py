@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..configuration_qwen35 import FULL_ATTENTION
 from ..hardware import INSTANCES, Figure, Instance, rank_hbm_bytes
 from ..nxdi import NeuronBaseForCausalLM, on_stand_ins
 from .counting import RankBytes, WeightBytes, count_bytes, count_weights, count_whole_deltanet, rank_module
@@ -41,6 +42,7 @@ class Layout:
     kv_cache: int
     recurrent_state: int
     conv_state: int
+    speculation: int
     activations: int
     """Of the largest bucket: programs take turns on one scratchpad (neuron-runtime/explore/device-memory.rst)."""
     reserve: int
@@ -48,7 +50,7 @@ class Layout:
 
     @property
     def total(self) -> int:
-        kept = self.kv_cache + self.recurrent_state + self.conv_state
+        kept = self.kv_cache + self.recurrent_state + self.conv_state + self.speculation
         return self.weights.total + kept + self.activations + self.reserve
 
     @property
@@ -79,6 +81,7 @@ class Resident:
             kv_cache=self.kept.kv_cache if copies == 1 else self.kv_cache_of_all_layers,
             recurrent_state=copies * self.kept.recurrent_state,
             conv_state=copies * self.kept.conv_state,
+            speculation=self.kept.speculation,
             activations=activations,
             reserve=RESERVE.value,
             hbm=self.hbm,
@@ -169,13 +172,13 @@ def tp_degrees(model: NeuronBaseForCausalLM, instance: Instance) -> list[int]:
 
 def count_resident(model: NeuronBaseForCausalLM) -> Resident:
     """What a rank holds between programs; the model need not be loaded."""
-    module, config = rank_module(model), model.config
+    module, kinds = rank_module(model), model.config.cached_layer_types
     kept = count_bytes(module)
     return Resident(
         weights=count_weights(module),
         whole_deltanet=count_whole_deltanet(module),
         kept=kept,
-        kv_cache_of_all_layers=kept.kv_cache * config.num_hidden_layers // max(len(config.full_attention_layers), 1),
+        kv_cache_of_all_layers=kept.kv_cache * len(kinds) // max(kinds.count(FULL_ATTENTION), 1),
         hbm=rank_hbm_bytes(model.neuron_config.logical_nc_config),
     )
 

@@ -58,21 +58,30 @@ def walk_buckets(model: NeuronBaseForCausalLM, which: slice = slice(None)) -> li
     """What the buckets `which` of every submodel take; the model need not be loaded.
 
     Where the layers repeat in like blocks, only two blocks are walked. What the second leaves behind, and the products
-    it does, every further block adds as well; what a layer needs for itself is freed before the next.
+    it does, every further block adds as well; what a layer needs for itself is freed before the next. A program that
+    drafts goes over the layers more than once: a walk of a third block shows what one adds.
     """
     kinds = model.config.layer_types
     period = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
     blocks = len(kinds) // period
     if blocks <= 2:
         return [program for program, _ in _walk(model, which, period)]
-    return [
-        replace(
-            program,
-            bytes=program.bytes + (blocks - 2) * block.bytes,
-            matmuls=program.matmuls + (blocks - 2) * block.matmuls,
+    found = [*_walk(_with_layers(model, 2 * period), which, period)]
+    larger = {
+        (p.submodel, p.bucket): p for p, _ in _walk(_with_layers(model, 3 * period), which, period, drafting=True)
+    }
+    programs = []
+    for program, block in found:
+        if (third := larger.get((program.submodel, program.bucket))) is not None:
+            block = replace(third, bytes=third.bytes - program.bytes, matmuls=third.matmuls - program.matmuls)
+        programs.append(
+            replace(
+                program,
+                bytes=program.bytes + (blocks - 2) * block.bytes,
+                matmuls=program.matmuls + (blocks - 2) * block.matmuls,
+            )
         )
-        for program, block in _walk(_with_layers(model, 2 * period), which, period)
-    ]
+    return programs
 
 
 def with_config(model: Model, config: InferenceConfig) -> Model:
@@ -87,9 +96,16 @@ def _with_layers(model: Model, layers: int) -> Model:
     return with_config(model, config)
 
 
-def _walk(model: NeuronBaseForCausalLM, which: slice, period: int) -> Iterator[tuple[Program, Program]]:
-    """Programs, each with the bytes that its last `period` layers leave behind them and the products that they do."""
+def _walk(
+    model: NeuronBaseForCausalLM, which: slice, period: int, drafting: bool = False
+) -> Iterator[tuple[Program, Program]]:
+    """Programs, each with the bytes that its last `period` layers leave behind them and the products that they do.
+
+    All, or with `drafting` those that draft.
+    """
     for wrapper in model.models:
+        if drafting and not wrapper.phase.drafts:
+            continue
         instance = wrapper.get_model_instance()
         with on_meta_rank(model.config):
             instance.load_module()
@@ -106,6 +122,7 @@ def _walk(model: NeuronBaseForCausalLM, which: slice, period: int) -> Iterator[t
                 # What an alias writes over a parameter takes no room of its own.
                 peak, after = run.replay(without=[outputs[position] for position in aliases.values()])
                 program = Program(wrapper.tag, wrapper.neuron_config.buckets[i], peak, run.matmuls)
+                after = after or [(0, 0)]  # a program that drafts alone runs no layer of the decoder
                 before = after[-1 - period] if len(after) > period else after[-1]
                 yield (
                     program,

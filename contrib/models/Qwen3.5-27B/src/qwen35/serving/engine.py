@@ -4,7 +4,8 @@
 
 `Qwen35Engine` is what a serving worker drives: it has no thread, no clock and no network. Each round (`step`)
 
-1. decodes one token of every row whose prompt is encoded, in one call;
+1. decodes every row whose prompt is encoded: one token of each, in one call; or, where the model drafts tokens, one to
+   k + 1 of each, in one call when all rows take the most likely token, else in two (`modeling_qwen35_mtp`);
 2. gives free slots of the cache to waiting requests, first come, first served;
 3. encodes, in one call, the next piece of the oldest prompt that is not encoded yet, and of the next oldest that can
    share the call: at most `ctx_batch_size` rows, whose pieces all begin a prompt or all continue one, with images or
@@ -25,16 +26,17 @@ copied to those that have a slot by then. Others encode it themselves when their
 What a request gets does not depend on its neighbours: its prompt is cut at multiples of `prefill_chunk_size` from its
 own first token, every call has the compiled number of rows, whoever is in it, and its random numbers come from a
 generator of its own. With one bucket a submodel, its logits in the same slot of the cache are the same to the last bit;
-other slots and other buckets may sum in another order.
+other slots and other buckets may sum in another order. Drafts change none of its tokens (`speculation`), and they are
+its own too.
 
-Letters: V vocabulary.
+Letters: V vocabulary, k drafts of a row at most, n drafts of one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,8 +46,11 @@ from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from .prefix_cache import Chain, PrefixCache, media_digests
 from .request import FinishReason, ModelLimits, Request, StepOutput, checked_request
 from .runner import ModelRunner, Row
-from .sampling import Sampler, logprobs_of, require_finite, whole_number
+from .sampling import NOT_FINITE, Sampler, TokenLogprobs, logprobs_of, require_finite, whole_number
+from .speculation import Acceptance, accept
 from .text_stream import StopStrings
+
+_Result = TypeVar("_Result")
 
 LONGEST_ERROR = 500
 """Characters of a failure that a request is told."""
@@ -89,6 +94,18 @@ class _Sequence:
         """Whether it has a slot that holds its whole prompt."""
         return self.row is not None and self.row.cached >= len(self.request.prompt)
 
+    @property
+    def missing(self) -> int:
+        """How many tokens it may get yet."""
+        request = self.request
+        return len(request.prompt) + request.max_new_tokens - len(self.slot_row.tokens)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it gets the most likely tokens and nothing of their logits, so that a program may choose them."""
+        sampling = self.request.sampling
+        return sampling.is_greedy and not sampling.has_penalties and self.request.logprobs is None
+
 
 class Qwen35Engine:
     """Continuous batching over a loaded model, which it has for itself; see the module's docstring for the policy.
@@ -127,6 +144,9 @@ class Qwen35Engine:
         self._runner = ModelRunner(model)
         self._limits = replace(limits_of(model), takes_stop=tokenizer is not None)
         self._slots = neuron_config.kv_cache_batch_size
+        self._drafts_tokens = model.config.num_speculative_tokens > 0
+        self.acceptance = Acceptance()
+        """Of all drafts so far, without those after the end of an answer."""
         self._sequences: list[_Sequence] = []  # in order of arrival
         self._dirty_slots = {*range(self._slots)}  # of rows that failed, here or under whoever ran the model before
         self._outputs: dict[int, list[StepOutput]] = {}  # not handed out yet
@@ -169,7 +189,7 @@ class Qwen35Engine:
     def step(self) -> list[StepOutput]:
         """One round; returns what was not handed out yet, oldest first.
 
-        A round makes at most one token a continuation.
+        A round makes at most one token a continuation; where tokens are drafted, at most one more than drafts.
         """
         self._round()
         outputs = [output for _, outputs in sorted(self._outputs.items()) for output in outputs]
@@ -203,11 +223,59 @@ class Qwen35Engine:
 
     def _round(self) -> None:
         if decoding := [sequence for sequence in self._sequences if sequence.is_encoded]:
-            self._call(self._runner.decode, decoding, self._choose)
+            if self._drafts_tokens:
+                self._speculate(decoding)
+            else:
+                self._call(self._runner.decode, decoding, self._choose)
         self._start_waiting()
         if encoding := self._encoding():
             rows = self._runner.batch([*encoding])
             self._call(self._runner.encode, [encoding[row] for row in rows], self._after_piece)
+            if self._drafts_tokens:
+                self._draft([each for each in self._sequences if each.is_encoded and each not in decoding])
+
+    def _speculate(self, sequences: Sequence[_Sequence]) -> None:
+        """Decode with drafts: in one program when it may choose all tokens, else the host chooses between two."""
+        for sequence in sequences:
+            row = sequence.slot_row
+            row.drafts = row.drafts[: sequence.missing - 1]
+        if all(sequence.is_plain for sequence in sequences):
+            drafts = {sequence.slot_row.slot: sequence.slot_row.drafts for sequence in sequences}
+            self._call(
+                self._runner.speculate,
+                sequences,
+                lambda sequence, tokens: self._take_chosen(sequence, drafts[sequence.slot_row.slot], tokens),
+            )
+            return
+        self._call(self._runner.verify, sequences, self._accept)
+        self._draft([sequence for sequence in sequences if sequence in self._sequences])
+
+    def _draft(self, sequences: Sequence[_Sequence]) -> None:
+        """Take in what these have accepted, and draft what follows."""
+        if sequences:
+            self._call(self._runner.draft, sequences, lambda sequence, drafts: None)
+
+    def _take_chosen(self, sequence: _Sequence, drafts: Sequence[int], tokens: Sequence[int] | None) -> None:
+        """Give a sequence what a program has chosen for it; None where its logits were no numbers."""
+        if tokens is None:
+            raise ValueError(f"some {NOT_FINITE}")
+        given = []
+        for token in tokens:
+            given.append(token)
+            self._take(sequence, token)
+            if sequence not in self._sequences:
+                break
+        self.acceptance.add(drafts, given, ended=sequence not in self._sequences)
+
+    def _accept(self, sequence: _Sequence, logits: torch.Tensor) -> None:
+        """Give a sequence tokens chosen from the logits [n + 1, V] of n drafts, as long as these foretold them."""
+        drafts, given = sequence.slot_row.drafts, []
+        for token, own in accept(drafts, logits, lambda own: self._sample(sequence, own)):
+            given.append(token)
+            self._take(sequence, token, own)
+            if sequence not in self._sequences:
+                break
+        self.acceptance.add(drafts, given, ended=sequence not in self._sequences)
 
     def _encoding(self) -> dict[Row, _Sequence]:
         """Who encodes, of the continuations of each request the first that has a slot and is not encoded."""
@@ -219,18 +287,17 @@ class Qwen35Engine:
 
     def _call(
         self,
-        run: Callable[[Sequence[Row]], torch.Tensor],
+        run: Callable[[Sequence[Row]], Iterable[_Result]],
         sequences: Sequence[_Sequence],
-        after: Callable[[_Sequence, torch.Tensor], None],
+        after: Callable[[_Sequence, _Result], None],
     ) -> None:
-        """Run the rows of some sequences, and do `after` with the logits [V] of each."""
+        """Run the rows of some sequences, and do `after` with what that gives for each."""
         unfinished = [*sequences]
         with _EndsOnFailure(self, unfinished):
-            logits = run([sequence.slot_row for sequence in sequences])
-            for sequence, row_logits in zip(sequences, logits, strict=True):
+            results = run([sequence.slot_row for sequence in sequences])
+            for sequence, result in zip(sequences, results, strict=True):
                 with _EndsOnFailure(self, [sequence]):
-                    require_finite(row_logits)
-                    after(sequence, row_logits)
+                    after(sequence, result)
                 unfinished.remove(sequence)  # last, so that an interrupt before it leaves no row half done
 
     def _fail(self, sequence: _Sequence, message: str) -> None:
@@ -275,6 +342,7 @@ class Qwen35Engine:
 
     def _after_piece(self, sequence: _Sequence, logits: torch.Tensor) -> None:
         """Store a block that a piece completed, and choose the first tokens of a prompt that ended with it."""
+        require_finite(logits)
         row, chain = sequence.slot_row, sequence.prompt.chain
         if self.prefix_cache is not None and chain is not None and row.cached % self.prefix_cache.block == 0:
             self.prefix_cache.store(row.slot, chain, row.cached)
@@ -290,10 +358,19 @@ class Qwen35Engine:
                 self._choose(each, logits)
 
     def _choose(self, sequence: _Sequence, logits: torch.Tensor) -> None:
-        """Give a sequence a token from its logits [V], and end it when it is complete."""
+        """Give a sequence a token from its logits [V]."""
+        self._take(sequence, self._sample(sequence, logits), logits)
+
+    def _sample(self, sequence: _Sequence, logits: torch.Tensor) -> int:
+        require_finite(logits)
+        return sequence.sampler.sample(logits)
+
+    def _take(self, sequence: _Sequence, token: int, logits: torch.Tensor | None = None) -> None:
+        """Give a sequence a token, chosen from logits [V] where it may want to know, and end it when it is complete."""
         request, row = sequence.request, sequence.slot_row
-        token = sequence.sampler.sample(logits)
-        logprobs = None if request.logprobs is None else logprobs_of(logits, token, request.logprobs)
+        logprobs: TokenLogprobs | None = None
+        if request.logprobs is not None and logits is not None:
+            logprobs = logprobs_of(logits, token, request.logprobs)
         row.tokens.append(token)
         text, stops = None, sequence.text
         if stops is not None:

@@ -34,6 +34,7 @@ from .sampling import (
     logprobs_of,
     penalized,
 )
+from .speculation import Acceptance
 from .text_stream import StopStrings
 
 OnToken = Callable[[torch.Tensor], None]
@@ -54,6 +55,8 @@ class Generation:
     """Mean over the steps after the first; None when one step was enough."""
     logprobs: list[list[TokenLogprobs]] | None = None
     """Of each token, when they were asked for."""
+    acceptance: Acceptance | None = None
+    """Of drafts, from a model that drafts tokens."""
 
 
 class _Penalties(LogitsProcessor):
@@ -222,13 +225,15 @@ class TextGenerator:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         groups = self.adapter.groups(inputs)
-        start, clocks, runs = time.perf_counter(), [], []
+        start, clocks, runs, accepted = time.perf_counter(), [], [], Acceptance()
         for _ in range(n):
             rows: list[_RowResult] = []
             for group in groups:
                 results, clock = self._run(group, max_new_tokens, sampling, on_token, stop, logprobs)
                 rows += results
                 clocks.append(clock)
+                if self.adapter.acceptance is not None:
+                    accepted.join(self.adapter.acceptance)
             runs.append(rows)
         results = [rows[i] for i in range(len(inputs["input_ids"])) for rows in runs]
         steps = sum(len(clock.times) - 1 for clock in clocks)
@@ -239,6 +244,7 @@ class TextGenerator:
             time_to_first_token=clocks[0].times[0] - start,
             time_per_output_token=stepping / steps if steps else None,
             logprobs=None if logprobs is None else [row.logprobs for row in results],
+            acceptance=None if self.adapter.acceptance is None else accepted,
         )
 
     def _check(self, inputs: dict[str, torch.Tensor], sampling: SamplingOptions, n: int, logprobs: int | None) -> None:
@@ -284,7 +290,7 @@ class TextGenerator:
                 eos_token_id=self.eos_token_ids or None,
                 pad_token_id=self.pad_token_id,
             ),
-            logits_processor=[penalties],
+            logits_processor=[penalties] if sampling.has_penalties or logprobs is not None else [],
             stopping_criteria=[clock, stops],
         )
         results = []

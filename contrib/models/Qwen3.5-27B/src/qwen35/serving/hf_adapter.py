@@ -24,7 +24,9 @@ from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import HuggingFaceGenerationAdapter as NxDIGenerationAdapter
 from ..vision.positions import checked_grids
 from ..vision.rope_index import media_of_rows
+from .drafting import DraftedForward
 from .sampling import require_finite
+from .speculation import Acceptance
 
 _RUNNABLE = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 _MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
@@ -33,11 +35,23 @@ _MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_gri
 class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
     """NxDI's adapter for `NeuronQwen35ForCausalLM` and `NeuronQwen35VLForCausalLM`, under its name.
 
-    More rows than the cache has slots run one group after the other.
+    More rows than the cache has slots run one group after the other. A model that drafts tokens does so here too, and
+    gives the tokens that it gives without (`drafting`).
     """
 
     neuron_model: NeuronQwen35ForCausalLM
     _prompts: Sequence[int]  # of the rows in progress: transformers makes the processors, and has no argument for it
+
+    def __init__(self, model: NeuronQwen35ForCausalLM, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._drafted = DraftedForward(model) if model.config.num_speculative_tokens > 0 else None
+        if self._drafted is not None:
+            self.forward = self._drafted
+
+    @property
+    def acceptance(self) -> Acceptance | None:
+        """How often drafts were accepted in the last `generate`; None for a model that drafts none."""
+        return None if self._drafted is None else self._drafted.acceptance
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
@@ -67,6 +81,9 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         problems = [*self._problems(config, kwargs)]
         if problems:
             raise ValueError("generate cannot run this: " + "; ".join(problems))
+        if self._drafted is not None:
+            ends = config.eos_token_id
+            self._drafted.begin(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
         if (streamer := kwargs.pop("streamer", None)) is not None:
             streamer.put(ids.cpu())
             criteria = [*(kwargs.get("stopping_criteria") or []), _Streaming(streamer)]
@@ -173,15 +190,23 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         """NxDI's generate for a row of each of these prompts; a failure leaves nothing of them in the cache."""
         self._prompts = prompts
         try:
-            return super().generate(generation_config=generation_config, **kwargs)
+            output = super().generate(generation_config=generation_config, **kwargs)
         except BaseException:  # an interrupt too may leave a step half done
             for slot in range(kwargs["input_ids"].shape[0]):
                 self.neuron_model.clear_slot(slot)
             raise
+        if self._drafted is not None:
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            self._drafted.finish(sequences[:, -1].tolist())
+        return output
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """transformers' processors, after a check of what the model gave: they make logits infinite on purpose."""
         processors = super()._get_logits_processor(*args, **kwargs)
+        if self._drafted is not None:
+            config: GenerationConfig = args[0] if args else kwargs["generation_config"]
+            shown = config.return_dict_in_generate and (config.output_logits or config.output_scores)
+            self._drafted.expect(takes_largest=not (processors or config.do_sample or shown))
         return LogitsProcessorList([_RequireFinite(self._prompts), *processors])
 
     def _require_media(self, inputs: Mapping[str, Any]) -> None:

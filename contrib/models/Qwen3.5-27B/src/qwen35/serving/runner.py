@@ -1,12 +1,16 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of the model over rows of a batch: pieces of prompts, and single tokens that follow them.
+"""The calls of the model over rows of a batch: pieces of prompts, and the tokens that follow them.
 
 A runner knows nothing of requests, queues or sampling: whoever schedules gives it rows and gets logits. Prompts are cut
 at multiples of `prefill_chunk_size` from their own first token, so that the pieces of one do not depend on the rows
 beside it, nor on how many of its tokens a scheduler gives at a time, as long as it gives whole chunks.
 
-Letters: B rows of a call, S tokens of a row in it, V vocabulary.
+With `num_speculative_tokens` rows have drafts: `draft` after a prompt, then either `speculate` for a step of greedy
+rows, one program; or `verify` and, once the caller has chosen what follows, `draft`. `decode` still takes one token,
+and makes the drafts of its rows void.
+
+Letters: B rows of a call, S tokens of a row in it, V vocabulary, k drafts of a row at most.
 """
 
 from __future__ import annotations
@@ -30,12 +34,15 @@ class Row:
         tokens: the ids to be cached: the prompt, or as much of it as is to be encoded now, and what was sampled.
         cached: how many of them the slot has taken in; the runner counts on.
         placed: what images and videos add to the whole prompt, until it is encoded.
+        drafts: guesses of the tokens after `tokens`, once the prompt is encoded; the runner makes them, and a caller
+            may cut them short.
     """
 
     slot: int
     tokens: list[int]
     cached: int = 0
     placed: PlacedMedia | None = None
+    drafts: list[int] = field(default_factory=list)
     rope_delta: int = field(init=False)
     """What is added to the index of a token after the prompt: its rotary position. 0 after a prompt of text."""
 
@@ -113,6 +120,21 @@ def decoding_inputs(rows: Sequence[Row]) -> CallInputs:
     )
 
 
+def drafting_inputs(phase: Phase, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> CallInputs:
+    """A call of a program with drafts: of each row these tokens, which follow those cached."""
+    cached, lengths = _column([row.cached for row in rows]), _column([len(own) for own in tokens])
+    width = int(lengths.max())
+    index = torch.arange(width)
+    return CallInputs(
+        phase=phase,
+        input_ids=torch.tensor([[*own, *[0] * (width - len(own))] for own in tokens]),
+        seq_ids=_slots(rows),
+        attention_mask=_ones_before(cached),
+        position_ids=torch.where(index < lengths, cached + index, 0),
+        rope_deltas=_rope_deltas(rows),
+    )
+
+
 class ModelRunner:
     """Calls a loaded model; after a call its rows are cached so far, after an error they are as they were."""
 
@@ -147,7 +169,67 @@ class ModelRunner:
 
     def decode(self, rows: Sequence[Row]) -> torch.Tensor:
         """Take in the next token of each row; logits [B, V] of the token after it."""
+        for row in rows:
+            row.drafts = []
         return self._run(rows, decoding_inputs(rows), [1] * len(rows))
+
+    def speculate(self, rows: Sequence[Row]) -> list[list[int] | None]:
+        """Take in the next token of each row and the drafts that are the model's own greedy choices; draft anew.
+
+        Returns:
+            Of each row the tokens that follow, one more than were drafted right, for the caller to append; None where
+            the logits of one of them are nan or infinite, and nothing of the row may be used any further.
+        """
+        inputs = drafting_inputs(Phase.SPECULATION, rows, self._to_verify(rows))
+        chosen, accepted, drafts = (output.tolist() for output in self._run_drafting(inputs))
+        results: list[list[int] | None] = []
+        for row, own, right, new in zip(rows, chosen, accepted, drafts, strict=True):
+            if right < 0:
+                results.append(None)
+                continue
+            row.cached += right + 1
+            self._set_drafts(row, new, len(row.tokens) + right + 1)
+            results.append(own[: right + 1])
+        return results
+
+    def verify(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """Logits [S, V] of each row: of what follows its next token, and each of its drafts.
+
+        Nothing is taken in. The caller appends to `row.tokens` the drafts that it accepts and the token after them,
+        then calls `draft`.
+        """
+        tokens = self._to_verify(rows)
+        (logits,) = self._run_drafting(drafting_inputs(Phase.VERIFICATION, rows, tokens))
+        return [own[: len(verified)] for own, verified in zip(logits, tokens, strict=True)]
+
+    def draft(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Take in what is not cached of each row but its last token, and draft what follows.
+
+        That is what was accepted of the tokens that `verify` went through last, or nothing after a prompt.
+
+        Returns:
+            The drafts of each row, which it also has.
+        """
+        tokens = [row.tokens[row.cached :] for row in rows]
+        (drafts,) = self._run_drafting(drafting_inputs(Phase.DRAFT, rows, tokens))
+        for row, own, new in zip(rows, tokens, drafts.tolist(), strict=True):
+            row.cached += len(own) - 1
+            self._set_drafts(row, new, len(row.tokens))
+        return [row.drafts for row in rows]
+
+    def _to_verify(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The next token of each row and its drafts."""
+        return [[*row.tokens[row.cached :], *row.drafts] for row in rows]
+
+    def _set_drafts(self, row: Row, drafts: Sequence[int], tokens: int) -> None:
+        """Keep as many as the slot has room for, after so many tokens."""
+        row.drafts = [*drafts[: max(self.model.neuron_config.seq_len - tokens, 0)]]
+
+    def _run_drafting(self, inputs: CallInputs) -> list[torch.Tensor]:
+        media = {"rope_deltas": inputs.rope_deltas} if isinstance(self.model, NeuronQwen35VLForCausalLM) else {}
+        return self.model.run_drafting(
+            inputs.phase, inputs.input_ids, inputs.seq_ids, inputs.attention_mask, inputs.position_ids, **media
+        )
 
     def copy_slot(self, source: int, target: int) -> None:
         """Let one slot hold what another holds."""

@@ -141,6 +141,12 @@ def continuation_problems(n: Any, logprobs: Any, sampling: SamplingOptions) -> I
         yield f"logprobs={reprlib.repr(logprobs)}: must be None or a whole number of at least 0"
 
 
+NOT_FINITE = (
+    "logits are nan or infinite: the model overflowed, or what it computes on failed; try torch_dtype=float32, and "
+    "check the checkpoint and the media of this prompt"
+)
+
+
 def require_finite(logits: torch.Tensor) -> None:
     """Check logits [V] before a token is chosen: the largest of those that are no numbers would be the first.
 
@@ -148,10 +154,7 @@ def require_finite(logits: torch.Tensor) -> None:
         ValueError: some are nan or infinite.
     """
     if not (finite := logits.isfinite()).all():
-        raise ValueError(
-            f"{int((~finite).sum())} of {logits.numel()} logits are nan or infinite: the model overflowed, or what it "
-            "computes on failed; try torch_dtype=float32, and check the checkpoint and the media of this prompt"
-        )
+        raise ValueError(f"{int((~finite).sum())} of {logits.numel()} {NOT_FINITE}")
 
 
 def penalized(
@@ -193,16 +196,29 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor) -> int:
         """The next token, from finite logits [V] of any floating dtype."""
-        scores = logits.float()
-        if self._options.has_penalties:
-            scores = penalized(scores, self._prompt, torch.tensor(self._generated, dtype=torch.long), self._options)
-        if self._warpers is None:
-            token = int(scores.argmax())
+        if self._options.is_greedy:
+            token = int(self._penalized(logits).argmax())
         else:
-            scores = self._warpers(torch.empty(1, 0, dtype=torch.long), scores.unsqueeze(0))
-            token = int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+            token = int(torch.multinomial(self.probabilities(logits), 1, generator=self._generator))
         self._generated.append(token)
         return token
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """What a token that is sampled from logits [V] is drawn from now, [V] float32; nothing is drawn.
+
+        Raises:
+            ValueError: the row is greedy.
+        """
+        if self._warpers is None:
+            raise ValueError("temperature=0: a greedy row takes the largest logit; set a temperature")
+        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), self._penalized(logits).unsqueeze(0))
+        probabilities: torch.Tensor = scores[0].softmax(dim=-1)
+        return probabilities
+
+    def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self._options.has_penalties:
+            return logits.float()
+        return penalized(logits, self._prompt, torch.tensor(self._generated, dtype=torch.long), self._options)
 
 
 def _warpers(options: SamplingOptions) -> Any:

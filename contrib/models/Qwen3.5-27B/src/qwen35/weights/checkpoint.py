@@ -63,7 +63,7 @@ class CheckpointError(ValueError):
 
 
 def is_mtp(name: str) -> bool:
-    """Whether a tensor is of the layers that predict several tokens, which this package does without."""
+    """Whether a tensor is of the layers that predict several tokens, which decoding one at a time does without."""
     return re.match(MTP_NAMES, name) is not None
 
 

@@ -12,17 +12,29 @@ Letters: D hidden, H value heads, Hk key heads, R ranks, N attention heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from ..configuration_qwen35 import FULL_ATTENTION, Qwen35InferenceConfig
-from .checkpoint import MTP_NAMES
-from .conversion import BUFFERS, LazyStateDict, Rule, RuleSet, Skipped, convert, rank_major, unchanged, unwrapped
+from .checkpoint import INDEX_FILE, MTP_NAMES, CheckpointReader
+from .conversion import (
+    BUFFERS,
+    ConversionError,
+    LazyStateDict,
+    Rule,
+    RuleSet,
+    Skipped,
+    convert,
+    rank_major,
+    unchanged,
+    unwrapped,
+)
 
 _PREFIXES = ("model.", "")
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_MTP = "mtp."
 
 
 def convert_checkpoint(
@@ -37,13 +49,38 @@ def convert_checkpoint(
         progress: show a bar in `materialise`.
 
     Raises:
-        ConversionError: as `RuleSet.match`.
+        ConversionError: as `RuleSet.match`; or tokens are to be drafted, and the checkpoint has no MTP head.
     """
-    names = {unwrapped(name).removeprefix(_PREFIXES[0]) for name in source}
+    names = {_plain(name) for name in source}
+    if config.num_speculative_tokens > 0:
+        _require_head(source, names, config.num_speculative_tokens)
     found = [name for name in (_EMBEDDING, _HEAD) if name in names]
     # As transformers does: a tied checkpoint may have one for both; if it has both, each is used.
     plan = conversion_plan(config, found if config.tie_word_embeddings and found else None)
     return convert(source, RuleSet(plan, _PREFIXES, _skipped(config.num_hidden_layers)), progress)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without wrappers and prefix."""
+    return unwrapped(name).removeprefix(_PREFIXES[0])
+
+
+def _require_head(source: Mapping[str, torch.Tensor], names: Collection[str], drafted: int) -> None:
+    """Check that there is an MTP head at all: fine-tunes often lack it, or keep no more than its names in the index.
+
+    Raises:
+        ConversionError: there is none, in one line.
+    """
+    if any(name.startswith(_MTP) for name in names):
+        return
+    where = "which this checkpoint does not have"
+    if isinstance(source, CheckpointReader):
+        listed = {file for name, file in source.listed_only.items() if _plain(name).startswith(_MTP)}
+        if listed:
+            where = f"which {INDEX_FILE} puts in {', '.join(sorted(listed))} and no file has: download it"
+    raise ConversionError(
+        [f"num_speculative_tokens={drafted} needs the tensors {_MTP}*, {where}; set num_speculative_tokens=0"]
+    )
 
 
 def _skipped(layers: int) -> dict[str, Skipped]:
@@ -73,17 +110,28 @@ def conversion_plan(config: Qwen35InferenceConfig, vocabulary: Sequence[str] | N
     rules = [*_vocabulary_rules(config, vocabulary)]
     rules += [_norm_rule("norm.weight", config.hidden_size), _rank_rule(config, "")]
     for i, kind in enumerate(config.layer_types):
-        layer = f"layers.{i}."
-        rules += [
-            _norm_rule(layer + "input_layernorm.weight", config.hidden_size),
-            _norm_rule(layer + "post_attention_layernorm.weight", config.hidden_size),
-            *_mlp_rules(config, layer + "mlp."),
-        ]
-        if kind == FULL_ATTENTION:
-            rules += _attention_rules(config, layer + "self_attn.")
-        else:
-            rules += _deltanet_rules(config, layer + "linear_attn.")
+        rules += _layer_rules(config, f"layers.{i}.", kind)
+    if config.num_speculative_tokens > 0:
+        rules += _mtp_rules(config)
     return rules
+
+
+def _layer_rules(c: Qwen35InferenceConfig, layer: str, kind: str) -> Iterator[Rule]:
+    yield _norm_rule(layer + "input_layernorm.weight", c.hidden_size)
+    yield _norm_rule(layer + "post_attention_layernorm.weight", c.hidden_size)
+    yield from _mlp_rules(c, layer + "mlp.")
+    if kind == FULL_ATTENTION:
+        yield from _attention_rules(c, layer + "self_attn.")
+    else:
+        yield from _deltanet_rules(c, layer + "linear_attn.")
+
+
+def _mtp_rules(c: Qwen35InferenceConfig) -> Iterator[Rule]:
+    """The MTP head's own tensors; its embedding and lm_head are the decoder's."""
+    yield Rule.of_one(_MTP + "fc.weight", (c.hidden_size, 2 * c.hidden_size), c.neuron_config.torch_dtype)
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        yield _norm_rule(f"{_MTP}{name}.weight", c.hidden_size)
+    yield from _layer_rules(c, _MTP + "layers.0.", FULL_ATTENTION)
 
 
 def _vocabulary_rules(c: Qwen35InferenceConfig, names: Sequence[str]) -> Iterator[Rule]:

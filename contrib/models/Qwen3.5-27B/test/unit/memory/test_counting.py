@@ -47,6 +47,19 @@ def test_27b_on_4_ranks_keeps_half_a_gigabyte_for_32k_tokens(rank_pool: Any) -> 
     assert counted.kept <= 0.6e9
 
 
+def test_a_head_that_drafts_three_tokens_costs_27b_a_layer_and_what_it_verifies(rank_pool: Any) -> None:
+    (without,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=32768)
+    (counted,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=32768, num_speculative_tokens=3)
+    # fc, q and its gate, k, v, o and the MLP, bfloat16, over 4 ranks; norms of 5,120 and 256, float32, on each.
+    matrices = 2 * 5120 * 5120 + (3 * 24 + 2 * 4) * 256 * 5120 + 3 * 5120 * 17408
+    norms_and_ranks = (6 * 5120 + 2 * 256) * 4 - 5120 * 4 + 4
+    assert counted.weights - without.weights == matrices * 2 // 4 + norms_and_ranks
+    assert counted.kv_cache == 17 * 2 * (32768 + 128) * 256 * 2  # room for masked tokens
+    conv_inputs, rank_one = 48 * 4 * 2560 * 2, 48 * 4 * (4 * 128 + 12 * 128 + 12) * 4
+    assert counted.speculation == 5 * 5120 * 2 + 3 * 4 + conv_inputs + rank_one
+    assert without.speculation == 0
+
+
 def test_every_slot_beyond_one_costs_its_cache_its_state_and_room_for_masked_rows(rank_pool: Any) -> None:
     (one,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=1024)
     (four,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=1024, batch_size=4)

@@ -17,7 +17,9 @@ pytestmark = needs_stand_ins
 
 
 @pytest.mark.parametrize("layers", [12, 6], ids=["three blocks", "no whole block"])
-@pytest.mark.parametrize("options", [dict(batch_size=1), dict(tp_degree=2, batch_size=3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(batch_size=1), dict(tp_degree=2, batch_size=3), dict(num_speculative_tokens=2)], ids=str
+)
 def test_blocks_stand_for_all_layers(options: dict[str, Any], layers: int) -> None:
     model = application({**SMALL, "num_hidden_layers": layers}, seq_len=512, enable_bucketing=True, **options)
     found = walk_buckets(model)

@@ -10,7 +10,6 @@ compared: logits of order one differ by 2e-6 between slots and shapes, and no ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from qwen35 import (
 )
 from qwen35.serving.sampling import GREEDY, SamplingOptions
 from support.models import load_neuron, neuron_greedy, random_prompts, save_checkpoint
+from support.schedules import Arrival, schedules, schedules_agree
 from support.simulated_device import put_on_simulated_device
 from support.vl_cases import EXAMPLE, IMAGE, START, Row, greedy, load, media, save_vl_checkpoint
 
@@ -37,7 +37,6 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 SEQ_LEN, STEPS = 64, 8
-CACHE_BYTES = 1 << 17  # some blocks, so that there is something to drop
 SAMPLING = [
     GREEDY,
     SamplingOptions(temperature=1.0, seed=1),
@@ -67,13 +66,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "on a simulated device": dict(
         batch_size=3, ctx_batch_size=2, is_continuous_batching=True, prefill_chunk_size=8, enable_bucketing=True
     ),
+    "with drafts on a simulated device": dict(
+        batch_size=2,
+        kv_cache_batch_size=3,
+        max_batch_size=3,
+        ctx_batch_size=1,
+        is_continuous_batching=True,
+        prefill_chunk_size=8,
+        enable_bucketing=True,
+        num_speculative_tokens=2,
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(path, seed=1, num_hidden_layers=2, full_attention_interval=2)
+    save_checkpoint(path, seed=1, mtp=True, num_hidden_layers=2, full_attention_interval=2)
     return path
 
 
@@ -84,7 +93,7 @@ def model_of(path: Path) -> Callable[[str], NeuronQwen35ForCausalLM]:
     def get(name: str) -> NeuronQwen35ForCausalLM:
         if name not in models:
             model = load_neuron(path, seq_len=SEQ_LEN, **OPTIONS[name])
-            models[name] = put_on_simulated_device(model) if name == "on a simulated device" else model
+            models[name] = put_on_simulated_device(model) if name.endswith("on a simulated device") else model
         return models[name]
 
     return get
@@ -122,80 +131,6 @@ def every_option() -> Any:
     return pytest.mark.parametrize("options", OPTIONS)
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A request of a schedule, `pause` rounds after the last; its `eos_at`-th token alone is one that ends it."""
-
-    case: int
-    pause: int
-    max_new_tokens: int
-    eos_at: int | None
-    cancel_after: int | None
-
-    def request(self, alone: list[list[int]]) -> Request:
-        prompt, sampling = CASES[self.case]
-        eos = () if self.eos_at is None else (alone[self.case][self.eos_at],)
-        return Request(prompt, self.max_new_tokens, sampling, eos)
-
-    def expected(self, alone: list[list[int]]) -> tuple[list[int], FinishReason]:
-        tokens = alone[self.case]
-        end = len(tokens) if self.eos_at is None else tokens.index(tokens[self.eos_at]) + 1
-        if end <= self.max_new_tokens and self.eos_at is not None:
-            return tokens[:end], FinishReason.EOS
-        return tokens[: self.max_new_tokens], FinishReason.LENGTH
-
-
-ARRIVAL = st.builds(
-    Arrival,
-    case=st.integers(0, len(CASES) - 1),
-    pause=st.integers(0, 3),
-    max_new_tokens=st.sampled_from([1, 2, 3, 5, STEPS, STEPS, STEPS]),
-    eos_at=st.none() | st.integers(0, STEPS - 1),
-    cancel_after=st.sampled_from([None] * 8 + [0, 1, 3, 6]),
-)
-SCHEDULES = st.integers(2, 10).flatmap(lambda size: st.lists(ARRIVAL, min_size=size, max_size=size))
-
-
-def schedules_agree(
-    model: NeuronQwen35ForCausalLM, alone: list[list[int]], schedule: list[Arrival], cached: bool
-) -> None:
-    chunks = model.config.prefill_chunk_size is not None
-    engine = Qwen35Engine(model, PrefixCache(model, CACHE_BYTES) if cached and chunks else None)
-    outputs: list[list[StepOutput]] = [[] for _ in schedule]
-    cancels: list[tuple[int, int]] = []  # (round, request)
-    rounds = 0
-
-    def one_round() -> None:
-        nonlocal rounds
-        for request_id in [request_id for when, request_id in cancels if when == rounds]:
-            engine.cancel(request_id)
-        made = engine.step()
-        tokens = [output.request_id for output in made if output.token is not None]
-        assert len(tokens) == len({*tokens}), "a round gives a request one token"
-        for output in made:
-            outputs[output.request_id].append(output)
-        rounds += 1
-
-    for i, arrival in enumerate(schedule):
-        for _ in range(arrival.pause):
-            one_round()
-        assert engine.add(arrival.request(alone)) == i
-        if arrival.cancel_after is not None:
-            cancels.append((rounds + arrival.cancel_after, i))
-    while engine.has_work:
-        one_round()
-
-    for i, arrival in enumerate(schedule):
-        tokens, reason = arrival.expected(alone)
-        got = [output.token for output in outputs[i] if output.token is not None]
-        ends = [output.finish_reason for output in outputs[i]]
-        assert not any(ends[:-1]), f"request {i} continues after its end: {ends}"
-        if ends[-1] is FinishReason.CANCELLED and arrival.cancel_after is not None:
-            assert got == tokens[: len(got)] and len(got) < len(tokens), f"request {i}"
-        else:
-            assert (got, ends[-1]) == (tokens, reason), f"request {i}"
-
-
 @every_option()
 def test_a_request_alone_gets_what_the_model_gives_without_the_engine(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
@@ -212,9 +147,9 @@ def test_a_schedule_gives_each_request_what_it_gets_alone(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
 ) -> None:
     @settings(max_examples=7, phases=WITHOUT_SHRINKING)
-    @given(SCHEDULES, st.booleans())
+    @given(schedules(len(CASES), STEPS), st.booleans())
     def run(schedule: list[Arrival], cached: bool) -> None:
-        schedules_agree(model_of(options), alone, schedule, cached)
+        schedules_agree(model_of(options), CASES, alone, schedule, cached)
 
     run()
 
@@ -225,9 +160,9 @@ def test_500_schedules_give_each_request_what_it_gets_alone(
     options: str, model_of: Callable[[str], Any], alone: list[list[int]]
 ) -> None:
     @settings(max_examples=72, phases=WITHOUT_SHRINKING)  # 504 over the seven configurations
-    @given(SCHEDULES, st.booleans())
+    @given(schedules(len(CASES), STEPS), st.booleans())
     def run(schedule: list[Arrival], cached: bool) -> None:
-        schedules_agree(model_of(options), alone, schedule, cached)
+        schedules_agree(model_of(options), CASES, alone, schedule, cached)
 
     run()
 

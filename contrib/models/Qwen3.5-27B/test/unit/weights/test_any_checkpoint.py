@@ -308,6 +308,16 @@ def test_an_index_may_list_more_or_less_than_there_is(
     assert_close(ours, their_logits(tmp_path), atol=1e-4, label="logits")
 
 
+@pytest.mark.parametrize("file", ["a.safetensors", "mtp.safetensors"])
+def test_a_head_that_is_in_the_index_alone_is_refused_before_anything_is_loaded(tmp_path: Path, file: str) -> None:
+    weight_map = save_sharded(tmp_path) | dict.fromkeys(MTP, file)
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(ConversionError) as caught:
+        load_neuron(tmp_path, num_speculative_tokens=3)
+    (line,) = caught.value.problems
+    assert f"num_speculative_tokens=3 needs the tensors mtp.*, which {INDEX} puts in {file}" in line
+
+
 def test_a_needed_tensor_that_the_index_lists_and_no_file_has_is_named_with_the_file(tmp_path: Path) -> None:
     weight_map = save_sharded(tmp_path)
     tensors = load_file(tmp_path / "a.safetensors")

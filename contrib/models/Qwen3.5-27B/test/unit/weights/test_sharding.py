@@ -95,8 +95,14 @@ def test_each_file_holds_what_the_rank_gets_when_all_is_in_memory(
     rank_pool(1).call(compare_decoder_with_whole_ranks, tmp_path, tp_degree, tied)
 
 
-def compare_decoder_with_whole_ranks(directory: Path, tp_degree: int, tied: bool) -> None:
-    compare_with_whole_ranks(make_model(directory / "checkpoint", tp_degree, tied), directory)
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("tp_degree", [1, 4])
+def test_the_mtp_head_is_split_in_the_same_way(tmp_path: Path, rank_pool: Any, tp_degree: int) -> None:
+    rank_pool(1).call(compare_decoder_with_whole_ranks, tmp_path, tp_degree, False, num_speculative_tokens=1)
+
+
+def compare_decoder_with_whole_ranks(directory: Path, tp_degree: int, tied: bool, **options: Any) -> None:
+    compare_with_whole_ranks(make_model(directory / "checkpoint", tp_degree, tied, **options), directory)
 
 
 def compare_with_whole_ranks(model: StreamedSharding, directory: Path) -> None:

@@ -291,6 +291,73 @@ def test_vision_and_mtp_tensors_are_skipped_and_accounted_for(prefix: str) -> No
     assert "vision 2 tensors" in str(report) and f"converted {len(source) - 3} tensors" in str(report)
 
 
+MTP_SHAPES = {
+    "fc.weight": (16, 32),
+    "pre_fc_norm_embedding.weight": (16,),
+    "pre_fc_norm_hidden.weight": (16,),
+    "norm.weight": (16,),
+    "layers.0.input_layernorm.weight": (16,),
+    "layers.0.post_attention_layernorm.weight": (16,),
+    "layers.0.mlp.gate_proj.weight": (48, 16),
+    "layers.0.mlp.up_proj.weight": (48, 16),
+    "layers.0.mlp.down_proj.weight": (16, 48),
+    "layers.0.self_attn.q_proj.weight": (64, 16),
+    "layers.0.self_attn.k_proj.weight": (16, 16),
+    "layers.0.self_attn.v_proj.weight": (16, 16),
+    "layers.0.self_attn.o_proj.weight": (16, 32),
+    "layers.0.self_attn.q_norm.weight": (8,),
+    "layers.0.self_attn.k_norm.weight": (8,),
+}
+"""The 15 tensors of a published head, for SIZES."""
+
+
+def with_head(config: Qwen35InferenceConfig) -> Tensors:
+    generator = torch.Generator().manual_seed(1)
+    head = {f"mtp.{name}": torch.randn(shape, generator=generator) for name, shape in MTP_SHAPES.items()}
+    return {**random_source(make_config()), **head}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod."])
+def test_the_mtp_head_is_read_when_tokens_are_drafted(prefix: str) -> None:
+    config = make_config()
+    config.neuron_config.num_speculative_tokens = 2
+    source = with_head(config)
+    renamed = {prefix + name if name.startswith("mtp") else name: tensor for name, tensor in source.items()}
+    converted = convert_checkpoint(renamed, config)
+    without = convert_checkpoint(source, make_config())
+    assert {*converted} - {*without} == {
+        *(f"mtp.{name}" for name in MTP_SHAPES if "q_norm" not in name and "k_norm" not in name),
+        *(f"mtp.layers.0.self_attn.{name}" for name in ("q_layernorm.weight", "k_layernorm.weight")),
+        *(f"mtp.layers.0.self_attn.{name}" for name in ("gate_proj.weight", "rank_util.rank")),
+    }
+    for name in ("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "norm.weight"):
+        assert torch.equal(converted[f"mtp.{name}"], 1 + source[f"mtp.{name}"])
+    assert torch.equal(converted["mtp.fc.weight"], source["mtp.fc.weight"])
+    query, gate = source["mtp.layers.0.self_attn.q_proj.weight"].view(4, 2, 8, 16).unbind(1)
+    assert torch.equal(converted["mtp.layers.0.self_attn.q_proj.weight"], query.flatten(0, 1))
+    assert torch.equal(converted["mtp.layers.0.self_attn.gate_proj.weight"], gate.flatten(0, 1))
+
+
+def test_a_checkpoint_without_a_head_is_refused_in_a_line_when_tokens_are_to_be_drafted() -> None:
+    config = make_config()
+    config.neuron_config.num_speculative_tokens = 3
+    with pytest.raises(ConversionError) as caught:
+        convert_checkpoint(random_source(make_config()), config)
+    assert caught.value.problems == [
+        "num_speculative_tokens=3 needs the tensors mtp.*, which this checkpoint does not have; "
+        "set num_speculative_tokens=0"
+    ]
+
+
+def test_a_head_that_lacks_a_tensor_is_refused_by_its_name() -> None:
+    config = make_config()
+    config.neuron_config.num_speculative_tokens = 3
+    source = with_head(config)
+    del source["mtp.fc.weight"]
+    with pytest.raises(ConversionError, match=r"mtp\.fc\.weight is missing, shape \[16, 32\]"):
+        convert_checkpoint(source, config)
+
+
 @pytest.mark.parametrize(
     "there", [("embed_tokens.weight",), ("lm_head.weight",), ("embed_tokens.weight", "lm_head.weight")]
 )
