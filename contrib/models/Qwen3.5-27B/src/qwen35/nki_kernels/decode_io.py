@@ -89,17 +89,17 @@ def check_layer(H: int, Hk: int, qkv: Tensor, conv_weight: Tensor, conv_state: T
 def _segments(box: Box, H: int) -> list[tuple[int, int, int]]:
     """Runs of a sequence's channels that follow each other in HBM, as (row, first head in [q | k | v], heads).
 
-    The row is the partition of the first head, whose 128 channels it holds. A box with all heads has one segment,
-    another one has a segment each for q, k and v.
+    The row is the partition of the first head, whose 128 channels it holds. A box with all heads has one segment;
+    another one has a segment for q, one for k, and one for v of every key head, since a transfer to few partitions
+    takes as long as its rows one after the other.
     """
     Hk = H // box.R
     if heads_per_sequence(box) == H:
         return [(0, 0, rows_per_sequence(box))]
-    return [
-        (0, box.k0, box.nk),
-        (box.nk, Hk + box.k0, box.nk),
-        (2 * box.nk, 2 * Hk + first_head(box), heads_per_sequence(box)),
-    ]
+    segments = [(0, box.k0, box.nk), (box.nk, Hk + box.k0, box.nk)]
+    for i in range(box.nk):
+        segments.append((2 * box.nk + i * box.nr, 2 * Hk + first_head(box) + i * box.nr, box.nr))
+    return segments
 
 
 def _transfers(box: Box, H: int) -> list[tuple[int, int, int, int, int]]:

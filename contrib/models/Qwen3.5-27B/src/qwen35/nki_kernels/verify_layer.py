@@ -83,25 +83,26 @@ class Work(nl.NKIObject):
     raw, per_head: see `_load_gates`.
     z, norm_weight: see `load_output_gate`.
     state: [128, groups, n, V] float32.
+    mask: [128, n] float32, see `head_mask`.
     taps, weights: see `transpose_taps` and `transpose_weights`.
+    rate, steps, beta: [c, 1] float32, see `_activate_gates`.
     gate: [c, V] float32, norm_weight silu(z).
-    beta: [c, 1] float32.
-    upto_decay, minus_before_decay: [c, c] float32, see `_decays`.
-    d: [c, 1] float32.
-    kq: [128, 2, c] float32, k and q.
-    v: [128, c] float32.
+    kq, v: see `convolve`.
+    g, g_upto: [c, 1] and [c, c] float32, the log-decay, and that of row s where s is not after column i.
+    squares: [128, 2, c] float32, of kq.
     gram: [c, 2, c] float32 in PSUM, K K^T and the transpose of Q K^T.
     packed: [128, n, 2, c] float32, k and q as the packed state needs them.
     k_norm, w: [c, 1] float32, |k| and beta / |k|^2.
     norm_bias: [c, 1] float32, the epsilon of the output norm, see `make_norm_bias`.
+    upto_decay, minus_before_decay, d: see `_make_decays`.
+    v_rows: [c, V] float32, |k| v.
+    products: [V, 2, c] float32 in PSUM, S^T k and S^T q.
     A, A_plain: [c, c] float32, the transpose of A, and A.
     scores: [c, c] float32, the transpose of Q K^T * D.
-    products: [V, 2, c] float32 in PSUM, S^T k and S^T q.
-    rows: [c, 2, V] float32 in PSUM, their transposes.
-    v_rows: [c, V] float32, |k| v.
-    inverse: [c, c] float32, the transpose of (I - A)^-1.
+    inverse: [c, c] float32, the transpose of (I - A)^-1 in the end.
     square: [c, c] float32, A^2.
-    wrong: [c, V] float32, |k| v - d S^T k.
+    columns: [V, 2, c] float32, the same in SBUF.
+    wrong, read: [c, V] float32, |k| v - d S^T k and d S^T q.
     o_rows: [c, V] float32 in PSUM, the output before its norm.
     """
 
@@ -114,29 +115,36 @@ class Work(nl.NKIObject):
     z: Any = None
     norm_weight: Any = None
     state: Any = None
+    mask: Any = None
     taps: Any = None
     weights: Any = None
-    gate: Any = None
+    rate: Any = None
+    steps: Any = None
     beta: Any = None
-    upto_decay: Any = None
-    minus_before_decay: Any = None
-    d: Any = None
+    gate: Any = None
     kq: Any = None
     v: Any = None
+    g: Any = None
+    g_upto: Any = None
+    squares: Any = None
     gram: Any = None
     packed: Any = None
     k_norm: Any = None
     w: Any = None
     norm_bias: Any = None
+    upto_decay: Any = None
+    minus_before_decay: Any = None
+    d: Any = None
+    v_rows: Any = None
+    products: Any = None
     A: Any = None
     A_plain: Any = None
     scores: Any = None
-    products: Any = None
-    rows: Any = None
-    v_rows: Any = None
     inverse: Any = None
     square: Any = None
+    columns: Any = None
     wrong: Any = None
+    read: Any = None
     o_rows: Any = None
 
 
@@ -224,14 +232,14 @@ def deltanet_verify_layer(
         works: list[Any] = []
         for box in boxes:
             works.append(Work(box=box))
-        _load(works[0], inputs)
-        # Engines run in program order: stages of two boxes alternate, so that what one waits for is covered by the
-        # other.
+        _load(works[0], inputs, constants.ones)
+        # Engines run in program order: stages of several boxes alternate, so that what one waits for is covered by
+        # the others.
         for step in range(PITCH * (len(boxes) - 1) + STAGES):
             for i in range(len(boxes)):
                 stage = step - PITCH * i
                 if stage == 0 and i + 1 < len(boxes):
-                    _load(works[i + 1], inputs)
+                    _load(works[i + 1], inputs, constants.ones)
                 if stage >= 0 and stage < STAGES:
                     _run_stage(stage, works[i], T, constants, outputs, norm_eps)
                 if stage == STAGES:
@@ -312,42 +320,49 @@ def _make_constants(box: Box, T: int) -> Constants:
 STAGES = 10
 
 PITCH = 3
-"""Stages between two boxes, of which two are under way at a time."""
+"""Stages between two boxes. Modelled time of 4 tokens of 8 rows with 2, 3, 4, 5: 24.2, 23.4, 25.1, 26.6 us."""
 
 
 def _run_stage(stage: int, w: Work, T: int, constants: Constants, outputs: tuple[Tensor, ...], norm_eps: float) -> None:
-    """One stage of a box; what several stages in a row wait for lies in different engines."""
+    """One stage of a box. Within it, what another engine or a later stage waits for is issued first."""
     output, keys, u, g = outputs
     if stage == 0:
         w.weights = transpose_weights(weight=w.weight, nb=w.box.nb)
         w.taps = transpose_taps(x=w.x, history=w.history)
-        _make_gates(w, T, constants, g)
+        _activate_gates(w)
     elif stage == 1:
         w.kq, w.v = convolve(taps=w.taps, weights=w.weights, box=w.box, T=T)
+        _make_log_decays(w, constants, g)
     elif stage == 2:
-        _multiply_keys(w, T, constants, norm_eps)
+        w.squares = nl.ndarray(w.kq.shape, dtype=nl.float32, buffer=nl.sbuf)
+        nisa.activation(dst=w.squares, op=nl.square, data=w.kq)
+        channels = select_channels(kq=w.kq, identity=constants.identity, n=w.state.shape[2])
+        _make_decays(w, constants)
+        w.packed = mask_channels(channels=channels, mask=w.mask, columns=w.kq.shape[2], T=T)
+        _multiply_keys(w, constants, norm_eps)
     elif stage == 3:
-        _weigh_products(w)
         _read_state(w, 0)
+        _transpose_values(w)
     elif stage == 4:
-        _transpose_system(w, T, constants)
+        _weigh_products(w, T, constants)
         _read_state(w, 1)
     elif stage == 5:
-        _transpose_products(w)
         _square_system(w, T)
+        _find_wrong(w)
     elif stage == 6:
-        _transpose_values(w, T, keys)
-        _find_wrong(w, T, constants)
+        _add_square(w, T)
+        _read_queries(w)
     elif stage == 7:
-        _square_system_again(w, T)
+        _add_fourth(w, T)
     elif stage == 8:
-        _solve(w, u)
+        _solve(w, constants, u)
     else:
         store_output(output=output, o_rows=w.o_rows, gate=w.gate, norm_bias=w.norm_bias, box=w.box)
+        _store_keys(w, T, keys)
 
 
-def _load(w: Work, inputs: tuple[Tensor, ...]) -> None:
-    """Start the transfers of a box."""
+def _load(w: Work, inputs: tuple[Tensor, ...], ones: Tensor) -> None:
+    """Start the transfers of a box; its `head_mask`."""
     qkv, z, a, b, conv_weight, conv_state, A_log, dt_bias, norm_weight, state = inputs
     w.x, w.history, w.weight = load_conv(
         box=w.box, qkv=qkv, conv_state=conv_state, conv_weight=conv_weight, H=a.shape[2]
@@ -355,6 +370,7 @@ def _load(w: Work, inputs: tuple[Tensor, ...]) -> None:
     w.raw, w.per_head = _load_gates(box=w.box, a=a, b=b, A_log=A_log, dt_bias=dt_bias)
     w.z, w.norm_weight = load_output_gate(box=w.box, z=z, norm_weight=norm_weight)
     w.state = load_states(state=state, box=w.box, most=GROUP_HEADS)
+    w.mask = head_mask(ones=ones, n=w.state.shape[2])
 
 
 def _load_gates(box: Box, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -382,79 +398,78 @@ def _per_column(hbm: Tensor, box: Box) -> Tensor:
     )
 
 
-def _make_gates(w: Work, T: int, constants: Constants, g_out: Tensor) -> None:
-    """g = -exp(A_log) softplus(a + dt_bias), stored; beta = sigmoid(b); decays between tokens; the output gate."""
+def _activate_gates(w: Work) -> None:
+    """exp(A_log), softplus(a + dt_bias) and beta = sigmoid(b), [c, 1] each; the output gate."""
     c = w.raw.shape[0]
-    rate = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
-    steps = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
-    g = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
+    w.rate = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
+    w.steps = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
     w.beta = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.activation(dst=rate, op=nl.exp, data=w.per_head[:, 0:1])
-    nisa.activation(dst=steps, op=nl.softplus, data=w.raw[:, 0:1], bias=w.per_head[:, 1:2])
+    nisa.activation(dst=w.rate, op=nl.exp, data=w.per_head[:, 0:1])
+    nisa.activation(dst=w.steps, op=nl.softplus, data=w.raw[:, 0:1], bias=w.per_head[:, 1:2])
     nisa.activation(dst=w.beta, op=nl.sigmoid, data=w.raw[:, 1:2])
-    nisa.tensor_scalar(dst=g, data=steps, op0=nl.multiply, operand0=rate, op1=nl.multiply, operand1=-1.0)
-    nisa.dma_copy(dst=_per_column(g_out, w.box), src=g)
-    w.upto_decay, w.minus_before_decay, w.d = _decays(g=g, constants=constants)
     w.gate = make_output_gate(z_rows=w.z, norm_rows=w.norm_weight)
 
 
-def _decays(g: Tensor, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
+def _make_log_decays(w: Work, constants: Constants, g_out: Tensor) -> None:
+    """g = -exp(A_log) softplus(a + dt_bias), stored, and where it lies between the state and a token."""
+    c = w.raw.shape[0]
+    w.g = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
+    w.g_upto = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=w.g, data=w.steps, op0=nl.multiply, operand0=w.rate, op1=nl.multiply, operand1=-1.0)
+    nisa.tensor_scalar(dst=w.g_upto, data=constants.upto[0:c, 0:c], op0=nl.multiply, operand0=w.g)
+    nisa.dma_copy(dst=_per_column(g_out, w.box), src=w.g)
+
+
+def _make_decays(w: Work, constants: Constants) -> None:
     """D^T where the first token is not after the second, and -D^T where it is before it, [c, c]; and d, [c, 1].
 
     Sums of g are products with masks, which add only what lies between two tokens: differences of one running sum would
     lose small decays after large ones (g reaches -80).
     """
-    c = g.shape[0]
-    from_state = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
+    c = w.raw.shape[0]
     sums = nl.ndarray((c, c + 1), dtype=nl.float32, buffer=nl.psum)
     D = nl.ndarray((c, c + 1), dtype=nl.float32, buffer=nl.sbuf)
-    upto_decay = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
-    minus_before_decay = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
+    w.upto_decay = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
+    w.minus_before_decay = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
+    w.d = D[:, c : c + 1]
     upto = constants.upto[0:c, 0:c]
-    nisa.tensor_scalar(dst=from_state, data=upto, op0=nl.multiply, operand0=g)
     nisa.nc_matmul(
         dst=sums[:, 0:c],
         stationary=constants.after[0:c, 0:c],
-        moving=from_state,
+        moving=w.g_upto,
         is_stationary_onezero=True,
         accumulate=False,
     )
-    nisa.nc_matmul(dst=sums[:, c : c + 1], stationary=upto, moving=g, is_stationary_onezero=True, accumulate=False)
+    nisa.nc_matmul(dst=sums[:, c : c + 1], stationary=upto, moving=w.g, is_stationary_onezero=True, accumulate=False)
     nisa.activation(dst=D, op=nl.exp, data=sums)
-    nisa.tensor_tensor(dst=upto_decay, data1=D[:, 0:c], data2=upto, op=nl.multiply, engine=nisa.engine.gpsimd)
     nisa.tensor_tensor(
-        dst=minus_before_decay,
+        dst=w.minus_before_decay,
         data1=D[:, 0:c],
         data2=constants.minus_before[0:c, 0:c],
         op=nl.multiply,
         engine=nisa.engine.gpsimd,
     )
-    return upto_decay, minus_before_decay, D[:, c : c + 1]
+    nisa.tensor_tensor(dst=w.upto_decay, data1=D[:, 0:c], data2=upto, op=nl.multiply, engine=nisa.engine.gpsimd)
 
 
-def _multiply_keys(w: Work, T: int, constants: Constants, norm_eps: float) -> None:
-    """Norms and all products of keys with keys and queries; k and q in the layout of the state."""
-    c, n = w.kq.shape[2], w.state.shape[2]
-    squares = nl.ndarray((PARTITIONS, 2, c), dtype=nl.float32, buffer=nl.sbuf)
+def _multiply_keys(w: Work, constants: Constants, norm_eps: float) -> None:
+    """Norms and all products of keys with keys and queries."""
+    c = w.kq.shape[2]
     rk = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
     w.norm_bias = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
     norms = nl.ndarray((c, 2), dtype=nl.float32, buffer=nl.psum)
     w.gram = nl.ndarray((c, 2, c), dtype=nl.float32, buffer=nl.psum)
     w.w = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
     w.k_norm = nl.ndarray((c, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.activation(dst=squares, op=nl.square, data=w.kq)
-    channels = select_channels(kq=w.kq, identity=constants.identity, n=n)
     for which in range(2):
         nisa.nc_matmul(
             dst=norms[:, which : which + 1],
-            stationary=squares[:, which, :],
+            stationary=w.squares[:, which, :],
             moving=constants.ones[:, 0:1],
             is_moving_onezero=True,
             accumulate=False,
         )
     nisa.nc_matmul(dst=w.gram, stationary=w.kq[:, 0, :], moving=w.kq, accumulate=False)
-    mask = head_mask(ones=constants.ones, n=n)
-    w.packed = mask_channels(channels=channels, mask=mask, columns=c, T=T)
     nisa.activation(dst=rk, op=nl.rsqrt, data=norms[:, 0:1], bias=L2_EPS)
     nisa.tensor_scalar(dst=w.w, data=rk, op0=nl.multiply, operand0=rk, op1=nl.multiply, operand1=w.beta)
     nisa.tensor_scalar(dst=w.k_norm, data=norms[:, 0:1], op0=nl.add, operand0=L2_EPS, op1=nl.multiply, operand1=rk)
@@ -462,15 +477,22 @@ def _multiply_keys(w: Work, T: int, constants: Constants, norm_eps: float) -> No
     nisa.activation(dst=w.norm_bias, op=nl.copy, data=norms[:, 1:2], scale=factor, bias=factor * L2_EPS)
 
 
-def _weigh_products(w: Work) -> None:
-    """The transposes of A and of Q K^T * D."""
+def _weigh_products(w: Work, T: int, constants: Constants) -> None:
+    """The transposes of A, of I + A, which is all of the inverse if T <= 2, and of Q K^T * D; A itself."""
     c = w.kq.shape[2]
     w.A = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
     w.scores = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
+    w.inverse = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
     nisa.scalar_tensor_tensor(
         dst=w.A, data=w.gram[:, 0, :], op0=nl.multiply, operand0=w.w, op1=nl.multiply, operand1=w.minus_before_decay
     )
+    nisa.tensor_tensor(dst=w.inverse, data1=w.A, data2=constants.identity[0:c, 0:c], op=nl.add)
     nisa.tensor_tensor(dst=w.scores, data1=w.gram[:, 1, :], data2=w.upto_decay, op=nl.multiply)
+    if T > 2:
+        transposed = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.psum)
+        w.A_plain = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.nc_transpose(dst=transposed, data=w.A, engine=nisa.engine.tensor)
+        nisa.tensor_copy(dst=w.A_plain, src=transposed, engine=nisa.engine.scalar)
 
 
 def _read_state(w: Work, half: int) -> None:
@@ -490,36 +512,19 @@ def _read_state(w: Work, half: int) -> None:
             )
 
 
-def _transpose_system(w: Work, T: int, constants: Constants) -> None:
-    """I + A^T, which is the inverse's transpose if T <= 2; A."""
-    c = w.A.shape[0]
-    w.inverse = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_tensor(dst=w.inverse, data1=w.A, data2=constants.identity[0:c, 0:c], op=nl.add)
-    if T > 2:
-        transposed = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.psum)
-        w.A_plain = nl.ndarray((c, c), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.nc_transpose(dst=transposed, data=w.A, engine=nisa.engine.tensor)
-        nisa.tensor_copy(dst=w.A_plain, src=transposed, engine=nisa.engine.scalar)
-
-
-def _transpose_products(w: Work) -> None:
-    """S^T k and S^T q in rows."""
-    c = w.kq.shape[2]
-    columns = nl.ndarray((PARTITIONS, 2, c), dtype=nl.float32, buffer=nl.sbuf)
-    w.rows = nl.ndarray((c, 2, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
-    nisa.tensor_copy(dst=columns, src=w.products, engine=nisa.engine.vector)
-    for which in range(2):
-        nisa.nc_transpose(dst=w.rows[:, which, :], data=columns[:, which, :], engine=nisa.engine.tensor)
-
-
 def _square_system(w: Work, T: int) -> None:
-    """(I + A^2) (I + A), transposed. A power that is plain multiplies by its transpose as the stationary operand."""
+    """A^2. A power that is plain multiplies by its transpose as the stationary operand."""
     if T > 2:
         w.square = _multiply(w.A, w.A_plain)
+
+
+def _add_square(w: Work, T: int) -> None:
+    """(I + A^2) (I + A), transposed."""
+    if T > 2:
         w.inverse = _add_product(w.inverse, w.square)
 
 
-def _square_system_again(w: Work, T: int) -> None:
+def _add_fourth(w: Work, T: int) -> None:
     """(I + A^4) (I + A^2) (I + A), transposed."""
     if T > 4:
         fourth = _multiply(_multiply(w.A_plain, w.A), w.square)
@@ -544,13 +549,18 @@ def _add_product(x: Tensor, power: Tensor) -> Tensor:
     return result
 
 
-def _transpose_values(w: Work, T: int, keys: Tensor) -> None:
-    """|k| v in rows; k of every key head in rows, to keys [B, T, Hk, K]."""
-    box, Hk, c = w.box, keys.shape[2], w.kq.shape[2]
+def _transpose_values(w: Work) -> None:
+    """|k| v in rows."""
+    c = w.kq.shape[2]
     values = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
     w.v_rows = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
     nisa.nc_transpose(dst=values, data=w.v[:, 1, :], engine=nisa.engine.tensor)
     nisa.activation(dst=w.v_rows, op=nl.copy, data=values, scale=w.k_norm)
+
+
+def _store_keys(w: Work, T: int, keys: Tensor) -> None:
+    """k of every key head in rows, to keys [B, T, Hk, K]."""
+    box, Hk, c = w.box, keys.shape[2], w.kq.shape[2]
     if box.r0 == 0:  # of cores that split the value heads of one key head, the first one stores its keys
         rows = nl.ndarray((box.nb * box.nk * T, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
         result = nl.ndarray((box.nb * box.nk * T, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
@@ -571,37 +581,42 @@ def _transpose_values(w: Work, T: int, keys: Tensor) -> None:
         )
 
 
-def _find_wrong(w: Work, T: int, constants: Constants) -> None:
-    """|k| v - d S^T k; and d S^T q, the first term of the outputs."""
+def _find_wrong(w: Work) -> None:
+    """|k| v - d S^T k in rows."""
     c = w.kq.shape[2]
-    read = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    w.columns = nl.ndarray((PARTITIONS, 2, c), dtype=nl.float32, buffer=nl.sbuf)
     w.wrong = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
-    w.o_rows = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
+    rows = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
+    nisa.tensor_copy(dst=w.columns, src=w.products, engine=nisa.engine.vector)
+    nisa.nc_transpose(dst=rows, data=w.columns[:, 0, :], engine=nisa.engine.tensor)
     nisa.scalar_tensor_tensor(
-        dst=w.wrong,
-        data=w.rows[:, 0, :],
-        op0=nl.multiply,
-        operand0=w.d,
-        op1=nl.subtract,
-        operand1=w.v_rows,
-        reverse1=True,
-    )
-    nisa.activation(dst=read, op=nl.copy, data=w.rows[:, 1, :], scale=w.d)
-    nisa.nc_matmul(
-        dst=w.o_rows,
-        stationary=constants.identity[0:c, 0:c],
-        moving=read,
-        is_stationary_onezero=True,
-        accumulate=False,
+        dst=w.wrong, data=rows, op0=nl.multiply, operand0=w.d, op1=nl.subtract, operand1=w.v_rows, reverse1=True
     )
 
 
-def _solve(w: Work, u_out: Tensor) -> None:
-    """U, stored, and its part of the outputs."""
+def _read_queries(w: Work) -> None:
+    """d S^T q in rows, the first term of the outputs."""
+    c = w.kq.shape[2]
+    rows = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
+    w.read = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.nc_transpose(dst=rows, data=w.columns[:, 1, :], engine=nisa.engine.tensor)
+    nisa.activation(dst=w.read, op=nl.copy, data=rows, scale=w.d)
+
+
+def _solve(w: Work, constants: Constants, u_out: Tensor) -> None:
+    """U, stored, and the outputs."""
     c = w.kq.shape[2]
     solved = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
     u = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
+    w.o_rows = nl.ndarray((c, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
     nisa.nc_matmul(dst=solved, stationary=w.inverse, moving=w.wrong, accumulate=False)
     nisa.tensor_scalar(dst=u, data=solved, op0=nl.multiply, operand0=w.w, engine=nisa.engine.vector)
+    nisa.nc_matmul(
+        dst=w.o_rows,
+        stationary=constants.identity[0:c, 0:c],
+        moving=w.read,
+        is_stationary_onezero=True,
+        accumulate=False,
+    )
     nisa.nc_matmul(dst=w.o_rows, stationary=w.scores, moving=u, accumulate=True)
     nisa.dma_copy(dst=rows_of_heads(u_out, w.box, u_out.shape[1]), src=u)
