@@ -62,7 +62,7 @@ AS_TRANSFORMERS_5 = {
         "added_tokens_decoder = {'1000': {'content': '<|im_end|>', 'special': True}}",
     )
 }
-"""Where transformers 4 does otherwise: it reads the first three, which 5 ignores, and ignores the others, which 5 reads."""
+"""Where transformers 4 does otherwise: it reads the first three, which 5 ignores, and ignores the others."""
 
 
 def mutations(*, harmless: bool) -> list[Any]:
