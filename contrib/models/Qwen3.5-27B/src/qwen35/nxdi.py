@@ -37,6 +37,7 @@ _MODULES = {
     "ColumnParallelLinear": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
     "DecoderModelInstance": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
     "EncoderModelInstance": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
+    "FlashAttentionStrategy": (f"{_NXDI}.modules.attention.attention_base", "nxdi_cpu.attention"),
     "HuggingFaceGenerationAdapter": (f"{_NXDI}.utils.hf_adapter", "nxdi_cpu.hf_adapter"),
     "InferenceConfig": (f"{_NXDI}.models.config", "nxdi_cpu.config"),
     "KVCacheManager": (f"{_NXDI}.modules.kvcache.kv_cache_manager", "nxdi_cpu.kv_cache"),

@@ -42,7 +42,9 @@ def small_arguments(name: str, dtype: torch.dtype = torch.bfloat16) -> list[Any]
         S = 2 if name == "attention_decode" else 128
         new = [normal(2, heads, S, 256) for heads in (2, 1, 1)]
         lengths = torch.tensor([256, 70], dtype=torch.int32)
-        return [*new, normal(3, 1, 384, 256), normal(3, 1, 384, 256), lengths, 256]
+        cached = [normal(3, 1, 384, 256), normal(3, 1, 384, 256), lengths]
+        slots = [] if name == "attention_decode" else [torch.tensor([2, 0], dtype=torch.int32)]
+        return [*new, *cached, *slots, 256]
     if name == "deltanet_decode_layer":
         activations = [normal(2, 1, 512), normal(2, 1, 256), normal(2, 1, 2), normal(2, 1, 2), normal(512, 4)]
         float32 = [normal(*shape, dtype=torch.float32) for shape in ((2,), (2,), (128,), (2, 2, 128, 128))]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..configuration_qwen35 import LINEAR_ATTENTION, Qwen35InferenceConfig
+from ..kernel_selection import select_attention
 from ..nxdi import KVCacheManager, get_tensor_model_parallel_size
 from ..phase import Phase, real_tokens
 
@@ -105,6 +106,7 @@ class Qwen35CacheManager(KVCacheManager):
         without_layers.num_hidden_layers = 0
         super().__init__(without_layers, num_kv_head, **kwargs)
         self.config = config
+        self.attention = select_attention(config)
         self.layout = CacheLayout(config.layer_types)
 
         slots = config.neuron_config.kv_cache_batch_size + config.neuron_config.kv_cache_padding_size
@@ -149,15 +151,27 @@ class Qwen35CacheManager(KVCacheManager):
         seq_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LayerState:
-        """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B]."""
+        """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B].
+
+        A kernel reads a cache where it is, since a cut would be a copy: it gets all positions, and where it finds the
+        slots of its rows itself, all slots.
+        """
         state = self.layer_state(idx)
         if isinstance(state, KeyValue):
+            if self.attention.reads_cache(phase, seq_len) and self._kernel_finds_slots(phase, seq_ids):
+                return state
             state = KeyValue(*(entry[:, :, :seq_len] for entry in state))
         slots = self.kv_cache_batch_size
         if seq_ids is None or rows_are_slots(phase, seq_ids.shape[0], slots):
             return type(state)(*(entry[:slots] for entry in state))
         slot_of_row = seq_ids.clamp(0, slots - 1)
         return type(state)(*(entry.index_select(0, slot_of_row) for entry in state))
+
+    def _kernel_finds_slots(self, phase: Phase, seq_ids: torch.Tensor | None) -> bool:
+        """Whether row b is in slot b, or the kernel of the phase takes the slots of its rows."""
+        if phase is Phase.CONTINUATION:
+            return True
+        return seq_ids is None or rows_are_slots(phase, seq_ids.shape[0], self.kv_cache_batch_size)
 
     def update_kv_by_layer_id(  # type: ignore[override]
         self,

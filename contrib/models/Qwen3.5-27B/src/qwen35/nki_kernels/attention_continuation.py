@@ -40,6 +40,9 @@ MAX_TOKENS = 2048
 LOWEST = -1e30
 """The maximum before any key, negated and scaled below: what is summed so far, nothing, gets the weight exp(-1e30)."""
 
+MAX_ROWS = 16777216
+"""Of the cache: float32 counts them, up to 2^24."""
+
 UNBOUNDED = 1e9
 """A bound beyond every key."""
 
@@ -98,9 +101,9 @@ class Place(nl.NKIObject):
     """Where the loop is in the cache. A step moves it on as it begins, to what the next one will read.
 
     position: [128, 1] float32, the first key of the next step. start: [128, 1] float32, where it reads from: the same,
-    but for a last step that would go beyond the bucket. k_offset: [1, 1] int32, start. v_offset: [1, 1] int32, where
-    this step reads. low, high: see Keys, of this step. length, stride, last: [128, 1] float32, lengths[b], keys of a
-    step, largest start.
+    but for a last step that would go beyond the bucket. k_offset, v_offset: [1, 1] int32, the row of the cache
+    [slots M P, E] at which the next step reads keys, and this one values. low, high: see Keys, of this step. length,
+    base, stride, last: [128, 1] float32, lengths[b], first row of the slot and head, keys of a step, largest start.
     """
 
     position: Any
@@ -110,6 +113,7 @@ class Place(nl.NKIObject):
     low: Any
     high: Any
     length: Any
+    base: Any
     stride: Any
     last: Any
 
@@ -139,7 +143,7 @@ class Pools(nl.NKIObject):
 
 @nki.jit
 def attention_continuation(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, bucket: int
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, bucket: int
 ) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V of a chunk per row, over cached keys and the new ones up to each query.
 
@@ -163,8 +167,9 @@ def attention_continuation(
     Args:
         q: [B, N, S, E] float32 or bfloat16, after its norm and rotary embedding, not scaled.
         k, v: [B, M, S, E], the same type: the new tokens, which are not in the cache yet.
-        k_cache, v_cache: [slots, M, P, E], the same type; row b is in slot b.
+        k_cache, v_cache: [all slots, M, P, E], the same type; they have less than 2^24 rows of E.
         lengths: [B] int32: row b sees positions below lengths[b] of its slot.
+        slots: [B] int32, the slot of each row. Values of the device, so that the cache is read where it is.
         bucket: positions that are ever read, a multiple of 128 up to P; every length is at most that.
 
     Returns:
@@ -184,7 +189,10 @@ def attention_continuation(
     """
     B, N, S, E = q.shape
     M, G = k.shape[1], N // k.shape[1]
-    _check(q, k, v, k_cache, v_cache, lengths, bucket)
+    _check(q, k, v, k_cache, v_cache, lengths, slots, bucket)
+    P = k_cache.shape[2]
+    k_cache_rows = k_cache.reshape((k_cache.shape[0] * M * P, E))
+    v_cache_rows = v_cache.reshape((v_cache.shape[0] * M * P, E))
     out = nl.ndarray(q.shape, dtype=q.dtype, buffer=nl.shared_hbm)
     core, cores = nl.program_id(0), nl.num_programs(0)
 
@@ -195,6 +203,7 @@ def attention_continuation(
     place = _make_place(step * TILE, bucket)
     for b in range(B):
         length = _load_length(lengths, b, place)
+        slot = _load_column(slots, b)
         for m in range(M):
             rows = []
             for i in range(S // TILE * G):
@@ -202,27 +211,32 @@ def attention_continuation(
                     rows.append(Row(head=m * G + i % G, tile=i // G, index=len(rows)))
             _begin(rows, b, q, state, pools)
             _load_new_keys(k, v, b, m, pools)
-            _rewind(place)
-            _load_cached(k_cache, place.k_offset, b, m, step, pools.k_rows)
+            _rewind(place, slot, M * P, m * P)
+            _load_cached(k_cache_rows, place.k_offset, step, pools.k_rows)
             _attend(rows, Keys(k_t=pools.k_t, v=pools.v, tiles=S // TILE), state, pools)
             for _ in nl.dynamic_range(0, length, step * TILE):
                 # K came while the step before was at work, and V has time until the first scores are through.
                 _transpose_keys(step, E, pools)
                 _move_on(place)
-                _load_cached(v_cache, place.v_offset, b, m, step, pools.v)
-                _load_cached(k_cache, place.k_offset, b, m, step, pools.k_rows)
+                _load_cached(v_cache_rows, place.v_offset, step, pools.v)
+                _load_cached(k_cache_rows, place.k_offset, step, pools.k_rows)
                 cached = Keys(k_t=pools.k_t, v=pools.v, tiles=step, low=place.low, high=place.high)
                 _attend(rows, cached, state, pools)
             _store(rows, b, out, state, pools)
     return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, bucket: int) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, bucket: int
+) -> None:
     """Shapes and types that the kernel takes."""
-    _, N, S, E = q.shape
+    B, N, S, E = q.shape
+    all_slots, M, P, _ = k_cache.shape
     check_heads(N, k.shape[1], E)
     check_dtypes(q.dtype, k.dtype, v.dtype)
     check_cache(q, k, v, k_cache, v_cache, lengths, bucket)
+    assert slots.shape == (B,), f"slots has shape {slots.shape}, expected {(B,)} from q"
+    assert all_slots * M * P < MAX_ROWS, f"the cache has {all_slots * M * P} rows: less than {MAX_ROWS} are possible"
     limit = MAX_TOKENS if q.dtype == nl.bfloat16 else MAX_TOKENS // 2
     assert S % TILE == 0 and S <= limit, f"S={S}: a multiple of {TILE} up to {limit} is needed"
 
@@ -266,10 +280,10 @@ def _make_state(rows: int, E: int, dtype: Any) -> State:
 def _make_place(keys: int, bucket: int) -> Place:
     """Columns that count through the cache in steps of `keys`."""
     columns = []
-    for _ in range(7):
+    for _ in range(8):
         columns.append(nl.ndarray((TILE, 1), dtype=nl.float32, buffer=nl.sbuf))
-    nisa.memset(dst=columns[5], value=float(keys), engine=nisa.engine.gpsimd)
-    nisa.memset(dst=columns[6], value=float(bucket - keys), engine=nisa.engine.gpsimd)
+    nisa.memset(dst=columns[6], value=float(keys), engine=nisa.engine.gpsimd)
+    nisa.memset(dst=columns[7], value=float(bucket - keys), engine=nisa.engine.gpsimd)
     return Place(
         position=columns[0],
         start=columns[1],
@@ -278,45 +292,56 @@ def _make_place(keys: int, bucket: int) -> Place:
         low=columns[2],
         high=columns[3],
         length=columns[4],
-        stride=columns[5],
-        last=columns[6],
+        base=columns[5],
+        stride=columns[6],
+        last=columns[7],
     )
 
 
 # --- The loop over the cache ------------------------------------------------------------------------------------------
+def _load_column(values: Tensor, b: int) -> Tensor:
+    """values[b] of [B] int32 on every partition: [128, 1]."""
+    column = nl.ndarray((TILE, 1), dtype=nl.int32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=column, src=values.ap(pattern=[[0, TILE], [1, 1]], offset=b))
+    return column
+
+
 def _load_length(lengths: Tensor, b: int, place: Place) -> Any:
     """lengths[b] as a column, and in a register, which is returned."""
-    column = nl.ndarray((TILE, 1), dtype=nl.int32, buffer=nl.sbuf)
-    nisa.dma_copy(dst=column, src=lengths.ap(pattern=[[0, TILE], [1, 1]], offset=b))  # on every partition
+    column = _load_column(lengths, b)
     nisa.tensor_copy(dst=place.length, src=column, engine=nisa.engine.vector)
     length = nisa.register_alloc()
     nisa.register_load(length, column[0:1, 0:1])
     return length
 
 
-def _rewind(place: Place) -> None:
-    """Back to the first cached key."""
+def _rewind(place: Place, slot: Tensor, stride: int, first: int) -> None:
+    """To the first cached key of a head, which begins `first` rows after its slot; slots are `stride` rows apart."""
     nisa.memset(dst=place.position, value=0.0, engine=nisa.engine.gpsimd)
     nisa.memset(dst=place.start, value=0.0, engine=nisa.engine.gpsimd)
-    nisa.memset(dst=place.k_offset, value=0, engine=nisa.engine.gpsimd)
+    nisa.tensor_scalar(
+        dst=place.base, data=slot, op0=nl.multiply, operand0=float(stride), op1=nl.add, operand1=float(first)
+    )
+    nisa.tensor_copy(dst=place.k_offset, src=place.base[0:1, :], engine=nisa.engine.gpsimd)
 
 
 def _move_on(place: Place) -> None:
     """What this step sees, and where the next one reads; all on GpSimd, which has little else to do."""
     gpsimd = nisa.engine.gpsimd
+    start, base = place.start[0:1, :], place.base[0:1, :]
     nisa.tensor_tensor(dst=place.low, data1=place.position, data2=place.start, op=nl.subtract, engine=gpsimd)
     nisa.tensor_tensor(dst=place.high, data1=place.length, data2=place.start, op=nl.subtract, engine=gpsimd)
-    nisa.tensor_copy(dst=place.v_offset, src=place.start[0:1, :], engine=gpsimd)
+    nisa.tensor_tensor(dst=place.v_offset, data1=start, data2=base, op=nl.add, engine=gpsimd)
     nisa.tensor_tensor(dst=place.position, data1=place.position, data2=place.stride, op=nl.add, engine=gpsimd)
     nisa.tensor_tensor(dst=place.start, data1=place.position, data2=place.last, op=nl.minimum, engine=gpsimd)
-    nisa.tensor_copy(dst=place.k_offset, src=place.start[0:1, :], engine=gpsimd)
+    nisa.tensor_tensor(dst=place.k_offset, data1=start, data2=base, op=nl.add, engine=gpsimd)
 
 
-def _load_cached(cache: Tensor, offset: Tensor, b: int, m: int, tiles: int, dst: Tensor) -> None:
-    """dst [128(token), tiles, E] from position `offset` of slot b and head m."""
-    _, M, P, E = cache.shape
+def _load_cached(rows: Tensor, offset: Tensor, tiles: int, dst: Tensor) -> None:
+    """dst [128(token), tiles, E] from a row on of the cache [slots M P, E]."""
+    E = rows.shape[1]
     pattern = [[E, TILE], [TILE * E, tiles], [1, E]]
-    tokens = cache.ap(pattern=pattern, offset=(b * M + m) * P * E, scalar_offset=offset, indirect_dim=2)
+    tokens = rows.ap(pattern=pattern, offset=0, scalar_offset=offset, indirect_dim=0)
     nisa.dma_copy(dst=dst[:, 0:tiles, :], src=tokens)
 
 

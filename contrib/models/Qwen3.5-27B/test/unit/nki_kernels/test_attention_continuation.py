@@ -33,7 +33,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of a launch; the cache has a slot more than there are rows, and 128 positions beyond the bucket."""
+    """Arguments of a launch; slots are taken from the last down, and have 128 positions beyond the bucket."""
 
     q: Tensor
     k: Tensor
@@ -41,15 +41,17 @@ class Case:
     k_cache: Tensor
     v_cache: Tensor
     lengths: Tensor
+    slots: Tensor
     bucket: int
 
     def run(self, grid: int | None = 2, **options: Any) -> Any:
-        tensors = (self.q, self.k, self.v, self.k_cache, self.v_cache, self.lengths)
+        tensors = (self.q, self.k, self.v, self.k_cache, self.v_cache, self.lengths, self.slots)
         return nki_emulator.emulate(attention_continuation, *tensors, self.bucket, grid=grid, **options)
 
     def check(self, grid: int | None = 2, atol: float | None = None) -> None:
         result = self.run(grid, timed=False)
-        tensors = (x.double() for x in (self.q, self.k, self.v, self.k_cache, self.v_cache))
+        caches = (x[self.slots] for x in (self.k_cache, self.v_cache))
+        tensors = (x.double() for x in (self.q, self.k, self.v, *caches))
         expected = cached_attention(*tensors, self.lengths)
         limit = TOLERANCE[self.q.dtype] * float(expected.abs().max()) if atol is None else atol
         assert_close(result.outputs, expected, atol=limit, label="out against float64")
@@ -76,7 +78,8 @@ def make_case(
     cache = (B + 1, M, bucket + TILE, E)
     q = (spread * normal(B, M * G, S, E).float()).to(dtype)
     new = normal(B, M, S, E), normal(B, M, S, E)
-    return Case(q, *new, normal(*cache), normal(*cache), torch.tensor(lengths, dtype=torch.int32), bucket)
+    row_values = torch.tensor(lengths, dtype=torch.int32), torch.arange(B, 0, -1, dtype=torch.int32)
+    return Case(q, *new, normal(*cache), normal(*cache), *row_values, bucket)
 
 
 @DTYPES
@@ -124,7 +127,7 @@ def test_what_is_hidden_changes_nothing() -> None:
     case = make_case([70, 0], 256)
     before = case.run(timed=False).outputs
     for cache in (case.k_cache, case.v_cache):
-        cache[0, :, 70:] = cache[1:] = 50.0
+        cache[2, :, 70:] = cache[:2] = 50.0  # the rows are in slots 2 and 1
     assert torch.equal(case.run(timed=False).outputs, before)
 
 
