@@ -60,7 +60,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from nxdi_cpu.application_base import NeuronApplicationBase
-    from nxdi_cpu.attention import NeuronAttentionBase, NeuronAttentionBaseOutput
+    from nxdi_cpu.attention import FlashAttentionStrategy, NeuronAttentionBase, NeuronAttentionBaseOutput
     from nxdi_cpu.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
     from nxdi_cpu.hf_adapter import HuggingFaceGenerationAdapter, load_pretrained_config
     from nxdi_cpu.kv_cache import KVCacheManager
@@ -164,6 +164,7 @@ __all__ = [
     "ColumnParallelLinear",
     "DecoderModelInstance",
     "EncoderModelInstance",
+    "FlashAttentionStrategy",
     "HuggingFaceGenerationAdapter",
     "InferenceConfig",
     "KVCacheManager",

@@ -205,7 +205,7 @@ def attention_continuation(
         length = _load_length(lengths, b, place)
         slot = _load_column(slots, b)
         for m in range(M):
-            rows = []
+            rows: list[Row] = []
             for i in range(S // TILE * G):
                 if i % cores == core:
                     rows.append(Row(head=m * G + i % G, tile=i // G, index=len(rows)))

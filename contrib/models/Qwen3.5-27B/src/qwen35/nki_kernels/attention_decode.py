@@ -288,7 +288,7 @@ def _deal_slabs(bucket: int, core: int, cores: int, heads: int, queries: int, E:
 
 def _make_segments(slabs: list[Slab], B: int, M: int, has_new: bool) -> list[Segment]:
     """The segments of every row and head, in order; the last one of each has the new tokens, if this core has them."""
-    groups = [[]]
+    groups: list[list[Slab]] = [[]]
     for slab in slabs:
         if slab.column > 0 and slab.place == 0:
             groups.append([])
