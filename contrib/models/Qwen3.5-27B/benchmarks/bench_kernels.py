@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Modelled times of the DeltaNet kernels for a rank of the 27B model at TP=4: 12 value and 4 key heads, two cores.
+"""Modelled times of the kernels for a rank of the 27B model at TP=4: 12 value and 4 key heads, two cores.
 
 They come from `nki_emulator` and were not measured on a device; errors are of real arithmetic, against float64. The
 launch is what a kernel that is launched by itself takes on top; inside a compiled program it is assumed to be nothing.
-The latency bound is what loads, stores and the longest chain of dependent instructions take at least; `ratio` is the
-modelled time over the larger of the two bounds.
-`core-us` is the modelled time of the launch times its cores, over batch x value heads x chunks of 128 tokens: what one
-core spends on 128 tokens of one head. Decoding has no chunks, so its `core-us` is per head and step.
+The HBM bound is all inputs and outputs, each once, at 0.36 TB/s a core. The latency bound is what loads, stores and the
+longest chain of dependent instructions take at least; `ratio` is the modelled time over the larger of the two bounds.
+`core-us` is the modelled time of the launch times its cores, over batch x heads x chunks of 128 tokens: what one core
+spends on 128 tokens of one head. Decoding has no chunks, so its `core-us` is per head and step.
 """
 
 from __future__ import annotations
@@ -16,67 +16,173 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from qwen35.cli.kernels import KernelCase, KernelFigures, KernelName, as_json, measure
+import ml_dtypes
+import numpy as np
+import torch
+
+import nki_emulator
+from nki_emulator import costs
+from qwen35.cli.kernels import KernelCase, KernelName, measure
 from qwen35.kernel_selection import DeltaNetInverse
+from qwen35.nki_kernels.attention_prefill import attention_prefill
+from qwen35.nki_kernels.recurrent import deltanet_recurrent_fwd_state
 
 CHUNK = 128
-
-CASES = {
-    **{f"context encoding, {n} tokens": KernelCase(KernelName.FUSED, tokens=n) for n in (128, 256, 512)},
-    "the same 512, plain inverse": KernelCase(KernelName.FUSED, tokens=512, inverse=DeltaNetInverse.PLAIN),
-    "chunk step, 128 tokens": KernelCase(KernelName.CHUNKED, tokens=CHUNK),
-    "the same step, plain inverse": KernelCase(KernelName.CHUNKED, tokens=CHUNK, inverse=DeltaNetInverse.PLAIN),
-    "decode layer, batch 1": KernelCase(KernelName.DECODE, batch=1),
-    "decode layer, batch 8": KernelCase(KernelName.DECODE, batch=8),
-}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table. Times are modelled.
 
-    name: str
-    case: KernelCase
-    figures: KernelFigures
+    Attributes:
+        cores: of the launch.
+        pieces: batch x heads x chunks of 128 tokens; in decoding, batch x heads.
+        modelled_us, launch_us: of the kernel, and what launching it by itself adds.
+        hbm_bound_us, latency_bound_us: least times.
+        error: largest absolute error over the largest magnitude, against float64.
+    """
+
+    cores: int
+    pieces: int
+    modelled_us: float
+    launch_us: float
+    hbm_bound_us: float
+    latency_bound_us: float
+    error: float
 
     @property
     def core_us(self) -> float:
-        """Modelled microseconds of one core for one head and 128 tokens, or for one head and decoding step."""
-        chunks = -(-self.case.tokens // CHUNK)
-        return self.figures.modelled_us * self.case.cores / (self.case.batch * self.case.heads * chunks)
+        """Microseconds of one core for one piece."""
+        return self.modelled_us * self.cores / self.pieces
+
+    @property
+    def bound_ratio(self) -> float:
+        """Modelled time over the larger of the two bounds."""
+        return self.modelled_us / max(self.hbm_bound_us, self.latency_bound_us)
+
+
+def deltanet(case: KernelCase) -> Row:
+    """A kernel of the DeltaNet layers, as `qwen35 kernels` measures it."""
+    figures = measure(case)[0]
+    return Row(
+        cores=case.cores,
+        pieces=case.batch * case.heads * -(-case.tokens // CHUNK),
+        modelled_us=figures.modelled_us,
+        launch_us=figures.launch_us,
+        hbm_bound_us=figures.hbm_bound_us,
+        latency_bound_us=figures.latency_bound_us,
+        error=figures.max_error,
+    )
+
+
+def recurrent(tokens: int) -> Row:
+    """The gated delta rule token by token, of one head."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((tokens, 128), dtype=np.float32) for _ in range(3))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    q, k, v = (x.astype(ml_dtypes.bfloat16) for x in (q * 128**-0.5, k, v))
+    g, beta = -rng.random((tokens, 1), dtype=np.float32), rng.random((tokens, 1), dtype=np.float32)
+    initial = rng.standard_normal((128, 128), dtype=np.float32)
+
+    state, output = initial.astype(np.float64), np.empty((tokens, 128))
+    for t in range(tokens):
+        query, key, value = (x[t].astype(np.float64) for x in (q, k, v))
+        state *= np.exp(np.float64(g[t]))
+        state += np.outer(key, np.float64(beta[t]) * (value - key @ state))
+        output[t] = query @ state
+    inputs = (q, k, v, g, beta, initial)
+    return _emulated(deltanet_recurrent_fwd_state, inputs, (output, state), cores=2, pieces=-(-tokens // CHUNK))
+
+
+def attention(tokens: int) -> Row:
+    """Causal attention of 6 query heads and 1 key-value head of 256."""
+    heads, rng = 6, np.random.default_rng(0)
+    q, k, v = (
+        rng.standard_normal((1, n, tokens, 256), dtype=np.float32).astype(ml_dtypes.bfloat16) for n in (heads, 1, 1)
+    )
+    wide = [torch.from_numpy(x.astype(np.float64)) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).numpy()
+    return _emulated(attention_prefill, (q, k, v), (expected,), cores=2, pieces=heads * -(-tokens // CHUNK))
+
+
+def _emulated(
+    kernel: Callable[..., Any],
+    inputs: tuple[np.ndarray, ...],
+    expected: tuple[np.ndarray, ...],
+    *,
+    cores: int,
+    pieces: int,
+) -> Row:
+    """A launch of ``kernel`` against what it is to return."""
+    result = nki_emulator.emulate(kernel, *inputs, grid=cores)
+    report = result.report
+    outputs = result.outputs if isinstance(result.outputs, tuple) else (result.outputs,)
+    moved = sum(x.nbytes for x in (*inputs, *outputs))
+    errors = [np.abs(x.astype(np.float64) - y).max() / np.abs(y).max() for x, y in zip(outputs, expected, strict=True)]
+    return Row(
+        cores=cores,
+        pieces=pieces,
+        modelled_us=report.makespan_ns / 1e3,
+        launch_us=report.launch_ns / 1e3,
+        hbm_bound_us=moved / (cores * costs.HBM_BYTES_PER_NS) / 1e3,
+        latency_bound_us=report.latency_bound_ns / 1e3,
+        error=float(max(errors)),
+    )
+
+
+FUSED, CHUNKED, DECODE = KernelName.FUSED, KernelName.CHUNKED, KernelName.DECODE
+PLAIN = DeltaNetInverse.PLAIN
+
+CASES: dict[str, Callable[[], Row]] = {
+    "context encoding, 128 tokens": lambda: deltanet(KernelCase(FUSED, tokens=128)),
+    "context encoding, 256 tokens": lambda: deltanet(KernelCase(FUSED, tokens=256)),
+    "context encoding, 512 tokens": lambda: deltanet(KernelCase(FUSED, tokens=512)),
+    "the same 512, plain inverse": lambda: deltanet(KernelCase(FUSED, tokens=512, inverse=PLAIN)),
+    "1 head, 1 core, 128 tokens": lambda: deltanet(KernelCase(FUSED, tokens=128, heads=1, key_heads=1, cores=1)),
+    "1 head, 1 core, 256 tokens": lambda: deltanet(KernelCase(FUSED, tokens=256, heads=1, key_heads=1, cores=1)),
+    "1 head, 1 core, 512 tokens": lambda: deltanet(KernelCase(FUSED, tokens=512, heads=1, key_heads=1, cores=1)),
+    "chunk step, 128 tokens": lambda: deltanet(KernelCase(CHUNKED, tokens=CHUNK)),
+    "the same step, plain inverse": lambda: deltanet(KernelCase(CHUNKED, tokens=CHUNK, inverse=PLAIN)),
+    "decode layer, batch 1": lambda: deltanet(KernelCase(DECODE, batch=1)),
+    "decode layer, batch 8": lambda: deltanet(KernelCase(DECODE, batch=8)),
+    "recurrent, 1 head, 128 tokens": lambda: recurrent(128),
+    "attention, 512 tokens": lambda: attention(512),
+    "attention, 1024 tokens": lambda: attention(1024),
+    "attention, 2048 tokens": lambda: attention(2048),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Modelled times of the DeltaNet kernels, 27B at TP=4.")
+    parser = argparse.ArgumentParser(description="Modelled times of the kernels, 27B at TP=4.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
-    rows = [Row(name, case, measure(case)[0]) for name, case in CASES.items()]
+    rows = {name: make() for name, make in CASES.items()}
     if args.json:
         results = [
-            {"name": row.name, "core_us": row.core_us, "bound_ratio": row.figures.bound_ratio}
-            | as_json(row.case, row.figures)
-            for row in rows
+            {"name": name, "core_us": row.core_us, "bound_ratio": row.bound_ratio} | asdict(row)
+            for name, row in rows.items()
         ]
         print(json.dumps({"modelled": True, "rows": results}))
         return
-    print("12 value heads, 4 key heads, bfloat16, 2 cores; all times modelled, none measured on a device")
+    print("bfloat16; 12 value and 4 key heads, or 6 query heads and 1 key-value head; 2 cores, unless said otherwise")
+    print("all times modelled, none measured on a device")
     print(
         f"{'kernel':30} {'modelled us':>12} {'core-us':>8} {'launch us':>10} {'HBM bound us':>13} "
         f"{'latency bound us':>17} {'ratio':>6} {'error':>8}"
     )
-    for row in rows:
-        figures = row.figures
+    for name, row in rows.items():
         print(
-            f"{row.name:30} {figures.modelled_us:12.2f} {row.core_us:8.2f} {figures.launch_us:10.2f} "
-            f"{figures.hbm_bound_us:13.2f} {figures.latency_bound_us:17.2f} {figures.bound_ratio:6.2f} "
-            f"{figures.max_error:8.1e}"
+            f"{name:30} {row.modelled_us:12.2f} {row.core_us:8.2f} {row.launch_us:10.2f} {row.hbm_bound_us:13.2f} "
+            f"{row.latency_bound_us:17.2f} {row.bound_ratio:6.2f} {row.error:8.1e}"
         )
-    print("core-us: modelled time x cores / (batch x value heads x chunks of 128 tokens); in decoding, of one step")
+    print("core-us: modelled time x cores / (batch x heads x chunks of 128 tokens); in decoding, of one step")
 
 
 if __name__ == "__main__":

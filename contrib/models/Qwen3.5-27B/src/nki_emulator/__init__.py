@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import types
 
-from . import enums, isa, language
+from . import dtypes, enums, isa, language
 from .errors import NkiValidationError, NkiWarning
 from .jit import EmulationResult, Kernel, emulate, jit, simulate
 from .lint import Finding, lint_kernel
@@ -62,14 +62,17 @@ def install(*, force: bool = False) -> bool:
     typing_module = types.ModuleType("nki.typing")
     typing_module.tensor = _TensorAnnotation()  # type: ignore[attr-defined]
     nki.__path__ = []
-    # ``dtype`` only serves as an annotation in library kernels.
+    # No page describes ``nki.dtype``; nki-library 2.29 names types by it and annotates with it.
+    dtype_module = types.ModuleType("nki.dtype")
+    for name in dtypes.STORAGE:
+        setattr(dtype_module, name, name)
     members = {
         "jit": jit,
         "simulate": simulate,
         "language": language,
         "isa": isa,
         "typing": typing_module,
-        "dtype": str,
+        "dtype": dtype_module,
     }
     for name, value in (*members.items(), ("__emulated__", True), ("__version__", "0.3.0")):
         setattr(nki, name, value)
@@ -78,4 +81,5 @@ def install(*, force: bool = False) -> bool:
     sys.modules["nki.isa"] = isa
     sys.modules["nki.isa.constants"] = enums
     sys.modules["nki.typing"] = typing_module
+    sys.modules["nki.dtype"] = dtype_module
     return True

@@ -8,6 +8,9 @@ anew is dead in between. What comes later is not known while the kernel runs; so
 tensor, a gap before a partial write counts once something old is read again, and overflow is certain, and reported, at
 the access that makes more live at one instruction than fits. When memory is full, modelled time takes that of tensors
 that nothing refers to any more, then that of the tensor whose last access is the oldest.
+
+In SBUF a tensor of few partitions leaves the other quadrants of 32 partitions to others: nki-library 2.29 runs rotary
+embeddings on devices that fit only so.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from typing import Protocol
 import numpy as np
 
 from .errors import fail
+
+QUADRANTS = 4
+"""Parts of a memory that are used independently: engines start at partition 0, 32, 64 or 96."""
 
 
 class OnChipView(Protocol):
@@ -35,6 +41,7 @@ class Allocation:
 
     Attributes:
         size: bytes per partition, or banks.
+        quadrants: of the memory, which it occupies.
         label: what it is, for messages.
         total_bytes, granule: bytes of the tensor, over all partitions, and of one of its elements.
         first, last: positions of its first and last access in program order, -1 before.
@@ -57,14 +64,15 @@ class Allocation:
         "label",
         "last",
         "pool",
+        "quadrants",
         "replaced",
         "replaced_count",
         "size",
         "total_bytes",
     )
 
-    def __init__(self, pool: OnChipPool, size: int, label: str, total_bytes: int, granule: int) -> None:
-        self.pool, self.size, self.label = pool, size, label
+    def __init__(self, pool: OnChipPool, size: int, label: str, total_bytes: int, granule: int, quadrants: int) -> None:
+        self.pool, self.size, self.label, self.quadrants = pool, size, label, quadrants
         self.total_bytes, self.granule = total_bytes, granule
         self.first = self.last = -1
         self.intervals: list[list[int]] = []
@@ -73,6 +81,11 @@ class Allocation:
         self.replaced: np.ndarray | None = None
         self.replaced_count = 0
         self.gap = (0, -1)
+
+    @property
+    def area(self) -> int:
+        """What it takes of a memory whose capacity counts `QUADRANTS` times."""
+        return self.size * self.quadrants
 
     def covers(self, view: OnChipView) -> bool:
         """Whether ``view`` is the whole tensor."""
@@ -118,25 +131,28 @@ class OnChipPool:
     def __init__(self, memory: str, capacity: int, unit: str, source: str, *, enforce: bool) -> None:
         self.memory, self.capacity, self.unit, self.source, self.enforce = memory, capacity, unit, source, enforce
         self.placed = 0  # highest end of the tensors with an explicit address
-        self._usage = np.zeros(1024, dtype=np.int64)  # live units at each position
+        self._usage = np.zeros(1024, dtype=np.int64)  # live area at each position
         self._records: list[Allocation] = []
-        self._fresh = capacity
+        self._fresh = capacity * QUADRANTS
         self._freed: deque[tuple[int, float, int]] = deque()
         self._held: dict[Allocation, None] = {}
 
     @property
     def peak(self) -> int:
-        """Most units live at one instruction."""
-        return self.placed + int(self._usage.max())
+        """Most units live at one instruction; in SBUF the mean of the quadrants."""
+        return self._units(int(self._usage.max()))
 
-    def allocate(self, size: int, label: str, total_bytes: int, granule: int) -> Allocation:
+    def _units(self, area: int) -> int:
+        return self.placed - (-area // QUADRANTS)
+
+    def allocate(self, size: int, label: str, total_bytes: int, granule: int, quadrants: int = QUADRANTS) -> Allocation:
         """A new tensor; it takes unused memory, then what was freed longest ago, then what was accessed longest ago.
 
         The last case is a guess that the tensor accessed longest ago is dead. It affects modelled time only.
         """
-        allocation = Allocation(self, size, label, total_bytes, granule)
-        missing = size - min(size, self._fresh)
-        self._fresh -= size - missing
+        allocation = Allocation(self, size, label, total_bytes, granule, quadrants)
+        missing = allocation.area - min(allocation.area, self._fresh)
+        self._fresh -= allocation.area - missing
         available, by = 0.0, -1
         while missing > 0:
             if not self._freed:
@@ -145,7 +161,7 @@ class OnChipPool:
                     break
                 oldest = min(idle, key=lambda a: a.accessed_ns)
                 del self._held[oldest]
-                self._freed.append((oldest.size, oldest.accessed_ns, oldest.accessed_by))
+                self._freed.append((oldest.area, oldest.accessed_ns, oldest.accessed_by))
             amount, when, user = self._freed.popleft()
             if when > available:
                 available, by = when, user
@@ -161,7 +177,7 @@ class OnChipPool:
         """The last reference to the tensor is gone."""
         if allocation in self._held:
             del self._held[allocation]
-            self._freed.append((allocation.size, allocation.accessed_ns, allocation.accessed_by))
+            self._freed.append((allocation.area, allocation.accessed_ns, allocation.accessed_by))
 
     def read(self, call: str, allocation: Allocation, view: OnChipView, position: int) -> None:
         """The instruction at ``position`` reads ``view`` of the tensor, which is live since its last access.
@@ -213,15 +229,15 @@ class OnChipPool:
         else:
             intervals.append([first, last])
         span = self._usage[first : last + 1]
-        span += allocation.size
-        if self.enforce and int(span.max()) + self.placed > self.capacity:
+        span += allocation.area
+        if self.enforce and self._units(int(span.max())) > self.capacity:
             self._overflow(call, allocation, first + int(span.argmax()))
 
     def _overflow(self, call: str, allocation: Allocation, position: int) -> None:
         live = [a for a in self._records if any(first <= position <= last for first, last in a.intervals)]
-        largest = sorted(live, key=lambda a: -a.size)[:10]
+        largest = sorted(live, key=lambda a: -a.area)[:10]
         names = "; ".join(f"{a.label} ({a.size})" for a in largest)
-        total = self.placed + int(self._usage[position])
+        total = self._units(int(self._usage[position]))
         fail(
             call,
             f"{allocation.label} is used here, so that at instruction {position} of this core {len(live)} tensors with "

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import costs, dtypes, ops
 from . import isa as _isa
+from .allocation import QUADRANTS
 from .context import Issued, canonical_body, current
 from .enums import MemoryRegion
 from .enums import engine as _engine
@@ -132,7 +133,10 @@ def ndarray(
     what = f"{name or 'a tensor'} {list(sizes)} {kind}"
     tensor = new_storage(sizes, kind, buffer, name)
     if buffer is MemoryRegion.sbuf:
-        tensor.storage.allocation = core.sbuf.allocate(row, what, tensor.storage.raw.size, tensor.storage.granule)
+        quadrants = 1 if sizes[0] <= 32 else 2 if sizes[0] <= 64 else QUADRANTS
+        tensor.storage.allocation = core.sbuf.allocate(
+            row, what, tensor.storage.raw.size, tensor.storage.granule, quadrants
+        )
     else:
         # PSUM tensors start at the beginning of a bank (nki/deep-dives/nki-beta2-migration-guide.rst, Allocation API).
         banks = -(-row // int(costs.PSUM_BANK_BYTES))

@@ -7,6 +7,7 @@ Graphs are walked on the meta device as they are traced, operation by operation.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,39 @@ class TestGraphs:
             ]
             mixed = [c for c in writes if len({x.dtype for x in c.operands if x.is_floating_point()}) > 1]
             assert [str(c) for c in mixed] == [], bucket
+
+
+class PlaceRecorder(TorchDispatchMode):
+    """Keeps the modules of ours whose lines split along the last axis, and those that select by an index tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.splits: set[str] = set()
+        self.selections: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "split" in name and args[2] in (-1, args[0].dim() - 1):
+            self.splits.add(self.place())
+        if "index_select" in name:
+            self.selections.add(self.place())
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def place() -> str:
+        ours = [path for frame in traceback.extract_stack() if "/src/" in (path := frame.filename)]
+        return ours[-1].rpartition("/src/")[2]
+
+
+@needs_stand_ins
+def test_splits_and_selections_are_where_the_table_says() -> None:
+    """Both gave wrong values under torch.compile: here are the places to change, should a first run be wrong."""
+    with PlaceRecorder() as recorder, torch.device("meta"):
+        for options in OPTIONS.values():
+            for _, module, _, inputs in tracing.traced(tracing.small_application(**options)):
+                module(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs))
+    assert recorder.splits == {"qwen35/layers/gated_deltanet.py", "qwen35/layers/rope.py"}
+    assert recorder.selections == {"qwen35/layers/cache.py"}
 
 
 @needs_stand_ins

@@ -265,8 +265,17 @@ _ERRORS = {kind.__name__: kind for kind in (ValueError, OSError, NotImplementedE
 """What a command explains in its message, by name: a rank hands these on to the process that started it."""
 
 
+def _keep_standard_output_for_python() -> None:
+    """Drop what libraries write to the file descriptor: gloo of torch 2.9 reports its connections there, amid JSON."""
+    own = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    sys.stdout = own
+
+
 def _rank_process(rank: int, scratch: str, ranks: int, run: Callable[..., None], *rest: Any) -> None:
     os.environ["RANK"] = str(rank)
+    _keep_standard_output_for_python()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     rendezvous = f"file://{scratch}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)

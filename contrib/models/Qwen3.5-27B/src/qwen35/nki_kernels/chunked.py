@@ -269,7 +269,7 @@ def write_outputs(shape: Shape, consts: Constants, w: Work, o: Tensor) -> None:
 # --- Whole sequences -------------------------------------------------------------------------------------------------
 PHASES = 2
 """Chunks in preparation at a time, each in its own half of the stages, while one more is scanned. Modelled time of
-2048 tokens, 6 heads a core, with 1, 2, 3, 4: 209, 174, 186, 197 us."""
+2048 tokens, 6 heads a core, with 1, 2, 3, 4: 256, 188, 197, 221 us."""
 
 PHASE_STAGES = (PREPARE_STAGES + PHASES - 1) // PHASES
 

@@ -34,6 +34,21 @@ def test_sbuf_overflow_names_what_is_live() -> None:
     assert emulate(hold, fit + 1, shape, nl.sbuf, capacity=False).report.cores[0].peak_sbuf_bytes == (fit + 1) * size
 
 
+@pytest.mark.parametrize(
+    ("partitions", "side_by_side"), [(1, 4), (32, 4), (33, 2), (64, 2), (65, 1), (96, 1), (128, 1)]
+)
+def test_sbuf_tensors_of_few_partitions_lie_side_by_side(partitions: int, side_by_side: int) -> None:
+    fit = side_by_side * (int(costs.SBUF_PARTITION_BYTES) // 4096)
+    emulate(hold, fit, (partitions, 1024), nl.sbuf)
+    with pytest.raises(NkiValidationError, match="are live in sbuf"):
+        emulate(hold, fit + side_by_side, (partitions, 1024), nl.sbuf)
+
+
+def test_a_psum_tensor_of_few_partitions_takes_its_banks_whole() -> None:
+    with pytest.raises(NkiValidationError, match="are live in psum"):
+        emulate(hold, 9, (32, 512), nl.psum)
+
+
 def test_the_usable_memory_is_what_the_runtime_leaves() -> None:
     def kernel(first_byte: int) -> None:
         nisa.memset(nl.ndarray((128, 64), nl.float32, address=(0, first_byte)), 0.0)

@@ -141,7 +141,7 @@ def test_barrier_makes_the_other_core_s_writes_visible() -> None:
 
 def test_a_partly_skipped_gather_keeps_what_the_tile_held() -> None:
     def kernel(a: Any, r: Any, skip: bool) -> None:
-        index, rounds = tile(r), [nl.ndarray((2, 12288), nl.float32) for _ in range(5)]  # 48 KiB each
+        index, rounds = tile(r), [nl.ndarray((2, 12288), nl.float32) for _ in range(18)]  # 48 KiB of a quadrant
         sink = nl.ndarray((2, 1), nl.float32)
         for t in rounds * 2:
             source = a.ap(pattern=[[12288, 2], [1, 12288]], vector_offset=index)

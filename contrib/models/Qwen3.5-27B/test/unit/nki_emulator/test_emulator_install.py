@@ -17,6 +17,7 @@ def test_a_file_that_imports_nki_runs_unmodified(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import nki
+            import nki.dtype as dtypes
             import nki.isa as nisa
             import nki.language as nl
             import nki.typing as nt
@@ -24,7 +25,7 @@ def test_a_file_that_imports_nki_runs_unmodified(tmp_path: Path) -> None:
 
             @nki.jit
             def add(x: nt.tensor[128, 4], y):
-                out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
+                out = nl.ndarray(x.shape, dtype=dtypes.float32, buffer=nl.shared_hbm)
                 a = nl.ndarray(x.shape, dtype=x.dtype)
                 b = nl.ndarray(x.shape, dtype=x.dtype)
                 nisa.dma_copy(dst=a, src=x, dge_mode=dge_mode.none, oob_mode=oob_mode.error)
