@@ -164,15 +164,17 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     transposed = []  # blocks of p; the last one has yet to be copied to SBUF
     for step in range(-QUERY_LEAD, len(rows) + LOOKAHEAD):
-        scored, used = step, step - LOOKAHEAD
+        scored, known, used = step, step - 1, step - LOOKAHEAD
         blocks = 0
-        if scored >= 0 and scored < len(rows):
-            blocks = _blocks(rows[scored])
-        if used >= 0:
-            blocks = max(blocks, _blocks(rows[used]))
+        for row in rows[max(used, 0) : max(scored + 1, 0)]:
+            blocks = max(blocks, _blocks(row))
+        if known >= 0 and known < len(rows):
+            _find_maximum(rows[known], pools)
         for j in range(blocks):
             if scored >= 0 and scored < len(rows) and j < _blocks(rows[scored]):
                 _score_block(rows[scored], j, heads[rows[scored].kv], pools, constants)
+            if known >= 0 and known < len(rows) and j < _blocks(rows[known]):
+                _exponentiate_block(rows[known], j)
             if used >= 0 and j < _blocks(rows[used]):
                 transposed.append((rows[used], j, _transpose_block(rows[used], j, pools)))
                 if len(transposed) > 1:
@@ -182,8 +184,6 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             coming = rows[step + QUERY_LEAD]
             _need_keys(heads[coming.kv], coming.tile + 1, k, v, pools)
             _load_query(coming, q, pools)
-        if scored >= 0 and scored < len(rows):
-            _exponentiate(rows[scored], pools)
     if len(transposed) > 0:
         row, block, p_t = transposed[len(transposed) - 1]
         _multiply_block(row, block, p_t, heads[row.kv], pools, out)
@@ -315,29 +315,31 @@ def _score_block(row: Row, j: int, head: KeyValue, pools: Pools, constants: Cons
     )
 
 
-def _exponentiate(row: Row, pools: Pools) -> None:
-    """p and its sums, once all scores of the row are known."""
+def _find_maximum(row: Row, pools: Pools) -> None:
+    """-maximum, once all scores of the row are known."""
     n = _blocks(row)
-    maxima, sums = row.stats[:, 0:n], row.stats[:, n : 2 * n]
-    neg_max = row.stats[:, 2 * n : 2 * n + 1]
     row.p = take(pools.p)
-    nisa.tensor_reduce(dst=neg_max, op=nl.maximum, data=maxima, axis=1, negate=True)
-    for j in range(n):
-        first, count = j * GROUP * TILE, _tiles(row, j) * TILE
-        nisa.activation_reduce(
-            dst=row.p[:, first : first + count],
-            op=nl.exp,
-            data=row.scores[:, first : first + count],
-            bias=neg_max,
-            reduce_op=nl.add,
-            reduce_res=sums[:, j : j + 1],
-        )
+    nisa.tensor_reduce(dst=row.stats[:, 2 * n : 2 * n + 1], op=nl.maximum, data=row.stats[:, 0:n], axis=1, negate=True)
+
+
+def _exponentiate_block(row: Row, j: int) -> None:
+    """p and its sum of one block. Between those of a row, the Scalar engine moves transposes of the row before."""
+    n = _blocks(row)
+    first, count = j * GROUP * TILE, _tiles(row, j) * TILE
+    nisa.activation_reduce(
+        dst=row.p[:, first : first + count],
+        op=nl.exp,
+        data=row.scores[:, first : first + count],
+        bias=row.stats[:, 2 * n : 2 * n + 1],
+        reduce_op=nl.add,
+        reduce_res=row.stats[:, n + j : n + j + 1],
+    )
 
 
 def _transpose_block(row: Row, j: int, pools: Pools) -> Tensor:
     """P^T of one block: [128(key), tiles, 128(q)] operand type."""
     n = _blocks(row)
-    if j == 0:  # the row was exponentiated LOOKAHEAD rows ago: the Vector engine does not wait for its sums
+    if j == 0:  # the row was exponentiated a row ago: the Vector engine does not wait for its sums
         total, inverse = row.stats[:, 2 * n + 1 : 2 * n + 2], row.stats[:, 2 * n + 2 : 2 * n + 3]
         nisa.tensor_reduce(dst=total, op=nl.add, data=row.stats[:, n : 2 * n], axis=1)
         nisa.reciprocal(dst=inverse, data=total)
@@ -346,7 +348,8 @@ def _transpose_block(row: Row, j: int, pools: Pools) -> Tensor:
     for c in range(count):
         keys = row.p[:, first + c * TILE : first + (c + 1) * TILE]
         nisa.nc_transpose(dst=moved[:, c, :], data=keys, engine=nisa.engine.tensor)
-    nisa.tensor_copy(dst=p_t[:, 0:count, :], src=moved[:, 0:count, :], engine=nisa.engine.vector)
+    # The Vector engine, which moves the scores, would take longer than the matmuls.
+    nisa.tensor_copy(dst=p_t[:, 0:count, :], src=moved[:, 0:count, :], engine=nisa.engine.scalar)
     return p_t
 
 
