@@ -27,7 +27,7 @@ from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.serving.prompts import encode, load_tokenizer
 from support.compare import assert_close
 from support.kernel_cases import make_case
-from support.models import TINY, load_neuron, neuron_greedy, random_prompts, save_checkpoint
+from support.models import load_neuron, neuron_greedy, random_prompts, save_heads
 from support.own_kernels import Launches, all_kernels, recorded_launches, small_arguments
 
 emulated = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
@@ -105,12 +105,6 @@ def test_the_fused_kernel_is_right_on_what_the_mini_computes(
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
-def save_heads(path: Path, head_dim: int, **overrides: Any) -> None:
-    """A small random checkpoint with heads of that many dims, of which 8 are rotated."""
-    rope = {**TINY["rope_parameters"], "partial_rotary_factor": 8 / head_dim}
-    save_checkpoint(path, head_dim=head_dim, rope_parameters=rope, **overrides)
-
-
 SPLIT = dict(prefill_chunk_size=16, is_continuous_batching=True, ctx_batch_size=1)
 """Prompts come in chunks of 16, one at a time, and go to one of two slots: the kernel is told which."""
 
