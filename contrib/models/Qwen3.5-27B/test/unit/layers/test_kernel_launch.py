@@ -18,6 +18,7 @@ import nki_emulator.isa
 from qwen35 import ops
 from qwen35.kernel_selection import KERNEL_ENVIRONMENT, DeltaNetInverse, DeltaNetKernel
 from qwen35.layers import gated_deltanet
+from qwen35.layers.attention import NeuronQwen35Attention
 from qwen35.layers.cache import DeltaNetState
 from qwen35.layers.kernel_launch import attend_cached, attend_prompt, continue_cached, decode, prefill
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
@@ -153,6 +154,58 @@ def test_kernels_of_attention_are_chosen_by_phase(tmp_path: Path) -> None:
         with recorded_launches() as launches:
             neuron_greedy(model, random_prompts([12]), 2)
         assert {key[0] for key in launches.compiled} == {f"attention_{kernel}"}
+
+
+class Specifications:
+    """What the kernels compute, in their place: the seam to NxDI is tested where no kernel runs."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def attend_prompt(self, cores: int, *tensors: torch.Tensor) -> torch.Tensor:
+        self.calls.append("prompt")
+        return ops.causal_attention(*tensors)
+
+    def attend_cached(self, cores: int, *tensors: Any) -> torch.Tensor:
+        *tensors, bucket = tensors
+        self.calls.append(f"decode {bucket}")
+        return ops.cached_attention(*tensors)
+
+    def continue_cached(self, cores: int, *tensors: Any) -> torch.Tensor:
+        q, k, v, k_cache, v_cache, lengths, slots, bucket = tensors
+        self.calls.append(f"continue {bucket}")
+        return ops.cached_attention(q, k, v, k_cache[slots], v_cache[slots], lengths)
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({}, {"prompt", "decode 256"}),
+        ({"prefill_chunk_size": 16}, {"prompt", "continue 256", "decode 256"}),
+        (
+            {"prefill_chunk_size": 16, "is_continuous_batching": True, "ctx_batch_size": 1, "enable_bucketing": True},
+            {"prompt", "continue 128", "decode 128"},
+        ),
+    ],
+    ids=["whole", "chunks", "slots"],
+)
+def test_the_model_gives_the_kernels_what_they_attend_to(
+    options: dict[str, Any], calls: set[str], backend: str, tmp_path: Path
+) -> None:
+    save_heads(tmp_path, 64, num_attention_heads=6)
+    prompts = random_prompts([40, 5])
+    results, specifications = [], Specifications()
+    for kernel in ("nki", "torch"):
+        model = load_neuron(tmp_path, batch_size=2, seq_len=256, attention_kernel=kernel, **options)
+        for submodel in model.models:
+            for module in submodel.model.modules():
+                if isinstance(module, NeuronQwen35Attention):
+                    module.launches = specifications
+        results.append(neuron_greedy(model, prompts, 4))
+    assert {*specifications.calls} == calls
+    assert torch.equal(results[0][0], results[1][0])
+    # float32 sums in another order: 1e-6 of the largest output of a layer, and logits of order one.
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=0)
 
 
 @emulated
