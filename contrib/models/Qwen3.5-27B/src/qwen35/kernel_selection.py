@@ -65,7 +65,7 @@ ATTENTION_QUERIES = 512
 """Queries of a decoding step, rows times heads of a rank, that its kernel takes at most."""
 
 ATTENTION_WINS_FROM = {Phase.CONTEXT_ENCODING: 512, Phase.CONTINUATION: 512, Phase.TOKEN_GENERATION: 8192}
-"""New tokens, for decoding cached positions, from which AUTO takes the kernel.
+"""New tokens, for decoding cached positions, from which AUTO takes the kernel; other phases have none.
 
 Modelled, not measured: see docs/prefill_attention.md for prompts, against a compiler's path that keeps scores on chip.
 Decoding is held against four passes of the Vector engine over scores with one query on a partition, 4.2 ns for each
@@ -78,7 +78,7 @@ class AttentionChoice:
     """Which attention kernels a model runs.
 
     Attributes:
-        kernels: NKI, TORCH or AUTO on a device, for each phase.
+        kernels: NKI, TORCH or AUTO on a device, for each phase that has a kernel.
         prompt_tokens: most tokens that the kernel of prompts takes, 0 for none.
         chunk_tokens: of a continued prompt; 0 where the kernel does not take them.
         queries: rows times heads of a rank in a decoding step.
@@ -102,7 +102,7 @@ class AttentionChoice:
 
     def reads_cache(self, phase: Phase, bucket: int) -> bool:
         """Whether a kernel attends to the first `bucket` positions of the cache in calls of a phase that reads it."""
-        if bucket % ATTENTION_TILE:
+        if bucket % ATTENTION_TILE or phase not in self.kernels:
             return False
         if phase is Phase.CONTINUATION:
             return self.chunk_tokens > 0 and self._takes(phase, self.chunk_tokens)
@@ -136,16 +136,16 @@ def select_attention(config: Any) -> AttentionChoice:
 
 def attention_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
     """What is wrong with `attention_kernel`, one line each; `malformed` are fields of `config` that cannot be read."""
-    names, phases = [kernel.value for kernel in AttentionKernel], [phase.value for phase in Phase]
+    names, phases = [kernel.value for kernel in AttentionKernel], [phase.value for phase in ATTENTION_WINS_FROM]
     given = getattr(config.neuron_config, "attention_kernel", AttentionKernel.AUTO.value)
     for key, name in given.items() if isinstance(given, Mapping) else [(None, given)]:
         field = "attention_kernel" if key is None else f"attention_kernel[{key!r}]"
         if key is not None and key not in phases:
-            yield f"{field} is no phase; set one of {', '.join(phases)}"
+            yield f"{field} is no phase that has a kernel; set one of {', '.join(phases)}"
         elif name not in names:
             yield f"{field}={name!r} is unknown; set it to {', '.join(names)}"
         elif name == AttentionKernel.NKI.value:
-            asked = [phase for phase in Phase if key in (None, phase.value)]
+            asked = [phase for phase in ATTENTION_WINS_FROM if key in (None, phase.value)]
             yield from (f"{field}='nki' {problem}" for problem in _nki_problems(config, asked, malformed))
 
 
@@ -177,8 +177,8 @@ def _configured_attention(config: Any) -> dict[Phase, str]:
     """The configured kernel of each phase; a plain NeuronConfig has no such field, and what is not given is auto."""
     given: Any = getattr(config.neuron_config, "attention_kernel", AttentionKernel.AUTO.value)
     if not isinstance(given, Mapping):
-        return {phase: given for phase in Phase}
-    return {phase: given.get(phase.value, AttentionKernel.AUTO.value) for phase in Phase}
+        return dict.fromkeys(ATTENTION_WINS_FROM, given)
+    return {phase: given.get(phase.value, AttentionKernel.AUTO.value) for phase in ATTENTION_WINS_FROM}
 
 
 def select_deltanet_kernel(config: Any) -> DeltaNetKernel:

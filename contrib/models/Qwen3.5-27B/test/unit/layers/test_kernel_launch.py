@@ -149,7 +149,7 @@ def test_kernels_of_attention_are_chosen_by_phase(tmp_path: Path) -> None:
     save_heads(tmp_path, 64)
     of_phase = {"context_encoding": "prefill", "continuation": "continuation", "token_generation": "decode"}
     for phase, kernel in of_phase.items():
-        kernels = {p.value: "nki" if p.value == phase else "torch" for p in Phase}
+        kernels = {name: "nki" if name == phase else "torch" for name in of_phase}
         model = load_neuron(tmp_path, attention_kernel=kernels, prefill_chunk_size=8)
         with recorded_launches() as launches:
             neuron_greedy(model, random_prompts([12]), 2)
