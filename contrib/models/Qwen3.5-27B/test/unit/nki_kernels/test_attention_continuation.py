@@ -100,7 +100,7 @@ def test_any_grid_covers_all_rows_and_heads(grid: int | None) -> None:
     make_case([200, 0, 3], 256, M=2, G=3).check(grid)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 2 * STEP + 128), min_size=1, max_size=2),
     tiles=st.integers(1, 3),
