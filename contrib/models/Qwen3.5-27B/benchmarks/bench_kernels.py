@@ -6,7 +6,8 @@
 They come from `nki_emulator` and were not measured on a device; errors are of real arithmetic, against float64. The
 launch is what a kernel that is launched by itself takes on top; inside a compiled program it is assumed to be nothing.
 The HBM bound is all inputs and outputs, each once, at 0.36 TB/s a core. The latency bound is what loads, stores and the
-longest chain of dependent instructions take at least; `ratio` is the modelled time over the larger of the two bounds.
+longest chain of dependent instructions take at least. The Tensor bound, of attention over prompts, is the matmuls of
+the visible tiles of 128 x 128 scores, without transposes. `ratio` is the modelled time over the largest bound.
 `core-us` is the modelled time of the launch times its cores, over batch x heads x chunks of 128 tokens: what one core
 spends on 128 tokens of one head. Decoding has no chunks, so its `core-us` is per head and step.
 """
@@ -17,7 +18,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,16 @@ import nki_emulator
 from nki_emulator import costs
 from qwen35.cli.kernels import KernelCase, KernelName, measure
 from qwen35.kernel_selection import DeltaNetInverse
+from qwen35.nki_kernels.attention_continuation import attention_continuation
+from qwen35.nki_kernels.attention_decode import attention_decode
 from qwen35.nki_kernels.attention_prefill import attention_prefill
 from qwen35.nki_kernels.recurrent import deltanet_recurrent_fwd_state
+from qwen35.ops import cached_attention
 
 CHUNK = 128
+
+HEADS = 6
+"""Query heads of a rank; they share one key-value head."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Row:
         modelled_us, launch_us: of the kernel, and what launching it by itself adds.
         hbm_bound_us, latency_bound_us: least times.
         error: largest absolute error over the largest magnitude, against float64.
+        tensor_bound_us: least time of the matmuls; 0 where they are not counted.
     """
 
     cores: int
@@ -56,6 +65,7 @@ class Row:
     hbm_bound_us: float
     latency_bound_us: float
     error: float
+    tensor_bound_us: float = 0.0
 
     @property
     def core_us(self) -> float:
@@ -64,8 +74,8 @@ class Row:
 
     @property
     def bound_ratio(self) -> float:
-        """Modelled time over the larger of the two bounds."""
-        return self.modelled_us / max(self.hbm_bound_us, self.latency_bound_us)
+        """Modelled time over the largest bound."""
+        return self.modelled_us / max(self.hbm_bound_us, self.latency_bound_us, self.tensor_bound_us)
 
 
 def deltanet(case: KernelCase) -> Row:
@@ -103,29 +113,73 @@ def recurrent(tokens: int) -> Row:
 
 def attention(tokens: int) -> Row:
     """Causal attention of 6 query heads and 1 key-value head of 256."""
-    heads, rng = 6, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     q, k, v = (
-        rng.standard_normal((1, n, tokens, 256), dtype=np.float32).astype(ml_dtypes.bfloat16) for n in (heads, 1, 1)
+        rng.standard_normal((1, n, tokens, 256), dtype=np.float32).astype(ml_dtypes.bfloat16) for n in (HEADS, 1, 1)
     )
     wide = [torch.from_numpy(x.astype(np.float64)) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).numpy()
-    return _emulated(attention_prefill, (q, k, v), (expected,), cores=2, pieces=heads * -(-tokens // CHUNK))
+    row = _emulated(attention_prefill, (q, k, v), (expected,), cores=2, pieces=HEADS * -(-tokens // CHUNK))
+    chunks = tokens // CHUNK
+    return replace(row, tensor_bound_us=_tensor_us(HEADS * chunks * (chunks + 1) // 2))
+
+
+def decoding(rows: int, cached: int, tokens: int = 1) -> Row:
+    """Attention of 6 query heads and 1 key-value head of 256 to full caches: `tokens` new ones for each of `rows`."""
+    inputs = _cached_inputs(rows, cached, tokens)
+    expected = cached_attention(*(x.double() for x in inputs), torch.full((rows,), cached)).numpy()
+    arguments = (*inputs, torch.full((rows,), cached, dtype=torch.int32), cached)
+    return _emulated(attention_decode, arguments, (expected,), cores=2, pieces=rows * HEADS)
+
+
+def continuation(tokens: int, cached: int) -> Row:
+    """The same heads, a chunk of a prompt after `cached` tokens; the error is that of its first and last 32 tokens."""
+    q, k, v, k_cache, v_cache = _cached_inputs(1, cached, tokens)
+    row_values = torch.tensor([cached], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    expected = torch.zeros(q.shape, dtype=torch.float64)
+    checked = (slice(0, 32), slice(tokens - 32, tokens))
+    for part in checked:
+        before = [torch.cat((x, y[:, :, : part.start]), 2) for x, y in ((k_cache, k), (v_cache, v))]
+        new = (x[:, :, part].double() for x in (q, k, v))
+        expected[:, :, part] = cached_attention(*new, *(x.double() for x in before), row_values[0] + part.start)
+    arguments = (q, k, v, k_cache, v_cache, *row_values, cached)
+    chunks = tokens // CHUNK
+    pieces, tiles = HEADS * chunks, HEADS * (chunks * cached // CHUNK + chunks * (chunks + 1) // 2)
+    row = _emulated(attention_continuation, arguments, (expected.numpy(),), cores=2, pieces=pieces, checked=checked)
+    return replace(row, tensor_bound_us=_tensor_us(tiles))
+
+
+def _cached_inputs(rows: int, cached: int, tokens: int) -> list[torch.Tensor]:
+    """q, k, v of the new tokens and the caches of keys and values, in bfloat16."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(rows, heads, length, 256) for heads, length in ((HEADS, tokens), *2 * [(1, tokens)], *2 * [(1, cached)])]
+    return [torch.randn(shape, generator=rng).bfloat16() for shape in shapes]
+
+
+def _tensor_us(tiles: int) -> float:
+    """Matmuls of so many tiles of 128 queries and 128 keys, on two cores: 2 x 128 columns of scores, 256 of P V."""
+    return tiles / 2 * 512 / costs.TENSOR_GHZ / 1e3
 
 
 def _emulated(
     kernel: Callable[..., Any],
-    inputs: tuple[np.ndarray, ...],
+    inputs: tuple[Any, ...],
     expected: tuple[np.ndarray, ...],
     *,
     cores: int,
     pieces: int,
+    checked: tuple[slice, ...] = (slice(None),),
 ) -> Row:
-    """A launch of ``kernel`` against what it is to return."""
+    """A launch of ``kernel`` against what it is to return, of which the ``checked`` parts of axis 2 are compared."""
     result = nki_emulator.emulate(kernel, *inputs, grid=cores)
     report = result.report
     outputs = result.outputs if isinstance(result.outputs, tuple) else (result.outputs,)
-    moved = sum(x.nbytes for x in (*inputs, *outputs))
-    errors = [np.abs(x.astype(np.float64) - y).max() / np.abs(y).max() for x, y in zip(outputs, expected, strict=True)]
+    moved = sum(x.nbytes for x in (*inputs, *outputs) if not isinstance(x, int))
+    wide = [x.double().numpy() if isinstance(x, torch.Tensor) else x.astype(np.float64) for x in outputs]
+    errors = [
+        max(np.abs(x[..., part, :] - y[..., part, :]).max() for part in checked) / np.abs(y).max()
+        for x, y in zip(wide, expected, strict=True)
+    ]
     return Row(
         cores=cores,
         pieces=pieces,
@@ -165,6 +219,11 @@ CASES: dict[str, Callable[[], Row]] = {
     "attention, 512 tokens": lambda: attention(512),
     "attention, 1024 tokens": lambda: attention(1024),
     "attention, 2048 tokens": lambda: attention(2048),
+    **{f"decode, 1 row, {n} cached": partial(decoding, 1, n) for n in (4096, 8192, 32768)},
+    "decode, 8 rows, 4096 cached": lambda: decoding(8, 4096),
+    "verify 4 tokens, 32768 cached": lambda: decoding(1, 32768, tokens=4),
+    **{f"continue {n} on 8192 cached": partial(continuation, n, 8192) for n in (512, 1024, 2048)},
+    "continue 1024 on 65536 cached": lambda: continuation(1024, 65536),
 }
 
 
@@ -184,12 +243,13 @@ def main() -> None:
     print("all times modelled, none measured on a device")
     print(
         f"{'kernel':30} {'modelled us':>12} {'core-us':>8} {'launch us':>10} {'HBM bound us':>13} "
-        f"{'latency bound us':>17} {'ratio':>6} {'error':>8}"
+        f"{'latency bound us':>17} {'Tensor bound us':>16} {'ratio':>6} {'error':>8}"
     )
     for name, row in rows.items():
         print(
             f"{name:30} {row.modelled_us:12.2f} {row.core_us:8.2f} {row.launch_us:10.2f} {row.hbm_bound_us:13.2f} "
-            f"{row.latency_bound_us:17.2f} {row.bound_ratio:6.2f} {row.error:8.1e}"
+            f"{row.latency_bound_us:17.2f} "
+            f"{row.tensor_bound_us:16.2f} {row.bound_ratio:6.2f} {row.error:8.1e}"
         )
     print("core-us: modelled time x cores / (batch x heads x chunks of 128 tokens); in decoding, of one step")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from . import costs
 from .allocation import OnChipPool
 from .engine import Timeline
 from .enums import MemoryRegion, engine
-from .memory import NkiTensor, Storage, physical_storage
+from .memory import ON_CHIP, NkiTensor, Storage, addresses_of, physical_storage
 from .races import RaceDetector
 from .strictness import set_strict
 
@@ -132,8 +132,37 @@ class Shared:
         self.warnings[f"{call}: {what}; {rule} ({source})"] = None
 
 
+class Issued(NamedTuple):
+    """An instruction of the body of a device loop: the call, and storage, place and shape of its operands on chip.
+
+    In HBM the place may follow the loop index, and counts for nothing.
+    """
+
+    call: str
+    operands: tuple[tuple[Storage, int, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, call: str, reads: Sequence[NkiTensor], writes: Sequence[NkiTensor]) -> Issued:
+        on_chip = (t for t in (*writes, *reads) if t.buffer in ON_CHIP)
+        return cls(call, tuple((t.storage, 0 if t.is_indirect else t.byte_offset, t.shape) for t in on_chip))
+
+
+def canonical_body(body: Sequence[Issued], started: int) -> list[tuple[str, list[tuple[int, int, tuple[int, ...]]]]]:
+    """What an iteration issued, comparable with others: storages made since ``started`` are numbered from -1 down."""
+    made: dict[int, int] = {}
+
+    def number(storage: Storage) -> int:
+        return storage.serial if storage.serial < started else made.setdefault(storage.serial, -1 - len(made))
+
+    return [(item.call, [(number(storage), at, shape) for storage, at, shape in item.operands]) for item in body]
+
+
 class Core:
-    """State of one program: position in the grid, memories, engine registers, timeline."""
+    """State of one program: position in the grid, memories, engine registers, timeline.
+
+    Attributes:
+        loop_bodies: what the current iteration of each device loop has issued, outermost first.
+    """
 
     def __init__(self, options: EmulatorOptions, shared: Shared, program: int) -> None:
         self.options = options
@@ -156,6 +185,7 @@ class Core:
         self.scalar_registers = np.full(costs.PARTITIONS, np.nan, dtype=np.float32)
         self.vector_registers = np.full(costs.PARTITIONS, np.nan, dtype=np.float32)
         self.identities: dict[tuple[int, str], NkiTensor] = {}
+        self.loop_bodies: list[list[Issued]] = []
         self._physical: dict[MemoryRegion, Storage] = {}
 
     def physical(self, region: MemoryRegion) -> Storage:
@@ -175,6 +205,8 @@ class Core:
         Args:
             keeps: destinations that keep something of what they held, such as those of an accumulating matmul.
         """
+        for body in self.loop_bodies:
+            body.append(Issued.of(call, reads, writes))
         for tensor in (*reads, *keeps):
             allocation = tensor.storage.allocation
             if allocation is not None:
@@ -224,6 +256,7 @@ class Core:
             keeps: as in :meth:`touch`.
         """
         tensors = [t for t in reads if isinstance(t, NkiTensor)]
+        tensors += addresses_of([*tensors, *writes])
         self.touch(call, tensors, writes, keeps)
         if not self.options.timed:
             return

@@ -19,12 +19,12 @@ import numpy as np
 from . import costs, dtypes, ops
 from . import isa as _isa
 from .allocation import QUADRANTS
-from .context import current
+from .context import Issued, canonical_body, current
 from .enums import MemoryRegion
 from .enums import engine as _engine
 from .errors import fail
 from .isa.common import finish as _finish
-from .memory import HBM, ON_CHIP, NkiTensor, new_storage, place, wrap_hbm
+from .memory import HBM, ON_CHIP, NkiTensor, Storage, new_storage, place, wrap_hbm
 from .registers import NKIObject, VirtualRegister
 
 _LANGUAGE = "nki/api/nki/language/__init__.py"
@@ -304,7 +304,31 @@ def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[Virtu
     first, last = (0, start) if stop is None else (start, stop)
     if isinstance(step, VirtualRegister) or int(step) < 1:
         fail("nl.dynamic_range", f"step={step!r}", "it is a positive integer", "nki/deep-dives/nki-dynamic-loops.rst")
-    return (VirtualRegister(i) for i in builtins.range(int(first), int(last), int(step)))
+    return _iterations(builtins.range(int(first), int(last), int(step)))
+
+
+def _iterations(indices: builtins.range) -> Iterator[VirtualRegister]:
+    """The indices, with a check that each iteration issues what the first one does: the body is compiled once."""
+    core, first = current(), None
+    for i in indices:
+        body: list[Issued] = []
+        started = Storage.made
+        core.loop_bodies.append(body)
+        yield VirtualRegister(i)
+        core.loop_bodies.pop()
+        issued = canonical_body(body, started)
+        first = issued if first is None else first
+        if core.options.strict and issued != first:
+            at = next((n for n, pair in enumerate(zip(first, issued, strict=False)) if pair[0] != pair[1]), None)
+            what = (
+                f"{len(issued)} instructions after {len(first)}" if at is None else f"instruction {at}, {issued[at][0]}"
+            )
+            fail(
+                "nl.dynamic_range",
+                f"iteration {i} issues another body than the first: {what}",
+                "the body is compiled once: what changes with the iteration is in registers and in tensors",
+                "nki/deep-dives/nki-dynamic-loops.rst, Hardware Lowering",
+            )
 
 
 def program_id(axis: int = 0) -> int:

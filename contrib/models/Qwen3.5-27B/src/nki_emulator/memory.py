@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,9 +39,12 @@ class Storage:
         times: dependency tracker, once an instruction touched it.
         allocation: its share of SBUF or PSUM, for tensors without an explicit address.
         banks: accumulation groups by bank, in PSUM.
+        serial: number of this storage in the order of creation.
+        made: storages that were ever made.
     """
 
-    __slots__ = ("allocation", "banks", "base", "granule", "name", "raw", "region", "times")
+    __slots__ = ("allocation", "banks", "base", "granule", "name", "raw", "region", "serial", "times")
+    made: ClassVar[int] = 0
 
     def __init__(self, region: MemoryRegion, raw: np.ndarray, granule: int, name: str) -> None:
         self.region = region
@@ -52,6 +55,8 @@ class Storage:
         self.times: AccessTimes | None = None
         self.allocation: Allocation | None = None
         self.banks: dict[int, BankGroups] = {}
+        self.serial = Storage.made
+        Storage.made += 1
 
     @property
     def label(self) -> str:
@@ -131,6 +136,7 @@ class NkiTensor(NKIObject):
         dtype: NKI name of the element type.
         buffer: memory that holds it.
         offset: first element, counted in elements from the start of the allocated tensor.
+        address: the tensor on chip that holds its dynamic offset, None for a static one or that of a register.
     """
 
     __slots__ = (
@@ -139,6 +145,7 @@ class NkiTensor(NKIObject):
         "_indexed",
         "_indirect",
         "accumulation",
+        "address",
         "dtype",
         "entries",
         "has_partition_axis",
@@ -155,8 +162,10 @@ class NkiTensor(NKIObject):
         has_partition_axis: bool = True,
         indexed: bool = False,
         indirect: Indirect | None = None,
+        address: NkiTensor | None = None,
     ) -> None:
         self.storage = storage
+        self.address = address
         self.accumulation = accumulation
         self._array = array
         self.dtype = dtype
@@ -234,6 +243,7 @@ class NkiTensor(NKIObject):
         has_partition_axis: bool | None = None,
         indexed: bool | None = None,
         indirect: Indirect | None = None,
+        address: NkiTensor | None = None,
     ) -> NkiTensor:
         """Another view of the same memory."""
         return NkiTensor(
@@ -244,6 +254,7 @@ class NkiTensor(NKIObject):
             has_partition_axis=self.has_partition_axis if has_partition_axis is None else has_partition_axis,
             indexed=self._indexed if indexed is None else indexed,
             indirect=indirect,
+            address=self.address if address is None else address,
         )
 
     # --- Views ----------------------------------------------------------------------------------------------------
@@ -415,11 +426,13 @@ class NkiTensor(NKIObject):
         if not inside:
             # Only the instruction knows whether a dynamic address out of bounds is an error or skipped.
             nowhere = Indirect(self._flat(name), np.zeros(nums, dtype=np.int64), np.zeros(nums, dtype=np.bool_))
-            return self._like(self._array[:0], name, indexed=True, indirect=nowhere)
-        return self._strided(name, steps, nums, start, total)
+            return self._like(self._array[:0], name, indexed=True, indirect=nowhere, address=_tensor(scalar_offset))
+        return self._strided(name, steps, nums, start, total, _tensor(scalar_offset))
 
-    def _strided(self, name: str, steps: list[int], nums: list[int], start: int, total: int) -> NkiTensor:
-        """The view of a static access pattern, which lies within the ``total`` elements of this tensor."""
+    def _strided(
+        self, name: str, steps: list[int], nums: list[int], start: int, total: int, address: NkiTensor | None
+    ) -> NkiTensor:
+        """The view of an access pattern of even steps, which lies within the ``total`` elements of this tensor."""
         size = dtypes.itemsize(name)
         if self.buffer in ON_CHIP and self.has_partition_axis:
             row = total // self.shape[0]
@@ -435,7 +448,7 @@ class NkiTensor(NKIObject):
             where = self.byte_offset + start * size
             strides = tuple(s * size for s in steps)
         array = np.ndarray(tuple(nums), dtypes.STORAGE[name], buffer=self.storage.raw, offset=where, strides=strides)
-        return self._like(array, name, indexed=True)
+        return self._like(array, name, indexed=True, address=address)
 
     def _flat(self, dtype: str) -> np.ndarray:
         return self.storage.raw.reshape(-1).view(dtypes.STORAGE[dtype])
@@ -465,7 +478,7 @@ class NkiTensor(NKIObject):
         address = np.ascontiguousarray(np.broadcast_to(address, nums))
         valid = (address >= 0) & (address < flat.size)
         gather = Indirect(flat, np.where(valid, address, 0), valid)
-        return self._like(self._array[:0], name, indexed=True, indirect=gather)
+        return self._like(self._array[:0], name, indexed=True, indirect=gather, address=rows)
 
     # --- What instructions use ------------------------------------------------------------------------------------
     @property
@@ -580,6 +593,15 @@ class Indirect:
 
     def __init__(self, flat: np.ndarray, index: np.ndarray, valid: np.ndarray) -> None:
         self.flat, self.index, self.valid = flat, index, valid
+
+
+def _tensor(offset: NkiTensor | VirtualRegister | None) -> NkiTensor | None:
+    return offset if isinstance(offset, NkiTensor) else None
+
+
+def addresses_of(tensors: Sequence[NkiTensor]) -> list[NkiTensor]:
+    """The tensors on chip that hold dynamic offsets of ``tensors``: an instruction reads them, too."""
+    return [t.address for t in tensors if t.address is not None]
 
 
 def scalar_value(offset: NkiTensor | VirtualRegister) -> int:

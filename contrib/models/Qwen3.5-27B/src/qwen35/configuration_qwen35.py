@@ -20,7 +20,7 @@ import torch
 from .error_text import first_three, one_line, shown
 from .hardware import INSTANCES
 from .json_files import read_json
-from .kernel_selection import DeltaNetInverse, DeltaNetKernel, kernel_problems
+from .kernel_selection import AttentionKernel, DeltaNetInverse, DeltaNetKernel, attention_problems, kernel_problems
 from .nxdi import InferenceConfig, NeuronConfig
 
 LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
@@ -160,6 +160,8 @@ class Qwen35NeuronConfig(NeuronConfig):
     Args:
         deltanet_kernel: a `DeltaNetKernel` or its value, kept as the value.
         deltanet_inverse: a `DeltaNetInverse` or its value, kept as the value.
+        attention_kernel: an `AttentionKernel` or its value, kept as the value; or one for each phase, by its name:
+            {"context_encoding": "torch"} leaves the others at auto.
         prefill_chunk_size: tokens of a prompt that are encoded at a time; prompts up to seq_len then need no bucket
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
         output_prompt_logits: give the logits after every token of a prompt, not only after the last one: a program then
@@ -174,6 +176,7 @@ class Qwen35NeuronConfig(NeuronConfig):
         self,
         deltanet_kernel: str = DeltaNetKernel.AUTO,
         deltanet_inverse: str = DeltaNetInverse.TILED,
+        attention_kernel: str | Mapping[str, str] = AttentionKernel.AUTO,
         prefill_chunk_size: int | None = None,
         output_prompt_logits: bool = False,
         instance: str | None = None,
@@ -187,6 +190,13 @@ class Qwen35NeuronConfig(NeuronConfig):
         super().__init__(**kwargs)
         self.deltanet_kernel = deltanet_kernel.value if isinstance(deltanet_kernel, Enum) else deltanet_kernel
         self.deltanet_inverse = deltanet_inverse.value if isinstance(deltanet_inverse, Enum) else deltanet_inverse
+        self.attention_kernel = (
+            {key: value.value if isinstance(value, Enum) else value for key, value in attention_kernel.items()}
+            if isinstance(attention_kernel, Mapping)
+            else attention_kernel.value
+            if isinstance(attention_kernel, Enum)
+            else attention_kernel
+        )
         self.instance = instance
         self.num_speculative_tokens = num_speculative_tokens
 
@@ -708,6 +718,8 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
     ):
         if small not in ill and large not in ill and getattr(neuron, small) > getattr(neuron, large):
             yield f"{small}={getattr(neuron, small)} exceeds {large}={getattr(neuron, large)}; {remedy}"
+    if not ill:
+        yield from attention_problems(config, malformed)
     if neuron.ctx_batch_size != neuron.tkg_batch_size and not neuron.is_continuous_batching:
         yield (
             f"ctx_batch_size={neuron.ctx_batch_size} differs from tkg_batch_size={neuron.tkg_batch_size}; "

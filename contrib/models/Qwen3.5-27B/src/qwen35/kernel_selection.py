@@ -5,9 +5,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import torch
+
+from .phase import Phase
 
 
 class DeltaNetKernel(str, Enum):
@@ -28,6 +33,14 @@ class DeltaNetInverse(str, Enum):
     PLAIN = "plain"  # by matmuls that take all of it: slower, and nothing in it goes beyond NKI's documents
 
 
+class AttentionKernel(str, Enum):
+    """What computes the softmax attention of a phase."""
+
+    AUTO = "auto"  # NKI on a Neuron device where the emulator's model says that it wins, else TORCH
+    NKI = "nki"  # `nki_kernels.attention_prefill`, `attention_continuation`, `attention_decode`
+    TORCH = "torch"  # NxDI's plain path, and blocks with a running softmax for continued prompts
+
+
 KERNEL_ENVIRONMENT = {
     "USE_NKI_FUSED": DeltaNetKernel.FUSED,
     "USE_NKI_CHUNKED": DeltaNetKernel.CHUNKED,
@@ -38,6 +51,141 @@ KERNEL_ENVIRONMENT = {
 
 KERNEL_HEAD_DIM = 128
 """K and V of every published checkpoint, and of the decoding kernel."""
+
+
+ATTENTION_HEAD_DIMS = (64, 128, 256)
+"""Head dims of the attention kernels."""
+
+ATTENTION_TILE = 128
+"""The attention kernels read a cache in multiples of this, and new tokens are padded to one."""
+
+ATTENTION_TOKENS = {Phase.CONTEXT_ENCODING: 4096, Phase.CONTINUATION: 2048}
+"""New tokens of a row that the kernels of these phases take at most in bfloat16; half as many in float32."""
+
+ATTENTION_QUERIES = 512
+"""Queries of a decoding step, rows times heads of a rank, that its kernel takes at most."""
+
+ATTENTION_WINS_FROM = {Phase.CONTEXT_ENCODING: 512, Phase.CONTINUATION: 512, Phase.TOKEN_GENERATION: 8192}
+"""New tokens, for decoding cached positions, from which AUTO takes the kernel.
+
+Verification has the kernel of decoding, and its choice; programs that draft call both for their parts.
+
+Modelled, not measured: see docs/prefill_attention.md for prompts, against a compiler's path that keeps scores on chip.
+Decoding is held against four passes of the Vector engine over scores with one query on a partition, 4.2 ns for each
+position: 17 us at 4,096 and 34 us at 8,192, where the kernel takes 20 and 22 us.
+"""
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Which attention kernels a model runs.
+
+    Attributes:
+        kernels: NKI, TORCH or AUTO on a device, for each phase that has a kernel.
+        prompt_tokens: most tokens that the kernel of prompts takes, 0 for none.
+        chunk_tokens: of a continued prompt; 0 where the kernel does not take them.
+        queries: rows times heads of a rank in a decoding step.
+        verified_tokens: of a row in verification; 0 without drafts.
+        head_dim: of the attention layers.
+    """
+
+    kernels: Mapping[Phase, AttentionKernel]
+    prompt_tokens: int
+    chunk_tokens: int
+    queries: int
+    verified_tokens: int
+    head_dim: int
+
+    @property
+    def any_kernel(self) -> bool:
+        """Whether any call may run a kernel."""
+        return any(kernel is not AttentionKernel.TORCH for kernel in self.kernels.values())
+
+    def encodes(self, tokens: int) -> bool:
+        """Whether a kernel encodes prompts of `tokens` tokens, padding included."""
+        return tokens <= self.prompt_tokens and self._takes(Phase.CONTEXT_ENCODING, tokens)
+
+    def reads_cache(self, phase: Phase, bucket: int) -> bool:
+        """Whether a kernel attends to the first `bucket` positions of the cache in calls of a phase that reads it."""
+        if bucket % ATTENTION_TILE:
+            return False
+        if phase is Phase.CONTINUATION:
+            return self.chunk_tokens > 0 and self._takes(phase, self.chunk_tokens)
+        queries = self.queries * (self.verified_tokens if phase is Phase.VERIFICATION else 1)
+        return queries <= ATTENTION_QUERIES and self._takes(Phase.TOKEN_GENERATION, bucket)
+
+    def _takes(self, phase: Phase, size: int) -> bool:
+        kernel = self.kernels[phase]
+        if kernel is AttentionKernel.AUTO:
+            return self.head_dim in ATTENTION_HEAD_DIMS and size >= ATTENTION_WINS_FROM[phase]
+        return kernel is AttentionKernel.NKI
+
+
+def select_attention(config: Any) -> AttentionChoice:
+    """The attention kernels that a `Qwen35InferenceConfig` runs."""
+    neuron = config.neuron_config
+    kernels = {phase: AttentionKernel(name) for phase, name in _configured_attention(config).items()}
+    if neuron.on_cpu:
+        kernels = {
+            phase: AttentionKernel.TORCH if kernel is AttentionKernel.AUTO else kernel
+            for phase, kernel in kernels.items()
+        }
+    chunk = getattr(neuron, "prefill_chunk_size", None) or 0
+    return AttentionChoice(
+        kernels=kernels,
+        prompt_tokens=_most_tokens(config, Phase.CONTEXT_ENCODING),
+        chunk_tokens=chunk if chunk <= _most_tokens(config, Phase.CONTINUATION) else 0,
+        queries=neuron.tkg_batch_size * -(-config.num_attention_heads // neuron.tp_degree),
+        verified_tokens=config.num_speculative_tokens + 1 if config.num_speculative_tokens else 0,
+        head_dim=config.head_dim,
+    )
+
+
+def attention_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
+    """What is wrong with `attention_kernel`, one line each; `malformed` are fields of `config` that cannot be read."""
+    names, phases = [kernel.value for kernel in AttentionKernel], [phase.value for phase in ATTENTION_WINS_FROM]
+    given = getattr(config.neuron_config, "attention_kernel", AttentionKernel.AUTO.value)
+    for key, name in given.items() if isinstance(given, Mapping) else [(None, given)]:
+        field = "attention_kernel" if key is None else f"attention_kernel[{key!r}]"
+        if key is not None and key not in phases:
+            yield f"{field} is no phase that has a kernel; set one of {', '.join(phases)}"
+        elif name not in names:
+            yield f"{field}={name!r} is unknown; set it to {', '.join(names)}"
+        elif name == AttentionKernel.NKI.value:
+            asked = [phase for phase in ATTENTION_WINS_FROM if key in (None, phase.value)]
+            yield from (f"{field}='nki' {problem}" for problem in _nki_problems(config, asked, malformed))
+
+
+def _nki_problems(config: Any, phases: Collection[Phase], malformed: Collection[str]) -> Iterator[str]:
+    """Why the attention kernels that were asked for cannot run: what AUTO would leave to TORCH."""
+    neuron = config.neuron_config
+    if "head_dim" not in malformed and config.head_dim not in ATTENTION_HEAD_DIMS:
+        yield f"has heads of 64, 128 or 256 dims, not {config.head_dim}; use 'torch'"
+    most = _most_tokens(config, Phase.CONTEXT_ENCODING)
+    if Phase.CONTEXT_ENCODING in phases and neuron.max_context_length > most:
+        yield f"takes prompts of at most {most} tokens, not max_context_length={neuron.max_context_length}; use 'auto'"
+    chunk, most = getattr(neuron, "prefill_chunk_size", None), _most_tokens(config, Phase.CONTINUATION)
+    if Phase.CONTINUATION in phases and chunk is not None and chunk > most:
+        yield f"takes chunks of at most {most} tokens, not prefill_chunk_size={chunk}; lower it, or use 'auto'"
+    buckets = [neuron.max_length, *(getattr(neuron, "token_generation_buckets", None) or ())]
+    odd = [bucket for bucket in buckets if bucket % ATTENTION_TILE]
+    if odd and any(phase.reads_cache for phase in phases):
+        yield (
+            f"reads the cache in multiples of {ATTENTION_TILE} positions, not {odd[0]}; make seq_len and the buckets "
+            "of token generation multiples of it, or use 'auto'"
+        )
+
+
+def _most_tokens(config: Any, phase: Phase) -> int:
+    return ATTENTION_TOKENS[phase] // (2 if config.neuron_config.torch_dtype == torch.float32 else 1)
+
+
+def _configured_attention(config: Any) -> dict[Phase, str]:
+    """The configured kernel of each phase; a plain NeuronConfig has no such field, and what is not given is auto."""
+    given: Any = getattr(config.neuron_config, "attention_kernel", AttentionKernel.AUTO.value)
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(ATTENTION_WINS_FROM, given)
+    return {phase: given.get(phase.value, AttentionKernel.AUTO.value) for phase in ATTENTION_WINS_FROM}
 
 
 def select_deltanet_kernel(config: Any) -> DeltaNetKernel:

@@ -37,6 +37,7 @@ _MODULES = {
     "ColumnParallelLinear": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
     "DecoderModelInstance": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
     "EncoderModelInstance": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
+    "FlashAttentionStrategy": (f"{_NXDI}.modules.attention.attention_base", "nxdi_cpu.attention"),
     "HuggingFaceGenerationAdapter": (f"{_NXDI}.utils.hf_adapter", "nxdi_cpu.hf_adapter"),
     "InferenceConfig": (f"{_NXDI}.models.config", "nxdi_cpu.config"),
     "KVCacheManager": (f"{_NXDI}.modules.kvcache.kv_cache_manager", "nxdi_cpu.kv_cache"),
@@ -59,7 +60,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from nxdi_cpu.application_base import NeuronApplicationBase
-    from nxdi_cpu.attention import NeuronAttentionBase, NeuronAttentionBaseOutput
+    from nxdi_cpu.attention import FlashAttentionStrategy, NeuronAttentionBase, NeuronAttentionBaseOutput
     from nxdi_cpu.config import InferenceConfig, NeuronConfig, OnDeviceSamplingConfig
     from nxdi_cpu.hf_adapter import HuggingFaceGenerationAdapter, load_pretrained_config
     from nxdi_cpu.kv_cache import KVCacheManager
@@ -163,6 +164,7 @@ __all__ = [
     "ColumnParallelLinear",
     "DecoderModelInstance",
     "EncoderModelInstance",
+    "FlashAttentionStrategy",
     "HuggingFaceGenerationAdapter",
     "InferenceConfig",
     "KVCacheManager",

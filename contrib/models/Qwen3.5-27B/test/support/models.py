@@ -93,6 +93,12 @@ def save_checkpoint(path: Path, seed: int = 0, *, mtp: bool = False, **overrides
     save_file(random_weights(seed, mtp=mtp, **overrides), path / "model.safetensors", metadata={"format": "pt"})
 
 
+def save_heads(path: Path, head_dim: int, **overrides: Any) -> None:
+    """The same with attention heads of that many dims, of which 8 are rotated."""
+    rope = {**TINY["rope_parameters"], "partial_rotary_factor": 8 / head_dim}
+    save_checkpoint(path, head_dim=head_dim, rope_parameters=rope, **overrides)
+
+
 def load_neuron(path: Path, **neuron_options: Any) -> NeuronQwen35ForCausalLM:
     """Our model on this process's rank."""
     options = {"torch_dtype": torch.float32, "on_cpu": True, "seq_len": 128, **neuron_options}

@@ -29,7 +29,7 @@ def all_kernels() -> dict[str, Kernel]:
     return found
 
 
-def small_arguments(name: str, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+def small_arguments(name: str, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
     """Arguments for a launch of the kernel of that name, its options left out."""
     generator = torch.Generator().manual_seed(0)
 
@@ -38,6 +38,13 @@ def small_arguments(name: str, dtype: torch.dtype = torch.bfloat16) -> list[torc
 
     if name == "attention_prefill":
         return [normal(1, 2, 128, 256), normal(1, 1, 128, 256), normal(1, 1, 128, 256)]
+    if name in ("attention_decode", "attention_continuation"):
+        S = 2 if name == "attention_decode" else 128
+        new = [normal(2, heads, S, 256) for heads in (2, 1, 1)]
+        lengths = torch.tensor([256, 70], dtype=torch.int32)
+        cached = [normal(3, 1, 384, 256), normal(3, 1, 384, 256), lengths]
+        slots = [] if name == "attention_decode" else [torch.tensor([2, 0], dtype=torch.int32)]
+        return [*new, *cached, *slots, 256]
     if name == "deltanet_commit_layer":
         tokens = [normal(*shape, dtype=torch.float32) for shape in ((2, 2, 1, 128), (2, 2, 2, 128), (2, 2, 2))]
         state = normal(2, 2, 128, 128, dtype=torch.float32)

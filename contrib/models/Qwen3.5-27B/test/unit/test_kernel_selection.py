@@ -1,23 +1,32 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which DeltaNet kernel runs: the configured one, what `auto` means, what overrides it."""
+"""Which kernels run: the configured ones, what `auto` means, what overrides it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.configuration_qwen35 import QWEN35_PRESETS
 from qwen35.kernel_selection import (
+    ATTENTION_HEAD_DIMS,
+    ATTENTION_QUERIES,
+    ATTENTION_TILE,
+    ATTENTION_TOKENS,
     KERNEL_ENVIRONMENT,
+    AttentionKernel,
     DeltaNetInverse,
     DeltaNetKernel,
+    select_attention,
     select_deltanet_inverse,
     select_deltanet_kernel,
 )
-from support.models import load_neuron
+from qwen35.nki_kernels import attention_continuation, attention_decode, attention_pieces, attention_prefill
+from qwen35.phase import Phase
+from support.models import load_neuron, save_checkpoint
 from support.oracle import save_reference
 
 
@@ -82,3 +91,92 @@ def test_a_kernel_for_other_head_sizes_is_an_error(tmp_path: Path) -> None:
     save_reference(tmp_path)
     with pytest.raises(Qwen35ConfigError, match="128 dims, not 16 and 16; use 'torch'"):
         load_neuron(tmp_path, deltanet_kernel="fused")
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+CHUNKED = dict(seq_len=32768, prefill_chunk_size=1024, tp_degree=4)
+
+
+def test_auto_takes_the_attention_kernels_on_a_device_from_where_they_win() -> None:
+    choice = select_attention(config(**CHUNKED))
+    assert choice.any_kernel
+    assert [choice.encodes(tokens) for tokens in (128, 511, 512, 1024, 4096, 4097)] == [False] * 2 + [True] * 3 + [
+        False
+    ]
+    assert choice.reads_cache(Phase.CONTINUATION, 1024)
+    decodes = [choice.reads_cache(Phase.TOKEN_GENERATION, bucket) for bucket in (4096, 8192, 8200, 32768)]
+    assert decodes == [False, True, False, True]
+
+
+def test_auto_is_torch_on_a_cpu() -> None:
+    choice = select_attention(config(on_cpu=True, **{**CHUNKED, "tp_degree": 1}))
+    assert not choice.any_kernel and not choice.encodes(1024) and not choice.reads_cache(Phase.CONTINUATION, 1024)
+
+
+def test_float32_halves_the_tokens_of_a_kernel() -> None:
+    choice = select_attention(config(torch_dtype=torch.float32, **{**CHUNKED, "prefill_chunk_size": 2048}))
+    assert [choice.encodes(tokens) for tokens in (2048, 4096)] == [True, False]
+    assert not choice.reads_cache(Phase.CONTINUATION, 4096)
+
+
+def test_chunks_too_short_to_win_and_rows_too_many_are_left_to_torch() -> None:
+    assert not select_attention(config(**{**CHUNKED, "prefill_chunk_size": 256})).reads_cache(Phase.CONTINUATION, 4096)
+    rows = ATTENTION_QUERIES // 6
+    for batch, taken in ((rows, True), (rows + 1, False)):
+        choice = select_attention(config(seq_len=8192, tp_degree=4, batch_size=batch))
+        assert choice.reads_cache(Phase.TOKEN_GENERATION, 8192) is taken
+
+
+def test_the_limits_are_those_of_the_kernels() -> None:
+    assert ATTENTION_HEAD_DIMS == attention_pieces.HEAD_DIMS and ATTENTION_TILE == attention_pieces.TILE
+    assert ATTENTION_TOKENS[Phase.CONTEXT_ENCODING] == attention_prefill.MAX_TOKENS
+    assert ATTENTION_TOKENS[Phase.CONTINUATION] == attention_continuation.MAX_TOKENS
+    assert ATTENTION_QUERIES == attention_decode.MAX_COLUMNS
+
+
+@pytest.mark.parametrize("kernel", AttentionKernel)
+def test_a_configured_attention_kernel_is_taken_and_survives_saving(kernel: AttentionKernel, tmp_path: Path) -> None:
+    for given in (
+        kernel,
+        kernel.value,
+        {name: kernel for name in ("context_encoding", "continuation", "token_generation")},
+    ):
+        config(attention_kernel=given, **CHUNKED).save(tmp_path)
+        assert {*select_attention(Qwen35InferenceConfig.load(tmp_path)).kernels.values()} == {kernel}
+
+
+def test_a_kernel_may_be_named_for_one_phase_and_the_others_are_auto(tmp_path: Path) -> None:
+    config(attention_kernel={"token_generation": "torch"}, **CHUNKED).save(tmp_path)
+    kernels = select_attention(Qwen35InferenceConfig.load(tmp_path)).kernels
+    assert kernels.pop(Phase.TOKEN_GENERATION) is AttentionKernel.TORCH
+    assert {*kernels.values()} == {AttentionKernel.AUTO}
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ("fast", {}, "attention_kernel='fast' is unknown; set it to auto, nki, torch"),
+        (
+            {"decode": "nki"},
+            {},
+            r"attention_kernel\['decode'\] is no phase that has a kernel; set one of context_encoding",
+        ),
+        ({"continuation": 1}, {}, r"attention_kernel\['continuation'\]=1 is unknown; set it to auto, nki, torch"),
+        ("nki", {"seq_len": 200}, "reads the cache in multiples of 128 positions, not 200; make seq_len"),
+        ("nki", {"seq_len": 8192}, "takes prompts of at most 4096 tokens, not max_context_length=8192; use 'auto'"),
+        (
+            "nki",
+            {"seq_len": 8192, "prefill_chunk_size": 3072},
+            "chunks of at most 2048 tokens, not prefill_chunk_size=3072",
+        ),
+    ],
+)
+def test_what_the_attention_kernels_cannot_do_is_an_error(given: object, options: dict[str, int], message: str) -> None:
+    with pytest.raises(Qwen35ConfigError, match=message):
+        config(attention_kernel=given, **options)
+
+
+def test_attention_kernels_for_other_head_dims_are_an_error(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    with pytest.raises(Qwen35ConfigError, match="has heads of 64, 128 or 256 dims, not 32; use 'torch'"):
+        load_neuron(tmp_path, attention_kernel="nki")

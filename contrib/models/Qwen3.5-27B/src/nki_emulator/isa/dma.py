@@ -18,7 +18,7 @@ from ..enums import dma_engine as DmaEngine
 from ..enums import engine as Engine
 from ..enums import oob_mode as OobMode
 from ..errors import fail
-from ..memory import HBM, NkiTensor
+from ..memory import HBM, NkiTensor, addresses_of
 
 _ISA = checks.ISA
 _UPDATE = "nki/deep-dives/nki-0-3-0-update-guide.rst"
@@ -344,7 +344,8 @@ def _record(
         keeps: ``out`` keeps something of what it held.
     """
     core, operands = current(), [*sources, out]
-    core.touch(call, sources, [out], [out] if keeps else [])
+    reads = [*sources, *addresses_of(operands)]
+    core.touch(call, reads, [out], [out] if keeps else [])
     if not core.options.timed:
         return
     size = sum(s.size * s.itemsize for s in sources)
@@ -366,7 +367,7 @@ def _record(
         descriptors = core.timeline.compute(f"{call} descriptors", Engine.gpsimd, busy, [], [], label)
     core.timeline.dma(
         call,
-        sources,
+        reads,
         [out],
         label,
         share,

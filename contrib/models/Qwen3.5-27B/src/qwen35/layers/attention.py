@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
-from ..nxdi import NeuronAttentionBase
+from ..kernel_selection import select_attention
+from ..nxdi import FlashAttentionStrategy, NeuronAttentionBase
 from ..phase import Phase
 from .cache import KeyValue
 from .linear import column_parallel
@@ -84,6 +85,11 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         )
         self.gate_proj = column_parallel(config, config.hidden_size, self.num_heads * self.tp_degree * self.head_dim)
         self._gate: torch.Tensor | None = None
+        self.choice, self.cores = select_attention(config), config.neuron_config.logical_nc_config
+        if self.choice.any_kernel:
+            from . import kernel_launch  # loads NKI or its emulator
+
+            self.launches = kernel_launch
 
     def prep_qkv_tensors(
         self, position_ids: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -107,6 +113,14 @@ class NeuronQwen35Attention(NeuronAttentionBase):
 
         return gated_o_proj
 
+    def perform_prefill(
+        self, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, q_len: int, bsz: int, attention_mask: torch.Tensor
+    ) -> Any:
+        """NxDI's, or by a kernel, which knows the causal mask alone: prompts are padded on the right."""
+        if not self.choice.encodes(q_len):
+            return super().perform_prefill(Q, K, V, q_len, bsz, attention_mask)
+        return self.launches.attend_prompt(self.cores, Q, K, V), FlashAttentionStrategy.NONE
+
     def attention_tokengen(  # type: ignore[override] # our decoder loop always passes the phase
         self,
         Q: torch.Tensor,
@@ -118,18 +132,25 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         active_mask: torch.Tensor | None,
         *,
         phase: Phase,
+        seq_len: int | None = None,
+        seq_ids: torch.Tensor | None = None,
         recent: RecentTokens | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """NxDI's for one token per row. For several tokens that follow those cached, the cache is read in blocks, with
-        a running softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] -> [B, N, S, E].
+        """NxDI's for one token per row, or a kernel's. For several that follow those cached, the cache is read in blocks,
+        with a running softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] -> [B, N, S, E].
 
         Scores of all cached tokens at once would be the largest activation by far: 1.6 GB per layer for 2,048 new
         tokens on 32K cached ones at 6 heads per rank.
 
         Args:
+            seq_len: P. A kernel gets the caches whole, and reads that many positions; None where it gets none.
+            seq_ids: [B], the slots of the rows.
             recent: tokens that come between those cached and these, and are in no cache.
         """
+        if seq_len is not None and self.choice.reads_cache(phase, seq_len):
+            assert seq_ids is not None, "NxDI's decoder loop passes both"
+            return self._attend_by_kernel(Q, K, V, position_ids, past_key_value, phase, seq_len, seq_ids)
         if not phase.continues:
             attended: torch.Tensor = super().attention_tokengen(
                 Q, K, V, attention_mask, position_ids, past_key_value, active_mask, **kwargs
@@ -146,6 +167,24 @@ class NeuronQwen35Attention(NeuronAttentionBase):
             keys, values = (part[:, :, start : start + block] for part in past_key_value)
             state.add(keys, values, attention_mask[..., start : start + block].unsqueeze(2))
         return state.result().flatten(1, 2).to(Q.dtype)
+
+    def _attend_by_kernel(
+        self,
+        Q: torch.Tensor,
+        K: torch.Tensor,
+        V: torch.Tensor,
+        position_ids: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        phase: Phase,
+        bucket: int,
+        seq_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention to the cache by the kernel of a phase; what comes before the first token of a row is in it."""
+        lengths = position_ids[:, 0].int()
+        if phase is Phase.CONTINUATION:
+            slots = seq_ids.clamp(0, self.neuron_config.kv_cache_batch_size - 1).int()  # of padding, any
+            return self.launches.continue_cached(self.cores, Q, K, V, *caches, lengths, slots, bucket)
+        return self.launches.attend_cached(self.cores, Q, K, V, *caches, lengths, bucket)
 
     def apply_rotary_embedding(
         self,

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..configuration_qwen35 import LINEAR_ATTENTION, Qwen35InferenceConfig
+from ..kernel_selection import select_attention
 from ..nxdi import KVCacheManager, get_tensor_model_parallel_size
 from ..phase import Phase, real_tokens
 
@@ -152,7 +153,7 @@ class Qwen35CacheManager(KVCacheManager):
         without_layers.num_hidden_layers = 0
         super().__init__(without_layers, num_kv_head, **kwargs)
         self.config = config
-        self.layout = CacheLayout(config)
+        self.attention, self.layout = select_attention(config), CacheLayout(config)
 
         slots = config.neuron_config.kv_cache_batch_size + config.neuron_config.kv_cache_padding_size
         ranks = get_tensor_model_parallel_size()
@@ -214,9 +215,15 @@ class Qwen35CacheManager(KVCacheManager):
         seq_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LayerState:
-        """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B]."""
+        """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B].
+
+        A kernel reads a cache where it is, since a cut would be a copy: it gets all positions, and where it finds the
+        slots of its rows itself, all slots.
+        """
         state = self.layer_state(idx)
         if isinstance(state, KeyValue):
+            if self.attention.reads_cache(phase, seq_len) and self._kernel_finds_slots(phase, seq_ids):
+                return state
             state = KeyValue(*(entry[:, :, :seq_len] for entry in state))
         return type(state)(*(self.rows_of(entry, seq_ids, phase) for entry in state))
 
@@ -226,6 +233,12 @@ class Qwen35CacheManager(KVCacheManager):
         if seq_ids is None or rows_are_slots(phase, seq_ids.shape[0], slots):
             return entry[:slots]
         return entry.index_select(0, seq_ids.clamp(0, slots - 1))
+
+    def _kernel_finds_slots(self, phase: Phase, seq_ids: torch.Tensor | None) -> bool:
+        """Whether row b is in slot b, or the kernel of the phase takes the slots of its rows."""
+        if phase is Phase.CONTINUATION:
+            return True
+        return seq_ids is None or rows_are_slots(phase, seq_ids.shape[0], self.kv_cache_batch_size)
 
     def update_kv_by_layer_id(  # type: ignore[override]
         self,

@@ -1,12 +1,13 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Launching the DeltaNet kernels from the model, on a device or in the emulator.
+"""Launching the kernels from the model, on a device or in the emulator.
 
 Every launch has a grid of the physical cores that a logical core has: NKI takes a launch without one for LNC=1, and
 a grid that differs from the LNC in use is an error at run time (nki/api/nki/__init__.py, jit). No argument is None, for
 which NKI 0.3.0 compiles on every call (see `nki_kernels.fused_chunked`).
 
-Letters: B batch, S or T tokens, H value heads, Hk key heads, K key dim, V value dim, Ch conv channels, W conv kernel.
+Letters: B batch, S or T tokens, H value heads, Hk key heads, K key dim, V value dim, Ch conv channels, W conv kernel;
+of attention N query heads, M KV heads, E head dim, P positions of the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernel_selection import DeltaNetInverse, DeltaNetKernel
+from ..kernel_selection import ATTENTION_TILE, DeltaNetInverse, DeltaNetKernel
+from ..nki_kernels.attention_continuation import attention_continuation
+from ..nki_kernels.attention_decode import attention_decode
+from ..nki_kernels.attention_prefill import attention_prefill
 from ..nki_kernels.chunked import deltanet_chunk_step
 from ..nki_kernels.commit_layer import deltanet_commit_layer
 from ..nki_kernels.decode_layer import deltanet_decode_layer
@@ -178,3 +182,59 @@ def commit(
     tensors = (keys, u, g, recurrent_state, qkv, conv_state, accepted.to(torch.int32))
     outputs: Any = deltanet_commit_layer[cores](*(x.contiguous() for x in tensors))
     return outputs
+
+
+def attend_prompt(cores: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The contract of `ops.causal_attention`, by `attention_prefill`; on the meta device, shape and dtype only."""
+    if q.is_meta:
+        return torch.empty_like(q)
+    return _cut(attention_prefill[cores](*_padded(q, k, v)), q)
+
+
+def attend_cached(
+    cores: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    bucket: int,
+) -> torch.Tensor:
+    """The contract of `ops.cached_attention` for up to 8 tokens, by `attention_decode`; row b is in slot b.
+
+    q [B, N, T, E], k and v [B, M, T, E], caches [slots, M, P, E] of which the first `bucket` positions are read,
+    lengths [B] int32; on the meta device, shape and dtype only.
+    """
+    if q.is_meta:
+        return torch.empty_like(q)
+    tensors = (x.contiguous() for x in (q, k, v, k_cache, v_cache, lengths))
+    output: torch.Tensor = attention_decode[cores](*tensors, bucket)
+    return output
+
+
+def continue_cached(
+    cores: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    slots: torch.Tensor,
+    bucket: int,
+) -> torch.Tensor:
+    """The same for a chunk of a prompt, by `attention_continuation`, with the slots [B] int32 of its rows."""
+    if q.is_meta:
+        return torch.empty_like(q)
+    caches = (k_cache.contiguous(), v_cache.contiguous())
+    return _cut(attention_continuation[cores](*_padded(q, k, v), *caches, lengths, slots, bucket), q)
+
+
+def _padded(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """[B, heads, S, E] with S padded to a multiple of 128: no real token sees what comes after it."""
+    return [F.pad(x, (0, 0, 0, -x.shape[2] % ATTENTION_TILE)).contiguous() for x in tensors]
+
+
+def _cut(padded: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return padded[:, :, : like.shape[2]]

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Context encoding: causal grouped-query attention at head_dim 256.
+"""Context encoding: causal grouped-query attention at head_dim 64, 128 or 256.
 
 The specification is `qwen35.ops.causal_attention`.
 """
@@ -8,17 +8,20 @@ The specification is `qwen35.ops.causal_attention`.
 from dataclasses import dataclass
 from typing import Any
 
+from .attention_pieces import (
+    MASKED,
+    TILE,
+    Pool,
+    check_dtypes,
+    check_heads,
+    make_identity,
+    make_pool,
+    parts,
+    take,
+    width,
+)
 from .common import Tensor
 from .nki_seam import nisa, nki, nl
-
-HEAD_DIM = 256
-"""head_dim of Qwen3.5's full-attention layers."""
-
-TILE = 128
-"""Tokens of a query tile and of a key tile: rows and columns of the Tensor engine."""
-
-HALVES = HEAD_DIM // TILE
-"""Accumulating matmuls that contract over head_dim."""
 
 GROUP = 4
 """Key tiles of a block: its 512 float32 scores per query fill one PSUM bank of 2 KiB
@@ -30,9 +33,6 @@ LOOKAHEAD = 2
 QUERY_LEAD = 2
 """Rows by which Q^T runs ahead of the scores."""
 
-MASKED = -1e30
-"""Added to the scores of future keys: exp gives 0, and bfloat16 and float32 hold it."""
-
 MAX_TOKENS = 4096
 """Longest sequence in bfloat16; half of it in float32. SBUF then holds K^T and V of two heads, and two rows of scores
 and three of p."""
@@ -42,11 +42,11 @@ and three of p."""
 class Row(nl.NKIObject):
     """One query tile of one head on its way through the stages, which set the fields from q_t in this order.
 
-    q_t: [128(d), 2, 128(q)] operand type, Q^T times 256^-0.5, which is a power of two and loses nothing.
+    q_t: [width(d), parts, 128(q)] operand type, Q^T.
     stats: [128(q), 2 blocks + 3] float32, see Pools; the sum is that of p before it is rounded.
-    scores: [128(q), keys] float32, of the visible keys, in whole tiles.
+    scores: [128(q), keys] float32, of the visible keys, in whole tiles, times E^-0.5.
     p: [128(q), keys] operand type, exp(score - maximum).
-    o: [128(q), 256] float32 in PSUM, the sum of p V so far.
+    o: [128(q), E] float32 in PSUM, the sum of p V so far.
     """
 
     b: int
@@ -64,7 +64,7 @@ class Row(nl.NKIObject):
 class KeyValue(nl.NKIObject):
     """One key-value head of one sequence.
 
-    k_t: [128(d), 2, S] operand type. v: [128(token), S / 128, 256] operand type. tiles: key tiles loaded so far.
+    k_t: [width(d), parts, S] operand type. v: [128(token), S / 128, E] operand type. tiles: key tiles loaded so far.
     """
 
     b: int
@@ -75,20 +75,12 @@ class KeyValue(nl.NKIObject):
 
 
 @dataclass
-class Pool(nl.NKIObject):
-    """Buffers of one shape, taken in turn: writing to one waits for what used it that many turns ago."""
-
-    tiles: list[Any]
-    taken: int = 0
-
-
-@dataclass
 class Pools(nl.NKIObject):
     """Buffers of a launch. PSUM: score, moved and product take 3, 3 and 2 banks, all there are.
 
-    score: [128, 512] float32. moved: [128, 4, 128] operand type. product: [128, 256] float32.
-    rows: [128, 256] operand type, of Q. k_rows: [128, 4, 256] operand type.
-    q_t: [128, 2, 128], p_t: [128, 4, 128], p: [128, S], o: [128, 256], all operand type. scores: [128, S] float32.
+    score: [128, 512] float32. moved: [128, 4, 128] operand type. product: [128, E] float32.
+    rows: [128, E] operand type, of Q. k_rows: [128, 4, E] operand type.
+    q_t: [width, parts, 128], p_t: [128, 4, 128], p: [128, S], o: [128, E], all operand type. scores: [128, S] float32.
     stats: [128, 2 blocks + 3] float32: maxima and sums of the blocks, -maximum, sum and its inverse.
     """
 
@@ -115,7 +107,7 @@ class Constants(nl.NKIObject):
 
 @nki.jit
 def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(Q K^T / 16 + causal mask) V for whole sequences of a layer.
+    """softmax(Q K^T / sqrt(E) + causal mask) V for whole sequences of a layer.
 
     Pseudocode, per core with its rows (a row is 128 queries of one head):
 
@@ -123,7 +115,7 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             K^T = transpose(K)                                  # Tensor engine, as the rows reach the keys
             for each tile i of 128 queries, for each head of the group:
                 for each block of 512 keys up to the diagonal:
-                    s[block] = Q_i K[block]^T                   # two matmuls of contraction 128
+                    s[block] = Q_i K[block]^T                   # two matmuls of contraction 128 where E is 256
                     s[last 128] += mask                         # a third one; key tiles beyond are never touched
                     m[block] = max(s[block])                    # the same instruction moves s to SBUF
                 p = exp(s - max(m)), l = sum(p)                 # float32
@@ -132,14 +124,14 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 out_i = O_i / l
 
     Dimensions:
-        B batch, S tokens, M key-value heads, N = M G query heads (head h reads key-value head h // G), head_dim 256.
+        B batch, S tokens, M key-value heads, N = M G query heads (head h reads key-value head h // G), E head dim.
 
     Args:
-        q: [B, N, S, 256] float32 or bfloat16, after its norm and rotary embedding, not scaled.
-        k, v: [B, M, S, 256], the same type.
+        q: [B, N, S, E] float32 or bfloat16, after its norm and rotary embedding, not scaled.
+        k, v: [B, M, S, E], the same type.
 
     Returns:
-        out: [B, N, S, 256] in the type of q.
+        out: [B, N, S, E] in the type of q.
 
     Notes:
         Launch grid: none, 1, or 2 for LNC=2, which deals the rows of a key-value head to the cores in turn; each core
@@ -153,7 +145,7 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cores: 25 us for 512 tokens, 60 us for 1024, 165 us for 2048 (docs/figures.md).
         Loops are unrolled over S, so code grows with S^2: 1972 instructions a core for those 2048 tokens.
     """
-    B, N, S, _ = q.shape
+    B, N, S, E = q.shape
     M = k.shape[1]
     _check(q, k, v)
     out = nl.ndarray(q.shape, dtype=q.dtype, buffer=nl.shared_hbm)
@@ -168,19 +160,21 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for i in range((S // TILE) * (N // M)):
                 if i % cores == core:
                     rows.append(Row(b=b, head=m * (N // M) + i % (N // M), tile=i // (N // M), kv=len(heads) - 1))
-    pools = _make_pools(S, q.dtype)
+    pools = _make_pools(S, E, q.dtype)
 
     transposed = []  # blocks of p; the last one has yet to be copied to SBUF
     for step in range(-QUERY_LEAD, len(rows) + LOOKAHEAD):
-        scored, used = step, step - LOOKAHEAD
+        scored, known, used = step, step - 1, step - LOOKAHEAD
         blocks = 0
-        if scored >= 0 and scored < len(rows):
-            blocks = _blocks(rows[scored])
-        if used >= 0:
-            blocks = max(blocks, _blocks(rows[used]))
+        for row in rows[max(used, 0) : max(scored + 1, 0)]:
+            blocks = max(blocks, _blocks(row))
+        if known >= 0 and known < len(rows):
+            _find_maximum(rows[known], pools)
         for j in range(blocks):
             if scored >= 0 and scored < len(rows) and j < _blocks(rows[scored]):
                 _score_block(rows[scored], j, heads[rows[scored].kv], pools, constants)
+            if known >= 0 and known < len(rows) and j < _blocks(rows[known]):
+                _exponentiate_block(rows[known], j)
             if used >= 0 and j < _blocks(rows[used]):
                 transposed.append((rows[used], j, _transpose_block(rows[used], j, pools)))
                 if len(transposed) > 1:
@@ -190,8 +184,6 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             coming = rows[step + QUERY_LEAD]
             _need_keys(heads[coming.kv], coming.tile + 1, k, v, pools)
             _load_query(coming, q, pools)
-        if scored >= 0 and scored < len(rows):
-            _exponentiate(rows[scored], pools)
     if len(transposed) > 0:
         row, block, p_t = transposed[len(transposed) - 1]
         _multiply_block(row, block, p_t, heads[row.kv], pools, out)
@@ -200,14 +192,12 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Shapes and types that the kernel takes."""
-    B, N, S, D = q.shape
+    B, N, S, E = q.shape
     M = k.shape[1]
-    assert D == HEAD_DIM, f"head_dim is {D}: {HEAD_DIM} is needed"
-    assert k.shape == (B, M, S, D), f"k has shape {k.shape}, expected {(B, M, S, D)} from q"
+    check_heads(N, M, E)
+    assert k.shape == (B, M, S, E), f"k has shape {k.shape}, expected {(B, M, S, E)} from q"
     assert v.shape == k.shape, f"v has shape {v.shape}, k {k.shape}: they must be equal"
-    assert N % M == 0, f"{N} query heads are not a multiple of {M} key-value heads"
-    assert q.dtype == k.dtype and v.dtype == k.dtype, f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one type is needed"
-    assert q.dtype == nl.float32 or q.dtype == nl.bfloat16, f"q is {q.dtype}: float32 or bfloat16 is needed"
+    check_dtypes(q.dtype, k.dtype, v.dtype)
     limit = MAX_TOKENS if q.dtype == nl.bfloat16 else MAX_TOKENS // 2
     assert S % TILE == 0 and S <= limit, f"S={S}: a multiple of {TILE} up to {limit} is needed"
 
@@ -222,54 +212,29 @@ def _tiles(row: Row, j: int) -> int:
     return min(GROUP, row.tile + 1 - j * GROUP)
 
 
-def _pool(count: int, shape: tuple[int, ...], dtype: Any, buffer: Any) -> Pool:
-    """`count` buffers."""
-    tiles = []
-    for _ in range(count):
-        tiles.append(nl.ndarray(shape, dtype=dtype, buffer=buffer))
-    return Pool(tiles=tiles)
-
-
-def _take(pool: Pool) -> Tensor:
-    """The buffer that was taken longest ago."""
-    pool.taken += 1
-    return pool.tiles[(pool.taken - 1) % len(pool.tiles)]
-
-
-def _make_pools(S: int, dtype: Any) -> Pools:
-    """Buffers for sequences of S tokens."""
+def _make_pools(S: int, E: int, dtype: Any) -> Pools:
+    """Buffers for sequences of S tokens with head dim E."""
     blocks = (S + GROUP * TILE - 1) // (GROUP * TILE)
     return Pools(
-        score=_pool(3, (TILE, GROUP * TILE), nl.float32, nl.psum),
-        moved=_pool(3, (TILE, GROUP, TILE), dtype, nl.psum),
-        product=_pool(2, (TILE, HEAD_DIM), nl.float32, nl.psum),
-        rows=_pool(4, (TILE, HEAD_DIM), dtype, nl.sbuf),
-        k_rows=_pool(2, (TILE, GROUP, HEAD_DIM), dtype, nl.sbuf),
-        q_t=_pool(QUERY_LEAD + 1, (TILE, HALVES, TILE), dtype, nl.sbuf),
-        p_t=_pool(3, (TILE, GROUP, TILE), dtype, nl.sbuf),
-        p=_pool(LOOKAHEAD + 1, (TILE, S), dtype, nl.sbuf),
-        o=_pool(4, (TILE, HEAD_DIM), dtype, nl.sbuf),
-        scores=_pool(2, (TILE, S), nl.float32, nl.sbuf),
-        stats=_pool(QUERY_LEAD + LOOKAHEAD + 2, (TILE, 2 * blocks + 3), nl.float32, nl.sbuf),
+        score=make_pool(3, (TILE, GROUP * TILE), nl.float32, nl.psum),
+        moved=make_pool(3, (TILE, GROUP, TILE), dtype, nl.psum),
+        product=make_pool(2, (TILE, E), nl.float32, nl.psum),
+        rows=make_pool(4, (TILE, E), dtype, nl.sbuf),
+        k_rows=make_pool(2, (TILE, GROUP, E), dtype, nl.sbuf),
+        q_t=make_pool(QUERY_LEAD + 1, (width(E), parts(E), TILE), dtype, nl.sbuf),
+        p_t=make_pool(3, (TILE, GROUP, TILE), dtype, nl.sbuf),
+        p=make_pool(LOOKAHEAD + 1, (TILE, S), dtype, nl.sbuf),
+        o=make_pool(4, (TILE, E), dtype, nl.sbuf),
+        scores=make_pool(2, (TILE, S), nl.float32, nl.sbuf),
+        stats=make_pool(QUERY_LEAD + LOOKAHEAD + 2, (TILE, 2 * blocks + 3), nl.float32, nl.sbuf),
     )
 
 
 def _make_constants() -> Constants:
     """Identity and the mask of the diagonal, made on chip."""
-    ones = nl.ndarray((TILE, TILE), dtype=nl.bfloat16, buffer=nl.sbuf)
     zeros = nl.ndarray((TILE, TILE), dtype=nl.bfloat16, buffer=nl.sbuf)
-    identity = nl.ndarray((TILE, TILE), dtype=nl.bfloat16, buffer=nl.sbuf)
     mask = nl.ndarray((TILE, TILE), dtype=nl.bfloat16, buffer=nl.sbuf)
-    nisa.memset(dst=ones, value=1.0, engine=nisa.engine.vector)
     nisa.memset(dst=zeros, value=0.0, engine=nisa.engine.vector)
-    nisa.affine_select(
-        dst=identity,
-        pattern=[[-1, TILE]],
-        channel_multiplier=1,
-        on_true_tile=ones,
-        on_false_value=0.0,
-        cmp_op=nl.equal,
-    )
     nisa.affine_select(
         dst=mask,
         pattern=[[-1, TILE]],
@@ -278,108 +243,113 @@ def _make_constants() -> Constants:
         on_false_value=MASKED,
         cmp_op=nl.greater_equal,
     )
-    return Constants(identity=identity, mask=mask)
+    return Constants(identity=make_identity(TILE, nl.bfloat16), mask=mask)
 
 
 def _need_keys(head: KeyValue, tiles: int, k: Tensor, v: Tensor, pools: Pools) -> None:
     """Load K^T and V up to the block that contains key tile `tiles - 1`, as far as they are not there yet."""
-    S = k.shape[2]
+    _, _, S, E = k.shape
     if head.tiles == 0:
-        head.k_t = nl.ndarray((TILE, HALVES, S), dtype=k.dtype, buffer=nl.sbuf)
-        head.v = nl.ndarray((TILE, S // TILE, HEAD_DIM), dtype=v.dtype, buffer=nl.sbuf)
+        head.k_t = nl.ndarray((width(E), parts(E), S), dtype=k.dtype, buffer=nl.sbuf)
+        head.v = nl.ndarray((TILE, S // TILE, E), dtype=v.dtype, buffer=nl.sbuf)
     for first in range(head.tiles, tiles, GROUP):
         count = min(GROUP, S // TILE - first)
-        k_rows = _take(pools.k_rows)
+        k_rows = take(pools.k_rows)
         for c in range(count):
             tokens = (first + c) * TILE
             nisa.dma_copy(dst=k_rows[:, c, :], src=k[head.b, head.head, tokens : tokens + TILE, :])
         for c in range(count):
             tokens = (first + c) * TILE
             nisa.dma_copy(dst=head.v[:, first + c, :], src=v[head.b, head.head, tokens : tokens + TILE, :])
-        for half in range(HALVES):
-            moved = _take(pools.moved)
+        for part in range(parts(E)):
+            moved = take(pools.moved)
             for c in range(count):
-                rows = k_rows[:, c, half * TILE : (half + 1) * TILE]
-                nisa.nc_transpose(dst=moved[:, c, :], data=rows, engine=nisa.engine.tensor)
-            columns = head.k_t[:, half, first * TILE : (first + count) * TILE]
-            nisa.tensor_copy(dst=columns, src=moved[:, 0:count, :], engine=nisa.engine.vector)
+                rows = k_rows[:, c, part * TILE : part * TILE + width(E)]
+                nisa.nc_transpose(dst=moved[0 : width(E), c, :], data=rows, engine=nisa.engine.tensor)
+            columns = head.k_t[:, part, first * TILE : (first + count) * TILE]
+            nisa.tensor_copy(dst=columns, src=moved[0 : width(E), 0:count, :], engine=nisa.engine.vector)
         head.tiles = first + count
 
 
 def _load_query(row: Row, q: Tensor, pools: Pools) -> None:
-    """Load Q of a row, transpose and scale it."""
+    """Load Q of a row and transpose it."""
+    E = q.shape[3]
     tokens = row.tile * TILE
-    q_rows = _take(pools.rows)
-    moved = _take(pools.moved)
-    row.q_t = _take(pools.q_t)
+    q_rows = take(pools.rows)
+    moved = take(pools.moved)
+    row.q_t = take(pools.q_t)
     nisa.dma_copy(dst=q_rows, src=q[row.b, row.head, tokens : tokens + TILE, :])
-    for half in range(HALVES):
-        columns = q_rows[:, half * TILE : (half + 1) * TILE]
-        nisa.nc_transpose(dst=moved[:, half, :], data=columns, engine=nisa.engine.tensor)
-    nisa.activation(dst=row.q_t, op=nl.copy, data=moved[:, 0:HALVES, :], scale=HEAD_DIM**-0.5)
-    row.stats = _take(pools.stats)
+    for part in range(parts(E)):
+        columns = q_rows[:, part * TILE : part * TILE + width(E)]
+        nisa.nc_transpose(dst=moved[0 : width(E), part, :], data=columns, engine=nisa.engine.tensor)
+    nisa.activation(dst=row.q_t, op=nl.copy, data=moved[0 : width(E), 0 : parts(E), :])
+    row.stats = take(pools.stats)
 
 
 def _score_block(row: Row, j: int, head: KeyValue, pools: Pools, constants: Constants) -> None:
     """Scores of one block and their maximum; the diagonal is masked in PSUM."""
     if j == 0:
-        row.scores = _take(pools.scores)
+        row.scores = take(pools.scores)
     first, count = j * GROUP * TILE, _tiles(row, j) * TILE
-    bank = _take(pools.score)
+    bank = take(pools.score)
     scores = bank[:, 0:count]
-    for half in range(HALVES):
+    E = head.v.shape[2]
+    for part in range(parts(E)):
         nisa.nc_matmul(
             dst=scores,
-            stationary=row.q_t[:, half, :],
-            moving=head.k_t[:, half, first : first + count],
-            accumulate=half > 0,
+            stationary=row.q_t[:, part, :],
+            moving=head.k_t[:, part, first : first + count],
+            accumulate=part > 0,
         )
     if j + 1 == _blocks(row):
         diagonal = bank[:, count - TILE : count]
         nisa.nc_matmul(dst=diagonal, stationary=constants.identity, moving=constants.mask, accumulate=True)
-    # One pass of the Vector engine frees the bank and gives the maximum.
+    # One pass of the Vector engine frees the bank, scales the scores and gives the maximum.
     nisa.tensor_scalar_reduce(
         dst=row.scores[:, first : first + count],
         data=scores,
         op0=nl.multiply,
-        operand0=1.0,
+        operand0=E**-0.5,
         reduce_op=nl.maximum,
         reduce_res=row.stats[:, j : j + 1],
     )
 
 
-def _exponentiate(row: Row, pools: Pools) -> None:
-    """p and its sums, once all scores of the row are known."""
+def _find_maximum(row: Row, pools: Pools) -> None:
+    """-maximum, once all scores of the row are known."""
     n = _blocks(row)
-    maxima, sums = row.stats[:, 0:n], row.stats[:, n : 2 * n]
-    neg_max = row.stats[:, 2 * n : 2 * n + 1]
-    row.p = _take(pools.p)
-    nisa.tensor_reduce(dst=neg_max, op=nl.maximum, data=maxima, axis=1, negate=True)
-    for j in range(n):
-        first, count = j * GROUP * TILE, _tiles(row, j) * TILE
-        nisa.activation_reduce(
-            dst=row.p[:, first : first + count],
-            op=nl.exp,
-            data=row.scores[:, first : first + count],
-            bias=neg_max,
-            reduce_op=nl.add,
-            reduce_res=sums[:, j : j + 1],
-        )
+    row.p = take(pools.p)
+    nisa.tensor_reduce(dst=row.stats[:, 2 * n : 2 * n + 1], op=nl.maximum, data=row.stats[:, 0:n], axis=1, negate=True)
+
+
+def _exponentiate_block(row: Row, j: int) -> None:
+    """p and its sum of one block. Between those of a row, the Scalar engine moves transposes of the row before."""
+    n = _blocks(row)
+    first, count = j * GROUP * TILE, _tiles(row, j) * TILE
+    nisa.activation_reduce(
+        dst=row.p[:, first : first + count],
+        op=nl.exp,
+        data=row.scores[:, first : first + count],
+        bias=row.stats[:, 2 * n : 2 * n + 1],
+        reduce_op=nl.add,
+        reduce_res=row.stats[:, n + j : n + j + 1],
+    )
 
 
 def _transpose_block(row: Row, j: int, pools: Pools) -> Tensor:
     """P^T of one block: [128(key), tiles, 128(q)] operand type."""
     n = _blocks(row)
-    if j == 0:  # the row was exponentiated LOOKAHEAD rows ago: the Vector engine does not wait for its sums
+    if j == 0:  # the row was exponentiated a row ago: the Vector engine does not wait for its sums
         total, inverse = row.stats[:, 2 * n + 1 : 2 * n + 2], row.stats[:, 2 * n + 2 : 2 * n + 3]
         nisa.tensor_reduce(dst=total, op=nl.add, data=row.stats[:, n : 2 * n], axis=1)
         nisa.reciprocal(dst=inverse, data=total)
     first, count = j * GROUP * TILE, _tiles(row, j)
-    moved, p_t = _take(pools.moved), _take(pools.p_t)
+    moved, p_t = take(pools.moved), take(pools.p_t)
     for c in range(count):
         keys = row.p[:, first + c * TILE : first + (c + 1) * TILE]
         nisa.nc_transpose(dst=moved[:, c, :], data=keys, engine=nisa.engine.tensor)
-    nisa.tensor_copy(dst=p_t[:, 0:count, :], src=moved[:, 0:count, :], engine=nisa.engine.vector)
+    # The Vector engine, which moves the scores, would take longer than the matmuls.
+    nisa.tensor_copy(dst=p_t[:, 0:count, :], src=moved[:, 0:count, :], engine=nisa.engine.scalar)
     return p_t
 
 
@@ -387,11 +357,11 @@ def _multiply_block(row: Row, j: int, p_t: Tensor, head: KeyValue, pools: Pools,
     """O += P V of one block; after the last one the row is normalised and stored."""
     n = _blocks(row)
     if j == 0:
-        row.o = _take(pools.product)
+        row.o = take(pools.product)
     for c in range(_tiles(row, j)):
         nisa.nc_matmul(dst=row.o, stationary=p_t[:, c, :], moving=head.v[:, j * GROUP + c, :], accumulate=j + c > 0)
     if j + 1 == n:
         tokens = row.tile * TILE
-        o = _take(pools.o)
+        o = take(pools.o)
         nisa.activation(dst=o, op=nl.copy, data=row.o, scale=row.stats[:, 2 * n + 2 : 2 * n + 3])
         nisa.dma_copy(dst=out[row.b, row.head, tokens : tokens + TILE, :], src=o)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators in plain PyTorch: the specification of the NKI kernels, and what DeltaNet layers run on a CPU."""
 
+from .cached_attention import cached_attention
 from .causal_attention import causal_attention
 from .causal_conv import causal_conv, commit_conv
 from .gated_delta_rule import (
@@ -16,6 +17,7 @@ from .gated_delta_rule import (
 
 __all__ = [
     "CHUNK_SIZE",
+    "cached_attention",
     "causal_attention",
     "causal_conv",
     "chunk_gated_delta_rule",

@@ -7,6 +7,7 @@ them: grid, device, arguments, and what moves data between HBM and the chip.
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ import nki_emulator.isa
 from qwen35 import ops
 from qwen35.kernel_selection import KERNEL_ENVIRONMENT, DeltaNetInverse, DeltaNetKernel
 from qwen35.layers import gated_deltanet
+from qwen35.layers.attention import NeuronQwen35Attention
 from qwen35.layers.cache import DeltaNetState
-from qwen35.layers.kernel_launch import commit, decode, prefill, verify
+from qwen35.layers.kernel_launch import attend_cached, attend_prompt, commit, continue_cached, decode, prefill, verify
 from qwen35.nki_kernels.fused_chunked import deltanet_fused_chunked_layer
 from qwen35.nki_kernels.nki_seam import EMULATED
 from qwen35.phase import Phase
@@ -26,7 +28,7 @@ from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.serving.prompts import encode, load_tokenizer
 from support.compare import assert_close
 from support.kernel_cases import make_case
-from support.models import load_neuron, neuron_greedy
+from support.models import load_neuron, neuron_greedy, random_prompts, save_heads
 from support.own_kernels import Launches, all_kernels, recorded_launches, small_arguments
 
 emulated = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
@@ -101,6 +103,141 @@ def test_the_fused_kernel_is_right_on_what_the_mini_computes(
         expected = ops.recurrent_gated_delta_rule(*(x.double() for x in (q, k, v, g, beta)))
         for actual, reference in zip(deltanet_fused_chunked_layer(q, k, v, g, beta), expected, strict=True):
             assert (actual.double() - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+SPLIT = dict(prefill_chunk_size=16, is_continuous_batching=True, ctx_batch_size=1)
+"""Prompts come in chunks of 16, one at a time, and go to one of two slots: the kernel is told which."""
+
+
+def test_the_mini_says_the_same_through_the_attention_kernels_in_the_emulator() -> None:
+    encoded = encode(load_tokenizer(MINI_CHECKPOINT), ["The capital of France is", "3 + 4 ="])
+    prompts = [
+        ids[: int(n)].tolist() for ids, n in zip(encoded["input_ids"], encoded["attention_mask"].sum(1), strict=True)
+    ]
+    results = [
+        neuron_greedy(load_neuron(MINI_CHECKPOINT, batch_size=2, attention_kernel=kernel), prompts, 6)
+        for kernel in ("nki", "torch")
+    ]
+    assert torch.equal(results[0][0], results[1][0])
+    # float32 kernels: 1e-6 of the largest output of a layer, through two of them.
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options"),
+    [
+        (64, SPLIT),
+        (128, SPLIT),
+        (256, SPLIT),
+        (256, {}),
+        (256, {"enable_bucketing": True, "prefill_chunk_size": 128}),
+    ],
+    ids=["64 in chunks", "128 in chunks", "256 in chunks", "256 whole", "256 in buckets"],
+)
+def test_a_model_says_the_same_through_the_attention_kernels(
+    head_dim: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    # Three query heads share each of two KV heads; the longer prompt has several chunks.
+    save_heads(tmp_path, head_dim, num_attention_heads=6)
+    prompts = random_prompts([40, 5])
+    results = []
+    for kernel in ("nki", "torch"):
+        model = load_neuron(tmp_path, batch_size=2, seq_len=256, attention_kernel=kernel, **options)
+        with recorded_launches() as launches:
+            results.append(neuron_greedy(model, prompts, 4))
+        assert bool(launches.compiled) == (kernel == "nki")
+    assert torch.equal(results[0][0], results[1][0])
+    # float32 kernels: 1e-6 of the largest output of a layer, and logits of order one.
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=0)
+
+
+def test_kernels_of_attention_are_chosen_by_phase(tmp_path: Path) -> None:
+    save_heads(tmp_path, 64)
+    of_phase = {"context_encoding": "prefill", "continuation": "continuation", "token_generation": "decode"}
+    for phase, kernel in of_phase.items():
+        kernels = {name: "nki" if name == phase else "torch" for name in of_phase}
+        model = load_neuron(tmp_path, attention_kernel=kernels, prefill_chunk_size=8)
+        with recorded_launches() as launches:
+            neuron_greedy(model, random_prompts([12]), 2)
+        assert {key[0] for key in launches.compiled} == {f"attention_{kernel}"}
+
+
+class Specifications:
+    """What the kernels compute, in their place: the seam to NxDI is tested where no kernel runs."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def attend_prompt(self, cores: int, *tensors: torch.Tensor) -> torch.Tensor:
+        self.calls.append("prompt")
+        return ops.causal_attention(*tensors)
+
+    def attend_cached(self, cores: int, *tensors: Any) -> torch.Tensor:
+        *tensors, bucket = tensors
+        self.calls.append(f"decode {bucket}")
+        return ops.cached_attention(*tensors)
+
+    def continue_cached(self, cores: int, *tensors: Any) -> torch.Tensor:
+        q, k, v, k_cache, v_cache, lengths, slots, bucket = tensors
+        self.calls.append(f"continue {bucket}")
+        return ops.cached_attention(q, k, v, k_cache[slots], v_cache[slots], lengths)
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({}, {"prompt", "decode 256"}),
+        ({"prefill_chunk_size": 16}, {"prompt", "continue 256", "decode 256"}),
+        (
+            {"prefill_chunk_size": 16, "is_continuous_batching": True, "ctx_batch_size": 1, "enable_bucketing": True},
+            {"prompt", "continue 128", "decode 128"},
+        ),
+    ],
+    ids=["whole", "chunks", "slots"],
+)
+def test_the_model_gives_the_kernels_what_they_attend_to(
+    options: dict[str, Any], calls: set[str], backend: str, tmp_path: Path
+) -> None:
+    save_heads(tmp_path, 64, num_attention_heads=6)
+    prompts = random_prompts([40, 5])
+    results, specifications = [], Specifications()
+    for kernel in ("nki", "torch"):
+        model = load_neuron(tmp_path, batch_size=2, seq_len=256, attention_kernel=kernel, **options)
+        for submodel in model.models:
+            for module in submodel.model.modules():
+                if isinstance(module, NeuronQwen35Attention):
+                    module.launches = specifications
+        results.append(neuron_greedy(model, prompts, 4))
+    assert {*specifications.calls} == calls
+    assert torch.equal(results[0][0], results[1][0])
+    # float32 sums in another order: 1e-6 of the largest output of a layer, and logits of order one.
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=0)
+
+
+@emulated
+@pytest.mark.parametrize("kernel", ["nki", "torch"])
+def test_a_kernel_reads_the_cache_where_it_is(kernel: str, tmp_path: Path) -> None:
+    save_heads(tmp_path, 64)
+    model = load_neuron(tmp_path, batch_size=2, seq_len=256, attention_kernel=kernel, **SPLIT)
+    manager = model.models[0].model.kv_mgr
+    layer = manager.layout.is_linear.index(False)
+    for phase, seq_ids in ((Phase.CONTINUATION, [1]), (Phase.TOKEN_GENERATION, [0, 1])):
+        state = manager.get_kv_by_layer_id(layer, 128, phase, seq_ids=torch.tensor(seq_ids))
+        whole = manager.layer_state(layer)
+        for part, entry in zip(state, whole, strict=True):
+            assert (part.data_ptr() == entry.data_ptr() and part.shape == entry.shape) is (kernel == "nki")
+
+
+def test_on_the_meta_device_attention_has_a_shape_and_runs_nothing() -> None:
+    q, k, cache = (torch.empty(shape, device="meta") for shape in ((2, 6, 3, 64), (2, 1, 3, 64), (2, 1, 256, 64)))
+    rows = torch.empty(2, dtype=torch.int32, device="meta")
+    for out in (
+        attend_prompt(2, q, k, k),
+        attend_cached(2, q, k, k, cache, cache, rows, 128),
+        continue_cached(2, q, k, k, cache, cache, rows, rows, 128),
+    ):
+        assert out.is_meta and out.shape == q.shape
 
 
 # --- Launches --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nki_emulator
 from nki_emulator import costs
-from qwen35.nki_kernels.attention_prefill import HEAD_DIM, attention_prefill
+from qwen35.nki_kernels.attention_prefill import attention_prefill
 from qwen35.nki_kernels.nki_seam import EMULATED
 from qwen35.ops import causal_attention
 from support.compare import assert_close
@@ -24,20 +24,20 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 def make_inputs(
-    S: int, G: int, dtype: torch.dtype, B: int = 1, M: int = 1, spread: float = 2.0
+    S: int, G: int, dtype: torch.dtype, B: int = 1, M: int = 1, spread: float = 2.0, E: int = 256
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normal q, k, v; `spread` is the standard deviation of the scores after scaling."""
     rng = torch.Generator().manual_seed(S + G)
-    q, k, v = (torch.randn(B, heads, S, HEAD_DIM, generator=rng) for heads in (M * G, M, M))
+    q, k, v = (torch.randn(B, heads, S, E, generator=rng) for heads in (M * G, M, M))
     return (q * spread).to(dtype), k.to(dtype), v.to(dtype)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(256)) v over keys up to the query, in float64."""
+    """softmax(q k^T / sqrt(E)) v over keys up to the query, in float64."""
     q, k, v = q.double(), k.double(), v.double()
     G, S = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
-    scores = q @ k.transpose(2, 3) * HEAD_DIM**-0.5
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
     future = torch.ones(S, S, dtype=torch.bool).triu(1)
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
 
@@ -65,6 +65,13 @@ def test_matches_softmax_attention(S: int, G: int, dtype: torch.dtype) -> None:
 def test_any_grid_covers_all_sequences_and_heads(grid: int | None, dtype: torch.dtype) -> None:
     inputs = make_inputs(256, 3, dtype, B=2, M=2)
     check(run(*inputs, grid=grid), *inputs)
+
+
+@DTYPES
+@pytest.mark.parametrize("E", [64, 128])
+def test_matches_at_smaller_head_dims(E: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(640, 3, dtype, E=E)
+    check(run(*inputs), *inputs)
 
 
 @pytest.mark.parametrize("spread", [0.0, 100.0])
@@ -100,7 +107,7 @@ def test_27b_shape_fits_and_keeps_the_tensor_engine_busy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("S", "D", "message"), [(200, 256, "multiple of 128"), (128, 128, "head_dim is 128"), (8192, 256, "up to 4096")]
+    ("S", "D", "message"), [(200, 256, "multiple of 128"), (128, 96, "head_dim is 96"), (8192, 256, "up to 4096")]
 )
 def test_rejects_other_shapes(S: int, D: int, message: str) -> None:
     x = torch.zeros(1, 1, S, D, dtype=torch.bfloat16)
