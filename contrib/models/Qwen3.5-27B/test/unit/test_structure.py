@@ -25,7 +25,7 @@ UNIT_TESTS = Path(__file__).parent
 
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"error_text"}, {"hardware"}, {"ops"}, {"phase"}),
-    ({"json_files"},),
+    ({"json_files"}, {"fp8_form"}),
     ({"nxdi"}, {"nki_kernels"}),
     ({"kernel_selection", "configuration_qwen35", "configuration_qwen35_vl"},),
     ({"weights"},),

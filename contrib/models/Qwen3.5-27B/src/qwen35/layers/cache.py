@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..configuration_qwen35 import LINEAR_ATTENTION, Qwen35InferenceConfig
+from ..fp8_form import FP8, FP8_MAX
 from ..nxdi import KVCacheManager, get_tensor_model_parallel_size
 from ..phase import Phase, real_tokens
 
@@ -149,15 +150,21 @@ class Qwen35CacheManager(KVCacheManager):
         seq_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LayerState:
-        """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B]."""
+        """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B].
+
+        Keys and values that are kept in fp8 come in torch_dtype.
+        """
         state = self.layer_state(idx)
         if isinstance(state, KeyValue):
             state = KeyValue(*(entry[:, :, :seq_len] for entry in state))
         slots = self.kv_cache_batch_size
         if seq_ids is None or rows_are_slots(phase, seq_ids.shape[0], slots):
-            return type(state)(*(entry[:slots] for entry in state))
-        slot_of_row = seq_ids.clamp(0, slots - 1)
-        return type(state)(*(entry.index_select(0, slot_of_row) for entry in state))
+            entries = [entry[:slots] for entry in state]
+        else:
+            slot_of_row = seq_ids.clamp(0, slots - 1)
+            entries = [entry.index_select(0, slot_of_row) for entry in state]
+        dtype = self.neuron_config.torch_dtype
+        return type(state)(*(entry.to(dtype) if entry.dtype == FP8 else entry for entry in entries))
 
     def update_kv_by_layer_id(  # type: ignore[override]
         self,
@@ -219,7 +226,12 @@ def write_tokens(
     positions = torch.where(real, positions, last_position)
     heads = torch.arange(cache.shape[1], device=seq_ids.device)
     indices = (slots.unsqueeze(1).int(), heads.view(1, -1, 1).int(), positions.unsqueeze(1).int())
-    return (cache.index_put_ if cache.is_cpu else cache.index_put)(indices, rows.to(cache.dtype))
+    return (cache.index_put_ if cache.is_cpu else cache.index_put)(indices, as_kept(rows, cache.dtype))
+
+
+def as_kept(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values in the dtype of a cache; NxDI's cast to fp8 does not clamp, and 448 is NaN on Trainium."""
+    return (rows.clamp(-FP8_MAX, FP8_MAX) if dtype == FP8 else rows).to(dtype)
 
 
 def write_slots(cache: torch.Tensor, rows: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
