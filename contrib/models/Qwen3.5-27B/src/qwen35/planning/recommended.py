@@ -36,6 +36,8 @@ def device_neuron_config(
     dtype: torch.dtype | None = None,
     prompt_bucket: int | None = None,
     on_cpu: bool = False,
+    weights_dtype: str | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Qwen35NeuronConfig:
     """Settings for a device: `batch` sequences of `seq_len` tokens, whose prompts are encoded one at a time.
 
@@ -58,6 +60,8 @@ def device_neuron_config(
         logical_nc_config=1 if on_cpu else DEFAULT_LNC.value,
         on_cpu=on_cpu,
         instance=None if instance is None else instance.name,
+        weights_dtype=weights_dtype,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 

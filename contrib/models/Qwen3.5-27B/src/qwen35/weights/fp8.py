@@ -124,19 +124,24 @@ def quantise_per_channel(name: str, matrix: torch.Tensor | ScaledMatrix) -> PerC
         matrix.check()
         if matrix.is_per_channel():
             return PerChannel(matrix.weight, matrix.scale.float())
-    shape = matrix.weight.shape if isinstance(matrix, ScaledMatrix) else matrix.shape
-    found = PerChannel(torch.empty(shape, dtype=FP8), torch.empty(shape[0], 1))
+    rows = matrix.weight.shape[0] if isinstance(matrix, ScaledMatrix) else matrix.shape[0]
+    scale = torch.empty(rows, 1)
+    return PerChannel(torch.cat(list(channel_rows(name, matrix, scale))), scale)
+
+
+def channel_rows(name: str, matrix: torch.Tensor | ScaledMatrix, scale: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of `quantise_per_channel`, some at a time; their scales are written to `scale` [rows, 1]."""
     for part, rows in _float_rows(matrix):
-        found.scale[part] = channel_scales(name, rows)
-        found.weight[part] = (rows / found.scale[part]).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
-    return found
+        scale[part] = channel_scales(name, rows)
+        yield rows.div_(scale[part]).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _float_rows(matrix: torch.Tensor | ScaledMatrix) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows at a time in float32, for the caller to change."""
     if isinstance(matrix, ScaledMatrix):
         yield from ((part, matrix.rows(part)) for part in row_pieces(matrix.weight))
     else:
-        yield from ((part, matrix[part].float()) for part in row_pieces(matrix))
+        yield from ((part, matrix[part].to(torch.float32, copy=True)) for part in row_pieces(matrix))
 
 
 def build_weight(build: Callable[..., torch.Tensor], sources: list[PerChannel]) -> torch.Tensor:
