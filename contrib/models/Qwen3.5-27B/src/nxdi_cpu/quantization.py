@@ -9,7 +9,6 @@ the scales of its rows, of a row-parallel one all of them.
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections.abc import Callable, MutableMapping
 from typing import Any
@@ -265,9 +264,7 @@ def convert(
 
     Left as they are: layers whose own name, or a part of whose path, is in `modules_to_not_convert`.
     """
-    require_inert("convert", mapping=mapping, include=include, default_q_config=q_config is None)
-    if not inplace:
-        module = copy.deepcopy(module)
+    require_inert("convert", mapping=mapping, include=include, default_q_config=q_config is None, copy=not inplace)
     kept = modules_to_not_convert or []
     for path, parent in list(module.named_modules()):
         for name, child in list(parent.named_children()):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwen35 import Qwen35VLInferenceConfig
 from qwen35.nxdi import NXDI_AVAILABLE
-from qwen35.serving.loading import MINI_CHECKPOINT
+from qwen35.serving.generation import TextGenerator
+from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
 from support.compare import assert_close
 from support.fp8_cases import MULTIPLES, dequantised, rounded, save_published, save_published_mini, write
 from support.models import TINY, load_neuron, neuron_greedy, random_prompts, save_checkpoint
@@ -147,3 +149,32 @@ def test_keys_and_values_in_fp8_change_answers_little_and_take_a_quarter_of_floa
     assert relative < 0.05  # 2^-4 at most of each key and value
     kinds = [(e.dtype, x.nbytes // e.nbytes) for e, x in zip(model.cache_entries()[0], exact_entries, strict=True)]
     assert kinds == [(torch.float32, 1)] * 6 + [(torch.float8_e4m3fn, 4)] * 2
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+@needs_transformers_5
+@pytest.mark.parametrize("kept_in_fp8", [False, True], ids=["dequantised", "kept in fp8"])
+def test_a_published_checkpoint_answers_questions_about_pictures(tmp_path: Path, kept_in_fp8: bool) -> None:
+    """Its vision encoder is in bfloat16, and stays as it is."""
+    from mini_images import held_out_images
+
+    save_published_mini(tmp_path / "fp8")
+    asked = held_out_images(12)
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": picture.frames[0]}, {"type": "text", "text": question.text}],
+            }
+        ]
+        for picture, question in asked
+    ]
+    neuron_config = default_neuron_config(256, len(asked), weights_dtype="fp8" if kept_in_fp8 else None)
+    config = Qwen35VLInferenceConfig.from_pretrained(tmp_path / "fp8", neuron_config=neuron_config)
+    generator = TextGenerator.load(tmp_path / "fp8", config)
+    vision = load_file(MINI_CHECKPOINT / "model.safetensors")
+    weight = generator.model.vision.state_dict()["blocks.0.attn.proj.weight"]
+    assert torch.equal(weight, vision["model.visual.blocks.0.attn.proj.weight"].to(weight.dtype))
+    texts = generator.chat(conversations, max_new_tokens=6).texts
+    right = sum(text == f"{question.answer}." for text, (_, question) in zip(texts, asked, strict=True))
+    assert right >= 11, texts  # 97% in bfloat16

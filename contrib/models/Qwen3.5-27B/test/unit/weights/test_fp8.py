@@ -253,7 +253,7 @@ def test_fp8_weights_without_a_word_in_config_json_are_refused() -> None:
     with pytest.raises(ConversionError) as caught:
         convert_checkpoint(published(random_weights()), _config(1, TINY))
     (problem,) = caught.value.problems
-    assert "quantised with fp8" in problem
+    assert "quantised with fp8" in problem and "download config.json again" in problem
 
 
 @pytest.mark.parametrize("method", ["blocks", "rows"])
