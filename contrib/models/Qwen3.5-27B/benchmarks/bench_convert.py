@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -58,6 +59,8 @@ class Figures:
     anonymous: int
     resident: int
     seconds: float
+    cpu_seconds: float
+    """Of all threads: what is left of the time where others use the machine."""
 
     @property
     def bound(self) -> int:
@@ -122,18 +125,18 @@ def measure_quantize(source: Path, output: Path) -> Figures:
     return _figures(source, list(output.glob("*.safetensors")), *peaks)
 
 
-def _figures(source: Path, files: list[Path], anonymous: int, resident: int, seconds: float) -> Figures:
+def _figures(source: Path, files: list[Path], *peaks: Any) -> Figures:
     shards = [file.stat().st_size for file in source.glob("*.safetensors")]
-    return Figures(sum(shards), max(shards), max(file.stat().st_size for file in files), anonymous, resident, seconds)
+    return Figures(sum(shards), max(shards), max(file.stat().st_size for file in files), *peaks)
 
 
-def _in_fresh_process(*arguments: str) -> tuple[int, int, float]:
+def _in_fresh_process(*arguments: str) -> tuple[int, int, float, float]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_run, *arguments).result()
 
 
-def _run(*arguments: str) -> tuple[int, int, float]:
-    """(peak of anonymous memory, peak of resident memory, seconds), in this process."""
+def _run(*arguments: str) -> tuple[int, int, float, float]:
+    """(peak of anonymous memory, peak of resident memory, seconds, CPU seconds), in this process."""
     before, peak, done = _status(), 0, threading.Event()
 
     def sample() -> None:
@@ -143,15 +146,15 @@ def _run(*arguments: str) -> tuple[int, int, float]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     with redirect_stdout(sys.stderr):
         failed = qwen35_command(arguments)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     done.set()
     sampler.join()
     if failed:
         raise RuntimeError(f"qwen35 {arguments[0]} failed; its message is above")
-    return peak - before["RssAnon"], _status()["VmHWM"] - before["VmRSS"], seconds
+    return peak - before["RssAnon"], _status()["VmHWM"] - before["VmRSS"], seconds, cpu
 
 
 def _status() -> dict[str, int]:
@@ -188,6 +191,7 @@ def main() -> None:
     for name, nbytes in rows.items():
         print(f"{name:<24} {nbytes / 1e9:>7.3f} GB")
     print(f"{'time':<24} {figures.seconds:>7.1f} s   {figures.source / figures.seconds / 1e9:.2f} GB/s")
+    print(f"{'CPU time':<24} {figures.cpu_seconds:>7.1f} s")
 
 
 if __name__ == "__main__":
