@@ -40,6 +40,9 @@ REAL_MODULES = {
     "model_builder": [f"{_NXD}.trace.model_builder"],
     "model_wrapper": [f"{_NXDI}.models.model_wrapper"],
     "parallel_state": [f"{_NXD}.parallel_layers.parallel_state", f"{_NXD}.parallel_layers.mappings"],
+    "quantization": [
+        f"{_NXD}.quantization.{name}" for name in ("quantization_layers", "quantization_config", "quantize")
+    ],
     "sampling": [f"{_NXDI}.modules.generation.sampling"],
     "sharding": [f"{_NXD}.trace.trace"],
 }
@@ -111,7 +114,7 @@ def describe(value: Any, members: Collection[str] = ()) -> Facts:
 
 def _describe_member(member: Any) -> Any:
     if isinstance(member, enum.Enum):
-        return member.value
+        return member.value if isinstance(member.value, str | int) else repr(member.value)
     return "property" if isinstance(member, property) else parameters(_function(member))
 
 

@@ -24,6 +24,7 @@ from .parallel_state import (
     get_tensor_model_parallel_group,
     model_parallel_is_initialized,
 )
+from .quantization import BaseQuantizeParallelLinear
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 Checkpoint = MutableMapping[str, torch.Tensor]
@@ -76,6 +77,11 @@ def _pad_heads(tensor: torch.Tensor, dim: int, heads: int, groups: int, padded_h
     shape = list(grouped.shape)
     shape[dim + 1] = divide(padded_heads - heads, groups)
     return torch.cat([grouped, grouped.new_zeros(shape)], dim=dim + 1).flatten(dim, dim + 2)
+
+
+def _parts_of(layer: nn.Module) -> tuple[str, ...]:
+    """The names of the tensors of a linear layer without bias."""
+    return ("weight", "scale") if isinstance(layer, BaseQuantizeParallelLinear) else ("weight",)
 
 
 def _repeat_heads(tensor: torch.Tensor, heads: int, target_heads: int) -> torch.Tensor:
@@ -205,15 +211,14 @@ class GroupQueryAttention_QKV(BaseGroupQueryAttention):
     def preshard_hook(self, model_state_dict: Checkpoint, prefix: str) -> bool:
         own = prefix.rsplit(".", 1)[0]
         parent = own.rsplit(".", 1)[0]
-
-        def take(name: str) -> torch.Tensor:
-            return model_state_dict.pop(f"{parent}.{name}.weight")
-
-        model_state_dict[f"{own}.q_proj.weight"] = self._pad_query_heads(take("q_proj"), 0)
-        for name in ("k_proj", "v_proj"):
-            model_state_dict[f"{own}.{name}.weight"] = _repeat_heads(
-                take(name), self._src_num_key_value_heads, self.num_key_value_heads
-            )
+        for name, layer in self.named_children():
+            for part in _parts_of(layer):
+                tensor = model_state_dict.pop(f"{parent}.{name}.{part}")
+                model_state_dict[f"{own}.{name}.{part}"] = (
+                    self._pad_query_heads(tensor, 0)
+                    if name == "q_proj"
+                    else _repeat_heads(tensor, self._src_num_key_value_heads, self.num_key_value_heads)
+                )
         return True
 
 
@@ -275,8 +280,10 @@ class GroupQueryAttention_O(BaseGroupQueryAttention):
     def preshard_hook(self, model_state_dict: Checkpoint, prefix: str) -> bool:
         own = prefix.rsplit(".", 1)[0]
         parent = own.rsplit(".", 1)[0]
-        weight = model_state_dict.pop(f"{parent}.{self.layer_name}.weight")
-        model_state_dict[f"{own}.o_proj.weight"] = self._pad_query_heads(weight, 1)
+        for part in _parts_of(self.o_proj):
+            tensor = model_state_dict.pop(f"{parent}.{self.layer_name}.{part}")
+            # The scales of a row-parallel layer are of its outputs, which have no heads.
+            model_state_dict[f"{own}.o_proj.{part}"] = self._pad_query_heads(tensor, 1) if part == "weight" else tensor
         return True
 
 

@@ -200,6 +200,8 @@ class NeuronConfig:
     # Features that a model may refuse
     quantized: bool = False
     quantized_checkpoints_path: str | None = None
+    quantization_type: str = "per_tensor_symmetric"
+    quantization_dtype: str = "int8"
     kv_cache_quant: bool = False
     kv_quant_config: Any = None
     activation_quantization_type: str | None = None

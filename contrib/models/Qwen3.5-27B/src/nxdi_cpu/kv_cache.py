@@ -39,6 +39,8 @@ class KVCacheManager(nn.Module):
         self.kv_cache_padding_size = self.neuron_config.kv_cache_padding_size
         self.batch_size = self.neuron_config.batch_size
         self.cache_dtype = self.neuron_config.attention_dtype or self.neuron_config.torch_dtype
+        if self.neuron_config.kv_quant_config is not None:
+            self.cache_dtype = self.neuron_config.kv_quant_config.quant_dtype
         self._init_kv_shape(config)
         self.past_key_values = nn.ParameterList(
             nn.Parameter(torch.zeros(shape, dtype=self.cache_dtype), requires_grad=False)

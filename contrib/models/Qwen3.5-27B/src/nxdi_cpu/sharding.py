@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from .layers import BaseParallelLinear, ParallelEmbedding, SPMDRank, divide, require_inert
+from .quantization import BaseQuantizeParallelLinear
 
-_SHARDED_MODULES = (BaseParallelLinear, ParallelEmbedding, SPMDRank)
+_SHARDED_MODULES = (BaseParallelLinear, BaseQuantizeParallelLinear, ParallelEmbedding, SPMDRank)
 
 Checkpoint = MutableMapping[str, torch.Tensor]
 

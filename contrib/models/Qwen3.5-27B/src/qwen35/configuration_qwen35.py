@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from .error_text import first_three, one_line, shown
+from .fp8_form import FP8, MODULES_NOT_CONVERTED, Fp8Form, parse_fp8
 from .hardware import INSTANCES
 from .json_files import read_json
 from .kernel_selection import AttentionKernel, DeltaNetInverse, DeltaNetKernel, attention_problems, kernel_problems
-from .nxdi import InferenceConfig, NeuronConfig
+from .nxdi import InferenceConfig, KVQuantizationConfig, NeuronConfig
 
 LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
@@ -109,8 +110,17 @@ MOST_SPECULATIVE_TOKENS = 7
 _OFF = "num_speculative_tokens=0"
 _ONE_ROW = "the DeltaNet state is one row per sequence, compiled for one batch size, never paged, shared or windowed"
 _PLAIN_ATTENTION = "the full-attention layers take NxDI's plain path (heads of 256 dims, an output gate)"
-_ONE_DTYPE = "weights and caches are kept in torch_dtype"
+_MATRICES_ONLY = "of the weights, weights_dtype='fp8' puts the matrices in fp8, and activations are not quantised"
 _TP_ONLY = "of the parallel modes only tp_degree is implemented"
+# NxDI's fields for what weights_dtype and kv_cache_dtype ask for. Two of its defaults are int8 and a scale per tensor.
+_FP8_WEIGHTS: dict[str, Any] = {
+    "quantized": True,
+    "quantization_type": "per_channel_symmetric",
+    "quantization_dtype": "f8e4m3",
+    "modules_to_not_convert": MODULES_NOT_CONVERTED,
+}
+_FP8_KV_CACHE: dict[str, Any] = {"kv_cache_quant": True, "kv_quant_config": None}
+_NXDI_SWITCHES = ("quantized", "kv_cache_quant", "kv_quant_config")
 # NeuronConfig features that Qwen3.5 does without: (fields, the only value supported, why). None and False are the same.
 _NEURON_FIXED: tuple[tuple[str, Any, str], ...] = (
     ("padding_side", "right", "the DeltaNet state is read after the last real token of a right-padded row"),
@@ -124,8 +134,8 @@ _NEURON_FIXED: tuple[tuple[str, Any, str], ...] = (
     ("attn_block_tkg_nki_kernel_enabled attn_block_cte_nki_kernel_enabled", False, _PLAIN_ATTENTION),
     ("qkv_kernel_enabled qkv_nki_kernel_enabled out_proj_kernel_enabled", False, _PLAIN_ATTENTION),
     ("mlp_kernel_enabled mlp_tkg_nki_kernel_enabled", False, "the MLP takes the compiler's path"),
-    ("quantized kv_cache_quant quantized_mlp_kernel_enabled", False, _ONE_DTYPE),
-    ("kv_quant_config activation_quantization_type", None, _ONE_DTYPE),
+    ("quantized_mlp_kernel_enabled", False, _MATRICES_ONLY),
+    ("activation_quantization_type", None, _MATRICES_ONLY),
     ("cp_degree mlp_cp_degree attention_dp_degree pp_degree ep_degree", 1, _TP_ONLY),
     ("sequence_parallel_enabled vocab_parallel", False, _TP_ONLY),
     ("layer_boundary_markers", False, "the marker calls have no CPU form"),
@@ -145,6 +155,9 @@ class Qwen35ConfigError(ValueError):
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and activations may be, by name."""
+
+FP8_NAME = "fp8"
+"""The one value of `weights_dtype` and `kv_cache_dtype` beside None."""
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -166,6 +179,11 @@ class Qwen35NeuronConfig(NeuronConfig):
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
         output_prompt_logits: give the logits after every token of a prompt, not only after the last one: a program then
             returns a bucket's tokens times the vocabulary in float32.
+        weights_dtype: "fp8" keeps the matrices of the layers in float8_e4m3fn with a scale per output channel, on
+            NxDI's quantised layers, whatever the checkpoint has them in: half the memory. `fp8_form.KEPT` lists what
+            stays in torch_dtype. None keeps all in torch_dtype.
+        kv_cache_dtype: "fp8" keeps keys and values in float8_e4m3fn, clamped to +-240, without scales; None keeps them
+            in torch_dtype.
         instance: where the model will run, a key of `hardware.INSTANCES`: compiling for a device then first checks that
             it fits there. It is not guessed, since one machine may compile for another; None checks nothing.
         num_speculative_tokens: tokens that the checkpoint's MTP head drafts a step, 0 to 7; 0 decodes without it.
@@ -181,9 +199,13 @@ class Qwen35NeuronConfig(NeuronConfig):
         output_prompt_logits: bool = False,
         instance: str | None = None,
         num_speculative_tokens: int = 0,
+        weights_dtype: str | None = None,
+        kv_cache_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("cast_type", "as-declared")
+        # NxDI wants another checkpoint's path with `quantized`, and a saved kv_quant_config comes back as a dictionary.
+        nxdi_fields = {name: kwargs.pop(name) for name in (*_FP8_WEIGHTS, *_FP8_KV_CACHE) if name in kwargs}
         if prefill_chunk_size is not None:
             kwargs["max_context_length"] = prefill_chunk_size
         self.prefill_chunk_size, self.output_prompt_logits = prefill_chunk_size, output_prompt_logits
@@ -199,6 +221,13 @@ class Qwen35NeuronConfig(NeuronConfig):
         )
         self.instance = instance
         self.num_speculative_tokens = num_speculative_tokens
+        self.weights_dtype, self.kv_cache_dtype = weights_dtype, kv_cache_dtype
+        if weights_dtype == FP8_NAME:
+            nxdi_fields |= _FP8_WEIGHTS
+        if kv_cache_dtype == FP8_NAME:
+            nxdi_fields |= _FP8_KV_CACHE | {"kv_quant_config": KVQuantizationConfig()}
+        for name, value in nxdi_fields.items():
+            setattr(self, name, value)
 
 
 class Qwen35InferenceConfig(InferenceConfig):
@@ -415,6 +444,18 @@ class Qwen35InferenceConfig(InferenceConfig):
     def linear_attention_layers(self) -> list[int]:
         return [i for i, kind in enumerate(self.layer_types) if kind == LINEAR_ATTENTION]
 
+    @property
+    def fp8_form(self) -> Fp8Form | None:
+        """How the checkpoint scales its fp8 weights, or None where its config.json says of none."""
+        value = getattr(self, "quantization_config", None)
+        return parse_fp8(value) if isinstance(value, Mapping) else None
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """dtype of the matrices of the layers: torch_dtype, or fp8."""
+        dtype: torch.dtype = FP8 if self.neuron_config.quantized else self.neuron_config.torch_dtype
+        return dtype
+
     def padded_num_attention_heads(self, tp_degree: int) -> int:
         """Attention heads once NxDI has added zero heads, as many to each KV group, to fill `tp_degree` ranks."""
         return int(self.num_attention_heads + -self.num_attention_heads % tp_degree)
@@ -552,7 +593,14 @@ def _quantisation_problem(config: Qwen35InferenceConfig) -> str | None:
             elif value.keys() & {"load_in_4bit", "load_in_8bit"}:
                 method = "bitsandbytes"
         form = f"quantised with {_QUANTISERS.get(str(method), method)}" if method else "quantised"
-        return f"{name}={shown(value)}: the checkpoint is {form}, which is not read; use the bf16 checkpoint"
+        why = "which is not read"
+        if name == "quantization_config" and isinstance(value, Mapping):
+            try:
+                if parse_fp8(value) is not None:
+                    continue
+            except ValueError as error:
+                why = f"and {error}"
+        return f"{name}={shown(value)}: the checkpoint is {form}, {why}; use the bf16 checkpoint"
     return None
 
 
@@ -684,7 +732,14 @@ def _speculation_problems(config: Qwen35InferenceConfig) -> Iterator[str]:
 def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[str]:
     """Problems of the run settings, by themselves and against the checkpoint."""
     neuron = config.neuron_config
-    for names, supported, reason in _NEURON_FIXED:
+    fixed = list(_NEURON_FIXED)
+    for name, fields in (("weights_dtype", _FP8_WEIGHTS), ("kv_cache_dtype", _FP8_KV_CACHE)):
+        value = getattr(neuron, name, None)  # a plain NeuronConfig has neither
+        if value is None:
+            fixed += [(field, None, f"{name}={FP8_NAME!r} sets it") for field in fields if field in _NXDI_SWITCHES]
+        elif value != FP8_NAME:
+            yield f"{name}={shown(value)} is not supported; set it to {FP8_NAME!r}, or None for torch_dtype"
+    for names, supported, reason in fixed:
         for name in names.split():
             value = getattr(neuron, name, supported)  # absent: this NxDI has no such feature
             if value != supported and not (value in (None, False) and supported in (None, False)):

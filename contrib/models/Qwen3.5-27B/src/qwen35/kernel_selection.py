@@ -125,11 +125,9 @@ def select_attention(config: Any) -> AttentionChoice:
     """The attention kernels that a `Qwen35InferenceConfig` runs."""
     neuron = config.neuron_config
     kernels = {phase: AttentionKernel(name) for phase, name in _configured_attention(config).items()}
-    if neuron.on_cpu:
-        kernels = {
-            phase: AttentionKernel.TORCH if kernel is AttentionKernel.AUTO else kernel
-            for phase, kernel in kernels.items()
-        }
+    for phase, kernel in kernels.items():
+        if kernel is AttentionKernel.AUTO and (neuron.on_cpu or (phase.reads_cache and _fp8_cache(config))):
+            kernels[phase] = AttentionKernel.TORCH
     chunk = getattr(neuron, "prefill_chunk_size", None) or 0
     return AttentionChoice(
         kernels=kernels,
@@ -168,12 +166,19 @@ def _nki_problems(config: Any, phases: Collection[Phase], malformed: Collection[
     if Phase.CONTINUATION in phases and chunk is not None and chunk > most:
         yield f"takes chunks of at most {most} tokens, not prefill_chunk_size={chunk}; lower it, or use 'auto'"
     buckets = [neuron.max_length, *(getattr(neuron, "token_generation_buckets", None) or ())]
+    if _fp8_cache(config) and any(phase.reads_cache for phase in phases):
+        yield "reads keys and values of torch_dtype, not kv_cache_dtype='fp8'; use 'auto', or leave kv_cache_dtype out"
     odd = [bucket for bucket in buckets if bucket % ATTENTION_TILE]
     if odd and any(phase.reads_cache for phase in phases):
         yield (
             f"reads the cache in multiples of {ATTENTION_TILE} positions, not {odd[0]}; make seq_len and the buckets "
             "of token generation multiples of it, or use 'auto'"
         )
+
+
+def _fp8_cache(config: Any) -> bool:
+    """Whether keys and values are cached in fp8, which no kernel reads."""
+    return getattr(config.neuron_config, "kv_cache_dtype", None) is not None
 
 
 def _most_tokens(config: Any, phase: Phase) -> int:

@@ -27,10 +27,11 @@ import torch
 from torch import nn
 
 from .configuration_qwen35 import LINEAR_ATTENTION, Qwen35InferenceConfig
+from .fp8_form import FP8
 from .layers.attention import NeuronQwen35Attention
 from .layers.cache import CacheLayout, DeltaNetState, DeltaNetTokens, KeyValue, LayerState, Qwen35CacheManager
 from .layers.gated_deltanet import NeuronGatedDeltaNet
-from .layers.linear import output_head, token_embedding
+from .layers.linear import output_head, token_embedding, use_fp8
 from .layers.mlp import make_mlp
 from .layers.norms import Qwen35RMSNorm
 from .memory.counting import RankBytes, count_bytes
@@ -121,6 +122,8 @@ class NeuronQwen35Model(MTPPrograms):
         self.mtp = None
         if config.num_speculative_tokens > 0:
             self.mtp = NeuronQwen35MTP(config, NeuronQwen35DecoderLayer(config, config.num_hidden_layers))
+        if config.matrix_dtype == FP8:
+            use_fp8(self)
         # The layers work in place, which autograd refuses, and NxDI leaves it on when it traces and when it runs.
         self.requires_grad_(False)
 
@@ -549,6 +552,14 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         if outputs.logits is not None:
             outputs.logits = outputs.logits[..., : self.vocab_size]  # the rest pads the head to whole ranks
         return outputs
+
+    def checkpoint_loader_fn(self, mmap: bool = False) -> MutableMapping[str, torch.Tensor]:
+        """The checkpoint of `config._name_or_path` if that exists, else of `model_path`, in the Neuron layout.
+
+        NxDI's would look for another one where weights are in fp8.
+        """
+        path = getattr(self.config, "_name_or_path", None)
+        return self.get_state_dict(path if path and os.path.exists(path) else self.model_path, self.config)
 
     @classmethod
     def get_state_dict(

@@ -40,6 +40,7 @@ _MODULES = {
     "FlashAttentionStrategy": (f"{_NXDI}.modules.attention.attention_base", "nxdi_cpu.attention"),
     "HuggingFaceGenerationAdapter": (f"{_NXDI}.utils.hf_adapter", "nxdi_cpu.hf_adapter"),
     "InferenceConfig": (f"{_NXDI}.models.config", "nxdi_cpu.config"),
+    "KVQuantizationConfig": (f"{_NXD}.quantization.quantization_config", "nxdi_cpu.quantization"),
     "KVCacheManager": (f"{_NXDI}.modules.kvcache.kv_cache_manager", "nxdi_cpu.kv_cache"),
     "ModelWrapper": (f"{_NXDI}.models.model_wrapper", "nxdi_cpu.model_wrapper"),
     "NeuronApplicationBase": (f"{_NXDI}.models.application_base", "nxdi_cpu.application_base"),
@@ -51,6 +52,11 @@ _MODULES = {
     "OnDeviceSamplingConfig": (f"{_NXDI}.models.config", "nxdi_cpu.config"),
     "ParallelEmbedding": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
     "RowParallelLinear": (f"{_NXD}.parallel_layers.layers", "nxdi_cpu.layers"),
+    "convert": (f"{_NXD}.quantization.quantize", "nxdi_cpu.quantization"),
+    "get_default_per_channel_custom_qconfig_dict": (
+        f"{_NXD}.quantization.quantization_config",
+        "nxdi_cpu.quantization",
+    ),
     "get_tensor_model_parallel_size": (f"{_NXD}.parallel_layers.parallel_state", "nxdi_cpu.parallel_state"),
     "invoke_preshard_hook": (f"{_NXD}.trace.trace", "nxdi_cpu.sharding"),
     "load_pretrained_config": (f"{_NXDI}.utils.hf_adapter", "nxdi_cpu.hf_adapter"),
@@ -79,6 +85,7 @@ if TYPE_CHECKING:
         ModelWrapper,
     )
     from nxdi_cpu.parallel_state import get_tensor_model_parallel_size
+    from nxdi_cpu.quantization import KVQuantizationConfig, convert, get_default_per_channel_custom_qconfig_dict
     from nxdi_cpu.sharding import invoke_preshard_hook, shard_children
 else:
     # A module is imported when a name of it is first asked for, since some of them load all of transformers.
@@ -168,6 +175,7 @@ __all__ = [
     "HuggingFaceGenerationAdapter",
     "InferenceConfig",
     "KVCacheManager",
+    "KVQuantizationConfig",
     "ModelWrapper",
     "NeuronApplicationBase",
     "NeuronAttentionBase",
@@ -179,6 +187,8 @@ __all__ = [
     "ParallelEmbedding",
     "RowParallelLinear",
     "as_rank",
+    "convert",
+    "get_default_per_channel_custom_qconfig_dict",
     "get_tensor_model_parallel_size",
     "invoke_preshard_hook",
     "load_pretrained_config",

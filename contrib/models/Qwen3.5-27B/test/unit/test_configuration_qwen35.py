@@ -543,6 +543,26 @@ def test_an_unsupported_feature_is_refused_with_reason_and_remedy(field: str, va
     the_only(refuse({field: value}), f"{field}={value!r} is not supported: ", f"; set {field}=")
 
 
+@pytest.mark.parametrize("field", ["weights_dtype", "kv_cache_dtype"])
+@pytest.mark.parametrize("value", ["int8", "FP8", "float8_e4m3fn", torch.float8_e4m3fn, 8, True])
+def test_weights_and_caches_are_in_fp8_or_in_torch_dtype(field: str, value: Any) -> None:
+    the_only(refuse({field: value}), f"{field}={value!r} is not supported", "set it to 'fp8', or None")
+
+
+def test_fp8_sets_what_nxdi_asks_for_and_survives_saving(tmp_path: Path) -> None:
+    config = make({"weights_dtype": "fp8", "kv_cache_dtype": "fp8"})
+    config.save(str(tmp_path))
+    for neuron in (config.neuron_config, Qwen35InferenceConfig.load(str(tmp_path)).neuron_config):
+        assert (neuron.weights_dtype, neuron.kv_cache_dtype) == ("fp8", "fp8")
+        assert neuron.quantized is True and neuron.quantization_type == "per_channel_symmetric"
+        # With another name NxDI passes no flag that lets the compiler take torch's e4m3 for Trainium's.
+        assert neuron.quantization_dtype == "f8e4m3" and neuron.kv_cache_quant is True
+        assert neuron.kv_quant_config.quant_dtype == torch.float8_e4m3fn and neuron.kv_quant_config.direct_cast
+        assert {"lm_head", "in_proj_ba"} <= set(neuron.modules_to_not_convert)
+    assert config.matrix_dtype == torch.float8_e4m3fn
+    assert make().matrix_dtype == torch.bfloat16 and make().neuron_config.kv_quant_config is None
+
+
 def test_false_is_as_good_as_none_for_a_feature_left_out() -> None:
     assert make({"attn_kernel_enabled": False}).neuron_config.attn_kernel_enabled is False
 

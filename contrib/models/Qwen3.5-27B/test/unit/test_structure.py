@@ -27,7 +27,7 @@ VLLM_TESTS = (UNIT_TESTS / "qwen35_vllm", UNIT_TESTS.parent / "vllm_lane")
 
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"error_text"}, {"hardware"}, {"ops"}, {"phase"}),
-    ({"json_files"},),
+    ({"json_files"}, {"fp8_form"}),
     ({"nxdi"}, {"nki_kernels"}),
     ({"kernel_selection", "configuration_qwen35", "configuration_qwen35_vl"},),
     ({"weights"},),

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import chat, compile, convert, generate, kernels, plan
+from . import chat, compile, convert, generate, kernels, plan, quantize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qwen35", description="Qwen3.5 on AWS Trainium, or on this CPU.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, chat, compile, convert, plan, kernels):
+    for command in (generate, chat, compile, convert, quantize, plan, kernels):
         command.add_parser(commands)
     return parser

@@ -141,5 +141,5 @@ def _config(options: ChatOptions) -> Qwen35InferenceConfig:
     if options.tp != 1:
         raise ValueError(f"--tp {options.tp}: a chat on a CPU has one rank, which reads the questions; leave it out")
     chunk_size = min(CHUNK_SIZE, options.seq_len)
-    neuron_config = default_neuron_config(options.seq_len, 1, 1, options.dtype, chunk_size)
+    neuron_config = default_neuron_config(options.seq_len, 1, 1, options.dtype, chunk_size, **options.fp8)
     return Qwen35InferenceConfig.from_pretrained(options.checkpoint, neuron_config=neuron_config)

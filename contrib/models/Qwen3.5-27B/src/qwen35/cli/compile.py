@@ -51,7 +51,10 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--recommended",
         choices=RECOMMENDED,
-        help="of 'qwen35 plan --recommended', in place of --tp, --dtype, --seq-len, --batch, --instance; for a device",
+        help=(
+            "of 'qwen35 plan --recommended', in place of --tp, --dtype, --weights-dtype, --kv-cache-dtype, --seq-len, "
+            "--batch, --instance; for a device"
+        ),
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -77,5 +80,5 @@ def _neuron_config(options: CompileOptions) -> Qwen35NeuronConfig:
         return RECOMMENDED[options.recommended].neuron_config()
     instance = None if options.instance is None else INSTANCES[options.instance]
     return device_neuron_config(
-        instance, options.tp, options.seq_len, options.batch, options.dtype, on_cpu=not NXDI_AVAILABLE
+        instance, options.tp, options.seq_len, options.batch, options.dtype, on_cpu=not NXDI_AVAILABLE, **options.fp8
     )

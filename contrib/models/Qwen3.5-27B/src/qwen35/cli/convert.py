@@ -46,7 +46,10 @@ def _run(args: argparse.Namespace) -> None:
 
     options = options_from(ConvertOptions, args)
     neuron_config = Qwen35NeuronConfig(
-        tp_degree=options.tp, torch_dtype=options.dtype or torch.bfloat16, save_sharded_checkpoint=True
+        tp_degree=options.tp,
+        torch_dtype=options.dtype or torch.bfloat16,
+        save_sharded_checkpoint=True,
+        **options.fp8,
     )
     model = options.build(NeuronQwen35ForCausalLM, neuron_config)
 

@@ -170,7 +170,7 @@ def _config(options: GenerateOptions, model_path: Path, length: int, rows: int) 
     from ..serving.loading import default_neuron_config, load_compiled_config
 
     if options.compiled is None:
-        neuron_config = default_neuron_config(length, rows, options.tp, options.dtype)
+        neuron_config = default_neuron_config(length, rows, options.tp, options.dtype, **options.fp8)
         if not neuron_config.on_cpu:
             raise ValueError("--compiled is missing: on Neuron run 'qwen35 compile DIR', then pass --compiled DIR")
         config_cls = Qwen35VLInferenceConfig if options.with_media else Qwen35InferenceConfig

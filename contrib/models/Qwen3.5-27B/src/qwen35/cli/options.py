@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..configuration_qwen35 import DTYPES, Qwen35NeuronConfig
+from ..configuration_qwen35 import DTYPES, FP8_NAME, Qwen35NeuronConfig
 from ..json_files import parse_json
 from ..nxdi import NeuronConfig
 
@@ -65,13 +65,11 @@ def dtype_named(text: str) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Which checkpoint is run, and how: the options of `add_model_options`."""
+class CheckpointOptions:
+    """Which checkpoint: the options of `add_checkpoint_options`."""
 
     model: str | None
     revision: str | None
-    tp: int
-    dtype: torch.dtype | None
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -93,6 +91,21 @@ class ModelOptions:
         return model_cls(path, model_cls.get_config_cls().from_pretrained(path, neuron_config=neuron_config))
 
 
+@dataclass(frozen=True)
+class ModelOptions(CheckpointOptions):
+    """Which checkpoint is run, and how: the options of `add_model_options`."""
+
+    tp: int
+    dtype: torch.dtype | None
+    weights_dtype: str | None
+    kv_cache_dtype: str | None
+
+    @property
+    def fp8(self) -> dict[str, Any]:
+        """What is in fp8, for a `Qwen35NeuronConfig`."""
+        return {"weights_dtype": self.weights_dtype, "kv_cache_dtype": self.kv_cache_dtype}
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ModelOptions`."""
     add_checkpoint_options(
@@ -105,6 +118,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help=f"{' or '.join(DTYPES)}; default: float32 on a CPU, bfloat16 on Neuron",
     )
+    add_fp8_options(parser)
+
+
+def add_fp8_options(parser: argparse.ArgumentParser) -> None:
+    """Add --weights-dtype and --kv-cache-dtype."""
+    parser.add_argument(
+        "--weights-dtype", choices=[FP8_NAME], help="keep the matrices of the layers in fp8, of any checkpoint"
+    )
+    parser.add_argument("--kv-cache-dtype", choices=[FP8_NAME], help="keep keys and values in fp8")
 
 
 SAMPLING = {

@@ -16,7 +16,7 @@ from ..configuration_qwen35 import DTYPES, QWEN35_PRESETS
 from ..hardware import INSTANCES
 from ..nxdi import on_stand_ins
 from ..planning.recommended import device_neuron_config
-from .options import add_checkpoint_options, dtype_named, options_from
+from .options import add_checkpoint_options, add_fp8_options, dtype_named, options_from
 
 if TYPE_CHECKING:
     from ..modeling_qwen35 import NeuronQwen35ForCausalLM
@@ -36,6 +36,8 @@ class PlanOptions:
     batch: int
     prompt_bucket: int | None
     dtype: torch.dtype
+    weights_dtype: str | None
+    kv_cache_dtype: str | None
     recommended: bool
     json: bool
     png: Path | None
@@ -66,6 +68,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--dtype", type=dtype_named, default=torch.bfloat16, metavar="DTYPE", help=f"{' or '.join(DTYPES)} (bfloat16)"
     )
+    add_fp8_options(parser)
     parser.add_argument("--recommended", action="store_true", help="list the recommended configurations of 27B instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory against context (PNG)")
@@ -96,7 +99,14 @@ def _application(options: PlanOptions) -> NeuronQwen35ForCausalLM:
     from ..serving.loading import CONFIG_FILES, resolve_checkpoint
 
     neuron_config = device_neuron_config(
-        INSTANCES[options.instance], options.tp, options.seq_len, options.batch, options.dtype, options.prompt_bucket
+        INSTANCES[options.instance],
+        options.tp,
+        options.seq_len,
+        options.batch,
+        options.dtype,
+        options.prompt_bucket,
+        weights_dtype=options.weights_dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
     )
     if options.model in QWEN35_PRESETS:
         return preset_application(options.model, neuron_config)

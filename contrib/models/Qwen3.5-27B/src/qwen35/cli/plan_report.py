@@ -43,7 +43,7 @@ def _lines(of: Plan) -> Iterator[str]:
     columns = (of.sharded, of.replicated)
     layouts = [column.layout for column in columns]
     yield (
-        f"{of.instance.name}, tp_degree={of.tp_degree}, LNC={of.lnc}, {dtype_name(of.dtype)}: "
+        f"{of.instance.name}, tp_degree={of.tp_degree}, LNC={of.lnc}, {_dtypes(of)}: "
         f"{of.slots} x {of.seq_len:,} tokens, prompts in chunks of {of.prompt_bucket:,}, {of.prompt_rows} at a time"
     )
     yield f"{'GB per rank':{_MARGIN}}{'this model':>{_WIDTH}}{'published ports':>{_WIDTH}}"
@@ -76,6 +76,13 @@ def _lines(of: Plan) -> Iterator[str]:
     yield "from"
     for figure in figures(of):
         yield f"  {figure.value:,} {figure.unit} ({figure.source})"
+
+
+def _dtypes(of: Plan | Recommended) -> str:
+    """What is in which dtype."""
+    fp8 = {"weights": of.weights_dtype, "KV": of.kv_cache_dtype}
+    named = [dtype_name(of.dtype) if isinstance(of, Plan) else "bfloat16"]
+    return ", ".join(named + [f"{what} {dtype}" for what, dtype in fp8.items() if dtype is not None])
 
 
 def _by_bucket(of: Plan, value: Callable[[Program], str]) -> Iterator[str]:
@@ -135,6 +142,8 @@ def as_json(of: Plan) -> dict[str, Any]:
     return {
         "instance": of.instance.name,
         "dtype": dtype_name(of.dtype),
+        "weights_dtype": of.weights_dtype,
+        "kv_cache_dtype": of.kv_cache_dtype,
         **{name: getattr(of, name) for name in settings},
         **columns,
         "programs_modelled": [asdict(program) for program in of.programs],
@@ -146,7 +155,7 @@ def as_json(of: Plan) -> dict[str, Any]:
 def recommended_as_markdown() -> str:
     """The recommended configurations of 27B as a table, with what each takes; times modelled."""
     head = (
-        "name", "for", "TP", "models", "sequences", "tokens each", "GB of 25.8 per rank", "TTFT of 2,048",
+        "name", "for", "dtypes", "TP", "models", "sequences", "tokens each", "GB of 25.8 per rank", "TTFT of 2,048",
         "TPOT, empty to full cache",
     )  # fmt: skip
     return "\n".join(_markdown_row(cells) for cells in (head, ["---"] * len(head), *map(_cells, RECOMMENDED.values())))
@@ -162,6 +171,7 @@ def _cells(entry: Recommended) -> list[str]:
     return [
         f"`{entry.name}`",
         entry.use,
+        _dtypes(entry),
         str(entry.tp_degree),
         str(entry.replicas),
         str(entry.batch),

@@ -137,8 +137,10 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         recent: RecentTokens | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """NxDI's for one token per row, or a kernel's. For several that follow those cached, the cache is read in blocks,
-        with a running softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] -> [B, N, S, E].
+        """NxDI's for one token per row, or a kernel's; for several that follow those cached, in blocks of the cache.
+
+        With a running softmax: Q [B, N, S, E], K and V [B, M, S, E], masks [B, 1, 1, P] and [1, 1, S, S] ->
+        [B, N, S, E].
 
         Scores of all cached tokens at once would be the largest activation by far: 1.6 GB per layer for 2,048 new
         tokens on 32K cached ones at 6 heads per rank.

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..configuration_qwen35 import LINEAR_ATTENTION, Qwen35InferenceConfig
+from ..fp8_form import FP8, FP8_MAX
 from ..kernel_selection import select_attention
 from ..nxdi import KVCacheManager, get_tensor_model_parallel_size
 from ..phase import Phase, real_tokens
@@ -218,7 +219,7 @@ class Qwen35CacheManager(KVCacheManager):
         """What layer `idx` keeps for the rows of a call, keys and values up to `seq_len`; `seq_ids` [B].
 
         A kernel reads a cache where it is, since a cut would be a copy: it gets all positions, and where it finds the
-        slots of its rows itself, all slots.
+        slots of its rows itself, all slots. Keys and values that are kept in fp8 come in torch_dtype.
         """
         state = self.layer_state(idx)
         if isinstance(state, KeyValue):
@@ -231,8 +232,10 @@ class Qwen35CacheManager(KVCacheManager):
         """The rows [B, ...] of a call in an entry [N, ...]; `seq_ids` [B]."""
         slots = self.kv_cache_batch_size
         if seq_ids is None or rows_are_slots(phase, seq_ids.shape[0], slots):
-            return entry[:slots]
-        return entry.index_select(0, seq_ids.clamp(0, slots - 1))
+            rows = entry[:slots]
+        else:
+            rows = entry.index_select(0, seq_ids.clamp(0, slots - 1))
+        return rows.to(self.neuron_config.torch_dtype) if rows.dtype == FP8 else rows
 
     def _kernel_finds_slots(self, phase: Phase, seq_ids: torch.Tensor | None) -> bool:
         """Whether row b is in slot b, or the kernel of the phase takes the slots of its rows."""
@@ -331,7 +334,12 @@ def write_tokens(
     positions = torch.where(real, positions, last_position)
     heads = torch.arange(cache.shape[1], device=seq_ids.device)
     indices = (slots.unsqueeze(1).int(), heads.view(1, -1, 1).int(), positions.unsqueeze(1).int())
-    return (cache.index_put_ if cache.is_cpu else cache.index_put)(indices, rows.to(cache.dtype))
+    return (cache.index_put_ if cache.is_cpu else cache.index_put)(indices, as_kept(rows, cache.dtype))
+
+
+def as_kept(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values in the dtype of a cache; NxDI's cast to fp8 does not clamp, and 448 is NaN on Trainium."""
+    return (rows.clamp(-FP8_MAX, FP8_MAX) if dtype == FP8 else rows).to(dtype)
 
 
 def write_slots(cache: torch.Tensor, rows: torch.Tensor, written: torch.Tensor) -> torch.Tensor:

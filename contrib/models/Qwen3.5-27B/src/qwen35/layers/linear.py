@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the linear layers of the decoder are made, so that one place decides what their weights are.
 
-NxDI's attention makes its own q, k, v and o projections. None of these layers has a bias.
+NxDI's attention makes its own q, k, v and o projections. None of these layers has a bias. Where the matrices are in
+fp8, `use_fp8` puts NxD's quantised layers in the place of all of them, those of NxDI included.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import torch
 from torch import nn
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..fp8_form import FP8, MODULES_NOT_CONVERTED
 from ..nxdi import (
     BaseParallelLinear,
     ColumnParallelLinear,
     ParallelEmbedding,
     RowParallelLinear,
+    convert,
+    get_default_per_channel_custom_qconfig_dict,
     get_tensor_model_parallel_size,
     set_tensor_model_parallel_attributes,
 )
@@ -65,6 +69,16 @@ def output_head(config: Qwen35InferenceConfig) -> ColumnParallelLinear:
         keep_padded_output=True,
         dtype=neuron_config.torch_dtype,
     )
+
+
+def use_fp8(model: nn.Module) -> None:
+    """Put NxD's layers with fp8 weights in the place of the linear layers, all but `MODULES_NOT_CONVERTED`.
+
+    NxDI does it too, and leaves alone what is converted already; but only with modules that it traces: in `to_cpu` it
+    would run the fp8 numbers without their scales.
+    """
+    settings = {**get_default_per_channel_custom_qconfig_dict(), "quantized_dtype": FP8}
+    convert(model, settings, inplace=True, modules_to_not_convert=MODULES_NOT_CONVERTED)
 
 
 class HeadShardedParameter(BaseParallelLinear):

@@ -54,6 +54,9 @@ class Plan:
     tp_degree: int
     lnc: int
     dtype: torch.dtype
+    """Of activations, and of weights and of keys and values where the two below are None."""
+    weights_dtype: str | None
+    kv_cache_dtype: str | None
     seq_len: int
     slots: int
     """Sequences that the cache holds."""
@@ -97,6 +100,8 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
         tp_degree=neuron.tp_degree,
         lnc=neuron.logical_nc_config,
         dtype=neuron.torch_dtype,
+        weights_dtype=getattr(neuron, "weights_dtype", None),
+        kv_cache_dtype=getattr(neuron, "kv_cache_dtype", None),
         seq_len=neuron.max_length,
         slots=neuron.kv_cache_batch_size,
         rows=neuron.tkg_batch_size,

@@ -72,7 +72,7 @@ def doubled(first: int, last: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Recommended:
-    """A configuration of 27B in bfloat16, by name."""
+    """A configuration of 27B with activations in bfloat16, by name."""
 
     name: str
     instance: Instance
@@ -80,10 +80,19 @@ class Recommended:
     seq_len: int
     batch: int
     use: str
+    weights_dtype: str | None = None
+    kv_cache_dtype: str | None = None
 
     def neuron_config(self) -> Qwen35NeuronConfig:
         """Its settings, for `Qwen35InferenceConfig`."""
-        return device_neuron_config(self.instance, self.tp_degree, self.seq_len, self.batch)
+        return device_neuron_config(
+            self.instance,
+            self.tp_degree,
+            self.seq_len,
+            self.batch,
+            weights_dtype=self.weights_dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
     @property
     def replicas(self) -> int:
@@ -96,6 +105,9 @@ RECOMMENDED = {
     for entry in (
         Recommended("trn2.3xlarge", TRN2_3XLARGE, 4, 262144, 1, "the longest context"),
         Recommended("trn2.3xlarge-batch", TRN2_3XLARGE, 4, 32768, 8, "several requests"),
+        Recommended("trn2.3xlarge-fp8", TRN2_3XLARGE, 4, 262144, 3, "several long contexts", "fp8"),
+        Recommended("trn2.3xlarge-fp8-batch", TRN2_3XLARGE, 4, 32768, 16, "most requests", "fp8"),
+        Recommended("trn2.3xlarge-fp8-kv", TRN2_3XLARGE, 4, 262144, 4, "most long contexts", "fp8", "fp8"),
         Recommended("trn2.48xlarge-tp4", TRN2_48XLARGE, 4, 32768, 8, "most requests per second"),
         Recommended("trn2.48xlarge-tp8", TRN2_48XLARGE, 8, 262144, 2, "long contexts, half the time per token of TP=4"),
         Recommended("trn2.48xlarge-tp16", TRN2_48XLARGE, 16, 262144, 1, "least time per token"),

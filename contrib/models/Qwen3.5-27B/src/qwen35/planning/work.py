@@ -68,7 +68,7 @@ def work_of(model: NeuronBaseForCausalLM, copies: int = 1) -> Work:
     products = sum(
         parameter.numel() * (copies if ".linear_attn." in name else 1)
         for name, parameter in module.layers.named_parameters()
-        if parameter.dim() == 2
+        if parameter.dim() == 2 and not name.endswith(".scale")
     )
     return Work(
         token_flops=2 * products + 6 * copies * sum(recurrent[0].numel() for recurrent, _ in states),

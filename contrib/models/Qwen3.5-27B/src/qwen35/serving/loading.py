@@ -130,6 +130,8 @@ def default_neuron_config(
     tp_degree: int = 1,
     torch_dtype: torch.dtype | None = None,
     prefill_chunk_size: int | None = None,
+    weights_dtype: str | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Qwen35NeuronConfig:
     """Options for prompts and answers of `seq_len` tokens together: float32 on a CPU, bfloat16 on Neuron."""
     return Qwen35NeuronConfig(
@@ -141,6 +143,8 @@ def default_neuron_config(
         torch_dtype=torch_dtype or (torch.bfloat16 if NXDI_AVAILABLE else torch.float32),
         on_cpu=not NXDI_AVAILABLE,
         enable_bucketing=True,
+        weights_dtype=weights_dtype,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 

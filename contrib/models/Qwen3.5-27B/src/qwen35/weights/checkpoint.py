@@ -102,7 +102,7 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
         absent = {file for file in index.values() if not (self.directory / file).exists()}
         for file in sorted(set(index.values()) - absent) if index or problems else [SINGLE_FILE]:
             try:
-                specs = _read_header(self.directory / file)
+                specs = read_header(self.directory / file)
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
@@ -228,7 +228,7 @@ def _without_weights(directory: Path) -> str:
     return f"neither {SINGLE_FILE} nor {INDEX_FILE} is there; {remedy}"
 
 
-def _read_header(path: Path) -> dict[str, TensorSpec]:
+def read_header(path: Path) -> dict[str, TensorSpec]:
     """The specs in a safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes without gaps.
 
     Raises:

@@ -19,12 +19,24 @@ from itertools import takewhile
 import torch
 
 from ..error_text import first_three, one_line
+from ..fp8_form import FP8, Fp8Form
 from .checkpoint import INDEX_FILE, CheckpointReader, TensorSpec
 from .foreign import QUANTISED, foreign_form, maker_beside
+from .fp8 import (
+    NO_SCALES,
+    ScaledMatrix,
+    Scales,
+    build_weight,
+    contradiction,
+    find_scales,
+    quantise_per_channel,
+    scale_per_channel,
+)
 
 logger = logging.getLogger(__name__)
 
 Build = Callable[..., torch.Tensor]
+Load = Callable[[], torch.Tensor | ScaledMatrix]
 Shape = tuple[int, ...]
 
 _READABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,7 +129,9 @@ class Rule:
 
     sources: dict[str, Shape]
     targets: dict[str, Build]  # each takes the source tensors in the order of `sources`
-    dtype: torch.dtype  # of the targets
+    dtype: torch.dtype
+    """Of the targets. Where it is fp8, each target X.weight has a second, X.scale [rows, 1] float32, and builds must
+    move whole rows or add rows of zeros."""
 
     @classmethod
     def of_one(
@@ -148,16 +162,23 @@ class RuleSet:
         bare = unwrapped(name)
         return next((bare.removeprefix(prefix) for prefix in self.prefixes if bare.startswith(prefix)), None)
 
-    def match(self, source: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], ConversionReport]:
+    def match(
+        self, source: Mapping[str, torch.Tensor], scales: Scales = NO_SCALES
+    ) -> tuple[dict[str, str], ConversionReport]:
         """Find the checkpoint's tensor for every source of the rules, without reading any.
+
+        Args:
+            source: HF tensors.
+            scales: which of them scale which.
 
         Returns:
             names: name in the rules -> name in the checkpoint.
             report: the account of all tensors of the checkpoint that are not ignored.
 
         Raises:
-            ConversionError: tensors that are missing, unexpected, mis-shaped, quantised or there twice. A checkpoint in
-                a form that is not read at all has one line; else every kind is listed, with its first three tensors.
+            ConversionError: tensors that are missing, unexpected, mis-shaped, wrongly scaled, quantised or there twice.
+                A checkpoint in a form that is not read at all has one line; else every kind is listed, with its first
+                three tensors.
         """
         expected: dict[str, Shape] = {}
         for rule in self.rules:
@@ -165,7 +186,7 @@ class RuleSet:
             expected |= rule.sources
         names: dict[str, str] = {}
         report = ConversionReport()
-        kinds = ("unexpected", "there twice", "of another shape", "of such a dtype", "missing")
+        kinds = ("unexpected", "scaled wrongly", "there twice", "of another shape", "of such a dtype", "missing")
         problems: dict[str, list[str]] = {kind: [] for kind in kinds}
         unexpected: list[str] = []
         for name in source:
@@ -177,15 +198,21 @@ class RuleSet:
                 reason = next((reason for start, reason in self.skipped.items() if re.match(start, plain)), None)
                 if reason is not None:
                     report.skipped[reason].add(name, spec)
+                elif name in scales.beside:
+                    report.consumed.add(name, spec)  # read with its weight
+                elif name in scales.problems:
+                    problems["scaled wrongly"].append(scales.problems[name])
                 else:
                     unexpected.append(name)
                     problems["unexpected"].append(f"{name} is unexpected, shape {list(spec.shape)}")
                 continue
-            if plain in names:
+            if name in scales.problems:
+                problems["scaled wrongly"].append(scales.problems[name])
+            elif plain in names:
                 problems["there twice"].append(f"{name} and {names[plain]} are the same tensor, keep one")
             elif spec.shape != shape:
                 problems["of another shape"].append(f"{name} has shape {list(spec.shape)}, expected {list(shape)}")
-            elif spec.dtype not in _READABLE:
+            elif spec.dtype not in _READABLE and name not in scales.of:
                 problems["of such a dtype"].append(
                     f"{name} is {spec.dtype}, not bfloat16, float16 or float32; use the unquantised checkpoint"
                 )
@@ -294,7 +321,9 @@ class LazyStateDict(MutableMapping[str, torch.Tensor]):
         return {name: self.pop(name) for name in names}
 
 
-def convert(source: Mapping[str, torch.Tensor], rule_set: RuleSet, progress: bool = False) -> LazyStateDict:
+def convert(
+    source: Mapping[str, torch.Tensor], rule_set: RuleSet, progress: bool = False, form: Fp8Form | None = None
+) -> LazyStateDict:
     """Match the checkpoint with the rules, then return the targets unbuilt.
 
     Args:
@@ -302,20 +331,31 @@ def convert(source: Mapping[str, torch.Tensor], rule_set: RuleSet, progress: boo
             held until then, so clear the dict to have `materialise` free them one by one.
         rule_set: the part of the checkpoint to convert.
         progress: show a bar in `materialise`.
+        form: how fp8 weights of the checkpoint are scaled, as its config.json says; None where it says nothing.
 
     Raises:
-        ConversionError: as `RuleSet.match`.
+        ConversionError: as `RuleSet.match`; or config.json says that weights are in fp8, and none is.
     """
-    names, report = rule_set.match(source)
+    scales = find_scales({name: _spec(source, name) for name in source}, form)
+    names, report = rule_set.match(source, scales)
+    if form is not None and not scales.of:
+        raise ConversionError(
+            ["quantization_config in config.json says that weights are in fp8, and none is; take both anew"]
+        )
     logger.info("%s", report)
     for line in report.unusual():
         logger.warning("%s", line)
+    if listed := scales.contradictions():
+        logger.warning("%s", contradiction(listed))
     items: dict[str, torch.Tensor | Callable[[], torch.Tensor]] = {}
     for rule in rule_set.rules:
-        loads = [_loader(source, names[name]) for name in rule.sources]
+        loads = [_loader(source, names[name], scales) for name in rule.sources]
         for target, build in rule.targets.items():
             assert target not in items, f"two rules fill {target}"
-            items[target] = _builder(build, loads, rule.dtype)
+            if rule.dtype == FP8:
+                items |= _fp8_builders(target, build, loads)
+            else:
+                items[target] = _builder(build, loads, rule.dtype)
     return LazyStateDict(items, report, progress)
 
 
@@ -341,14 +381,32 @@ def _spec(source: Mapping[str, torch.Tensor], name: str) -> TensorSpec:
     return TensorSpec(tuple(source[name].shape), source[name].dtype)
 
 
-def _loader(source: Mapping[str, torch.Tensor], name: str) -> Callable[[], torch.Tensor]:
+def _loader(source: Mapping[str, torch.Tensor], name: str, scales: Scales) -> Load:
+    load = _plain_loader(source, name)
+    if name not in scales.of:
+        return load
+    load_scale = _plain_loader(source, scales.of[name])
+    return lambda: scales.matrix(name, load(), load_scale())
+
+
+def _plain_loader(source: Mapping[str, torch.Tensor], name: str) -> Callable[[], torch.Tensor]:
     if isinstance(source, CheckpointReader):
         return lambda: source[name]
     tensor = source[name]  # held by itself, so that the source dict may be cleared
     return lambda: tensor
 
 
-def _builder(
-    build: Build, loads: Sequence[Callable[[], torch.Tensor]], dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    return lambda: build(*(load() for load in loads)).to(dtype)
+def _builder(build: Build, loads: Sequence[Load], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    def built() -> torch.Tensor:
+        sources = (load() for load in loads)
+        return build(*(s.dequantised(dtype) if isinstance(s, ScaledMatrix) else s for s in sources)).to(dtype)
+
+    return built
+
+
+def _fp8_builders(target: str, build: Build, loads: Sequence[Load]) -> dict[str, Callable[[], torch.Tensor]]:
+    """The weight of a target in fp8, and its scales: the rows of both are moved alike."""
+    return {
+        target: lambda: build_weight(build, [quantise_per_channel(target, load()) for load in loads]),
+        target.removesuffix("weight") + "scale": lambda: build(*(scale_per_channel(target, load()) for load in loads)),
+    }

@@ -12,6 +12,11 @@ from ..json_files import read_json
 
 QUANTISED = "quantised checkpoints are not read, use the unquantised checkpoint"
 
+_FP8_REMEDY = (
+    "fp8 is read in the decoder, where quantization_config in config.json says how it is scaled: "
+    "download config.json again, or use the unquantised checkpoint"
+)
+
 # (maker, last parts of tensor names, of which one tells). The first that fits is named: some have others' parts too.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("bitsandbytes", ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format")),
@@ -56,7 +61,8 @@ def foreign_form(unexpected: Collection[str], directory: Path | None) -> str | N
         told = [name for name in unexpected if _BITSANDBYTES_STATE in name or name.rsplit(".", 1)[-1] in ends]
         if told:
             maker = maker_beside(directory) or maker
-            return f"the weights are quantised with {maker} ({first_three(told)}); {QUANTISED}"
+            remedy = _FP8_REMEDY if maker == "fp8" else QUANTISED
+            return f"the weights are quantised with {maker} ({first_three(told)}); {remedy}"
     return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..error_text import first_three
 from ..nxdi import KVCacheManager, NeuronApplicationBase, as_rank, invoke_preshard_hook, shard_children
-from .checkpoint import TensorSpec, lay_out
+from .checkpoint import TensorSpec, lay_out, read_header
 from .conversion import LazyStateDict
 
 _PIECE = 1 << 26
@@ -58,15 +59,71 @@ class StreamedSharding(NeuronApplicationBase):
             pre_shard_weights_hook(self)
         if neuron_config.skip_sharding or not neuron_config.save_sharded_checkpoint:
             return
-        instance = self.models[0].get_model_instance()
-        with as_rank(0, neuron_config.tp_degree), torch.device("meta"):
-            instance.load_module()
+        module = self._module_of_a_rank()
         checkpoint = self.checkpoint_loader_fn()
         assert isinstance(checkpoint, LazyStateDict), "get_state_dict gives this, and nothing after it casts"
         first = neuron_config.start_rank_id
         ranks = range(first, first + neuron_config.local_ranks_size)
         directory = Path(compiled_model_path) / "weights"
-        write_rank_files(checkpoint, instance.module, ranks, neuron_config.tp_degree, directory)
+        write_rank_files(checkpoint, module, ranks, neuron_config.tp_degree, directory)
+
+    def load(
+        self,
+        compiled_model_path: str | os.PathLike[str],
+        start_rank_id: int | None = None,
+        local_ranks_size: int | None = None,
+        skip_warmup: bool = False,
+    ) -> None:
+        """NxDI's, once the files of the local ranks have what the modules declare: NxDI compares no dtype, and bfloat16
+        weights under modules that scale fp8 ones would run.
+
+        Raises:
+            ValueError: as `check_rank_file`.
+        """
+        neuron_config = self.neuron_config
+        if neuron_config.save_sharded_checkpoint:
+            specs = _specs(_parts(self._module_of_a_rank()))
+            first = neuron_config.start_rank_id if start_rank_id is None else start_rank_id
+            size = neuron_config.local_ranks_size if local_ranks_size is None else local_ranks_size
+            for rank in range(first, first + size):
+                check_rank_file(Path(compiled_model_path) / "weights" / _file_name(rank), specs)
+        super().load(compiled_model_path, start_rank_id, local_ranks_size, skip_warmup)
+
+    def _module_of_a_rank(self) -> nn.Module:
+        """The module as it is traced, in the shapes of one rank, on the meta device."""
+        instance = self.models[0].get_model_instance()
+        with as_rank(0, self.neuron_config.tp_degree), torch.device("meta"):
+            instance.load_module()
+        module: nn.Module = instance.module
+        return module
+
+
+def check_rank_file(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Hold the header of a rank's file against the parameters of its module; no tensor is read.
+
+    Raises:
+        ValueError: it has not these tensors, shapes and dtypes; the first three differences are named.
+    """
+    found = read_header(path)
+    wrong = [
+        f"{name} is {_described(found.get(name))}, the module declares {_described(spec)}"
+        for name, spec in specs.items()
+        if found.get(name) != spec
+    ]
+    if wrong:
+        raise ValueError(f"{path} was written for another configuration ({first_three(wrong)}); convert it anew")
+
+
+def _described(spec: TensorSpec | None) -> str:
+    return "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+
+
+def _file_name(rank: int) -> str:
+    return f"tp{rank}_sharded_checkpoint.safetensors"
+
+
+def _specs(parts: Iterable[_Part]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tuple(p.shape), p.dtype) for part in parts for name, p in part.weights.items()}
 
 
 def write_rank_files(
@@ -85,7 +142,7 @@ def write_rank_files(
         ValueError: a parameter has no tensor, or one of another shape or dtype.
     """
     parts = list(_parts(module))
-    specs = {name: TensorSpec(tuple(p.shape), p.dtype) for part in parts for name, p in part.weights.items()}
+    specs = _specs(parts)
     layout = lay_out(specs)
     needed = layout.nbytes * len(ranks)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +153,7 @@ def write_rank_files(
             f"make room for {needed - free} more or choose another disk"
         )
     with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        unfinished = [Path(scratch, f"tp{rank}_sharded_checkpoint.safetensors") for rank in ranks]
+        unfinished = [Path(scratch, _file_name(rank)) for rank in ranks]
         with ExitStack() as stack, tqdm(total=needed, desc="Sharding", unit="B", unit_scale=True, delay=1) as bar:
             files = {rank: stack.enter_context(path.open("wb")) for rank, path in zip(ranks, unfinished, strict=True)}
             for file in files.values():

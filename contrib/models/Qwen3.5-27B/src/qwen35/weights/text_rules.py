@@ -57,7 +57,7 @@ def convert_checkpoint(
     found = [name for name in (_EMBEDDING, _HEAD) if name in names]
     # As transformers does: a tied checkpoint may have one for both; if it has both, each is used.
     plan = conversion_plan(config, found if config.tie_word_embeddings and found else None)
-    return convert(source, RuleSet(plan, _PREFIXES, _skipped(config.num_hidden_layers)), progress)
+    return convert(source, RuleSet(plan, _PREFIXES, _skipped(config.num_hidden_layers)), progress, config.fp8_form)
 
 
 def _plain(name: str) -> str:
@@ -154,14 +154,14 @@ def _rank_rule(c: Qwen35InferenceConfig, prefix: str) -> Rule:
 
 
 def _mlp_rules(c: Qwen35InferenceConfig, prefix: str) -> Iterator[Rule]:
-    dtype = c.neuron_config.torch_dtype
+    dtype = c.matrix_dtype
     yield Rule.of_one(prefix + "gate_proj.weight", (c.intermediate_size, c.hidden_size), dtype)
     yield Rule.of_one(prefix + "up_proj.weight", (c.intermediate_size, c.hidden_size), dtype)
     yield Rule.of_one(prefix + "down_proj.weight", (c.hidden_size, c.intermediate_size), dtype)
 
 
 def _attention_rules(c: Qwen35InferenceConfig, prefix: str) -> Iterator[Rule]:
-    hidden, dtype = c.hidden_size, c.neuron_config.torch_dtype
+    hidden, dtype = c.hidden_size, c.matrix_dtype
     query_dim, key_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     padded_heads = c.padded_num_attention_heads(c.neuron_config.tp_degree)
     yield Rule(
@@ -190,7 +190,7 @@ def _deltanet_rules(c: Qwen35InferenceConfig, prefix: str) -> Iterator[Rule]:
     yield Rule(
         {prefix + "in_proj_qkv.weight": (c.conv_dim, hidden), prefix + "in_proj_z.weight": (c.value_dim, hidden)},
         {prefix + "in_proj_qkvz.weight": lambda qkv, z: rank_major([*split_qkv(qkv), z], ranks)},
-        dtype,
+        c.matrix_dtype,
     )
     yield Rule(
         {prefix + "in_proj_b.weight": (heads, hidden), prefix + "in_proj_a.weight": (heads, hidden)},
@@ -203,7 +203,7 @@ def _deltanet_rules(c: Qwen35InferenceConfig, prefix: str) -> Iterator[Rule]:
     yield Rule.of_one(prefix + "A_log", (heads,), torch.float32, target=prefix + "A_log.weight")
     yield Rule.of_one(prefix + "dt_bias", (heads,), torch.float32, target=prefix + "dt_bias.weight")
     yield Rule.of_one(prefix + "norm.weight", (c.linear_value_head_dim,), torch.float32)
-    yield Rule.of_one(prefix + "out_proj.weight", (hidden, c.value_dim), dtype)
+    yield Rule.of_one(prefix + "out_proj.weight", (hidden, c.value_dim), c.matrix_dtype)
 
 
 def query_rows(q_proj: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -21,7 +21,6 @@ from qwen35.cli.options import (
     dtype_named,
     options_from,
     run_on_every_rank,
-    write_whole,
 )
 from qwen35.nxdi import NeuronConfig
 

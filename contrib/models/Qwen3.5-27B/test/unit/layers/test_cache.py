@@ -110,6 +110,28 @@ def test_rows_are_written_in_their_slots_and_ids_out_of_range_nowhere(slots: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("phase", [Phase.CONTEXT_ENCODING, Phase.TOKEN_GENERATION])
+def test_keys_and_values_in_fp8_are_clamped_to_what_trainium_holds_and_come_back_in_torch_dtype(
+    dtype: torch.dtype, phase: Phase
+) -> None:
+    options = dict(batch_size=2, seq_len=8, torch_dtype=dtype, kv_cache_dtype="fp8")
+    config = Qwen35InferenceConfig(Qwen35NeuronConfig(**options), **TINY)
+    manager = Qwen35CacheManager(config, num_kv_head=config.num_key_value_heads)
+    assert {e.dtype for e in manager.layer_state(3)} == {torch.float8_e4m3fn}
+    # 248 would round to 256, which Trainium reads as infinity; 1.06 is between 1 and 1.125.
+    written = {0.0: 0.0, 1.06: 1.0, 239.0: 240.0, 240.0: 240.0, 248.0: 240.0, 1e4: 240.0, -300.0: -240.0, 2**-9: 2**-9}
+    values = torch.tensor([*written], dtype=dtype)
+    expected = torch.tensor([*written.values()], dtype=dtype)
+    new = torch.zeros(2, 2, 1, 32, dtype=dtype)
+    new[..., : len(values)] = values
+    positions = torch.zeros(2, 1, dtype=torch.long)
+    manager.update_kv_by_layer_id(3, torch.arange(2), positions, (new, new), phase)
+    for entry in manager.get_kv_by_layer_id(3, 8, phase=Phase.TOKEN_GENERATION, seq_ids=torch.tensor([1])):
+        assert entry.dtype == dtype and entry.shape == (1, 2, 8, 32)
+        assert torch.equal(entry[0, 0, 0, : len(values)], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_written_rows_take_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
     written = torch.tensor([True, False])
     assert write_slots(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), written).dtype == dtype

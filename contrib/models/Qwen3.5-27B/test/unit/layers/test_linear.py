@@ -12,7 +12,14 @@ import torch
 
 from nxdi_cpu.parallel_state import initialize_model_parallel
 from qwen35 import OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
-from qwen35.layers.linear import HeadShardedParameter, column_parallel, output_head, row_parallel, token_embedding
+from qwen35.layers.linear import (
+    HeadShardedParameter,
+    column_parallel,
+    output_head,
+    row_parallel,
+    token_embedding,
+    use_fp8,
+)
 from qwen35.nxdi import as_rank
 from support.applications import needs_stand_ins
 from support.compare import assert_close
@@ -74,3 +81,20 @@ def test_a_vocabulary_that_does_not_divide_is_padded_to_whole_ranks() -> None:
     with as_rank(3, 4), torch.device("meta"):
         head = output_head(odd)
     assert head.weight.shape == (41, 64) and head.pad_size == 3
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4])
+def test_weights_in_fp8_have_the_shapes_of_a_rank_and_scales_of_their_outputs(tp_degree: int) -> None:
+    model = torch.nn.Module()
+    with as_rank(0, tp_degree), torch.device("meta"):
+        of_rank = config(tp_degree=tp_degree)
+        model.up_proj, model.down_proj = column_parallel(of_rank, 64, 96), row_parallel(of_rank, 96, 64)
+        model.in_proj_ba, model.lm_head = column_parallel(of_rank, 64, 16), output_head(of_rank)
+        model.embed_tokens, model.conv1d = token_embedding(of_rank), HeadShardedParameter(8, 4, dtype=torch.float32)
+        use_fp8(model)
+    in_fp8 = {name for name, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert in_fp8 == {"up_proj.weight", "down_proj.weight"}
+    assert model.up_proj.weight.shape == (96 // tp_degree, 64) and model.up_proj.scale.shape == (96 // tp_degree, 1)
+    assert model.down_proj.weight.shape == (64, 96 // tp_degree) and model.down_proj.scale.shape == (64, 1)
+    assert model.up_proj.scale.partition_dim == 0 and model.up_proj.scale.num_partitions == tp_degree
+    assert not model.down_proj.scale.tensor_model_parallel

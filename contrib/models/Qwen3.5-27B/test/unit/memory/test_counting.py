@@ -66,3 +66,23 @@ def test_every_slot_beyond_one_costs_its_cache_its_state_and_room_for_masked_row
     assert four.kv_cache == 4 * one.kv_cache * (1024 + 128) // 1024
     assert (four.recurrent_state, four.conv_state) == (4 * one.recurrent_state, 4 * one.conv_state)
     assert four.weights == one.weights
+
+
+def test_27b_in_fp8_on_4_ranks_takes_7_5_gb_with_an_mtp_layer(rank_pool: Any) -> None:
+    (bf16,) = rank_pool(1).call(bytes_of_27b, tp_degree=4)
+    (fp8,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, weights_dtype="fp8")
+    # The matrices: half. Their scales: float32, the rank's rows of column-parallel layers, all of row-parallel ones.
+    column = (48 * 16384 + 16 * 14336 + 64 * 2 * 17408) // 4
+    row = (48 + 16 + 64) * 5120
+    matrices = 48 * (16384 * 5120 + 5120 * 6144) + 16 * (14336 * 5120 + 5120 * 6144) + 64 * 3 * 17408 * 5120
+    assert bf16.weights - fp8.weights == matrices // 4 - 4 * (column + row)
+    # An attention layer more, and mtp.fc [5120, 10240] in bfloat16.
+    mtp = (14336 + 6144 + 3 * 17408) * 5120 // 4 + 4 * (14336 // 4 + 2 * 17408 // 4 + 2 * 5120) + 2 * 5120 * 10240 // 4
+    assert fp8.weights + mtp + 4 * 6 * 5120 <= 7.5e9
+
+
+def test_keys_and_values_in_fp8_take_half_and_states_what_they_took(rank_pool: Any) -> None:
+    (bf16,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=32768)
+    (fp8,) = rank_pool(1).call(bytes_of_27b, tp_degree=4, seq_len=32768, kv_cache_dtype="fp8")
+    assert 2 * fp8.kv_cache == bf16.kv_cache
+    assert (fp8.recurrent_state, fp8.conv_state) == (bf16.recurrent_state, bf16.conv_state)

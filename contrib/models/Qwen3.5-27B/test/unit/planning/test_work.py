@@ -53,3 +53,16 @@ def test_whole_deltanet_layers_cost_every_rank_all_of_their_work() -> None:
     mlp_and_attention = (alone.token_flops - whole.token_flops) / 3 * 4  # of one rank alone
     assert 4 * ours.token_flops == pytest.approx(alone.token_flops)
     assert mlp_and_attention == pytest.approx(2 * (64 * 3 * 5120 * 17408 + 16 * 5120 * 256 * 80))
+
+
+def test_weights_in_fp8_halve_what_a_token_reads_of_the_layers_and_leave_its_products() -> None:
+    fp8 = work_of(of_27b(weights_dtype="fp8"))
+    assert (fp8.token_flops, fp8.pair_flops, fp8.head_flops) == (WORK.token_flops, WORK.pair_flops, WORK.head_flops)
+    assert fp8.state_bytes == WORK.state_bytes and fp8.token_bytes == WORK.token_bytes
+    head = 2 * 248320 * 5120 // 4
+    assert (fp8.weight_bytes - head) / (WORK.weight_bytes - head) == pytest.approx(0.5, abs=0.003)  # scales and gates
+    assert fp8.tpot(0) == pytest.approx(9.4e-3, abs=0.05e-3)  # modelled; 17.8 ms in bfloat16
+
+
+def test_keys_and_values_in_fp8_halve_what_a_cached_token_costs() -> None:
+    assert 2 * work_of(of_27b(kv_cache_dtype="fp8")).token_bytes == WORK.token_bytes

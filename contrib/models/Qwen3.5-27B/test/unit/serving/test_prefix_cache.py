@@ -37,13 +37,15 @@ OPTIONS: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(scope="module", params=["CPU", "simulated device"])
+@pytest.fixture(scope="module", params=["CPU", "CPU, keys and values in fp8", "simulated device"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     paths = [tmp_path_factory.mktemp(f"checkpoint{seed}") for seed in (1, 2)]
     for seed, path in enumerate(paths, start=1):
         save_checkpoint(path, seed=seed)
     if request.param == "CPU":
         return load_neuron(paths[0], **OPTIONS)
+    if request.param.endswith("fp8"):
+        return load_neuron(paths[0], **OPTIONS, kv_cache_dtype="fp8")
     return put_on_simulated_device(*(load_neuron(path, **OPTIONS) for path in paths))
 
 
@@ -68,7 +70,11 @@ def encode(model: Any, slot: int, prompt: list[int], cache: PrefixCache | None, 
 
 
 def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # As bytes: torch compares no fp8 tensors.
+    pairs = [
+        (a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in zip(first, second, strict=True)
+    ]
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def test_a_warm_run_is_bit_identical_to_a_cold_one_in_any_slot(model: Any) -> None:
