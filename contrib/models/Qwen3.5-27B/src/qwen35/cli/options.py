@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 
@@ -91,6 +91,13 @@ class CheckpointOptions:
         return model_cls(path, model_cls.get_config_cls().from_pretrained(path, neuron_config=neuron_config))
 
 
+class Fp8Options(TypedDict):
+    """Arguments of `Qwen35NeuronConfig`."""
+
+    weights_dtype: str | None
+    kv_cache_dtype: str | None
+
+
 @dataclass(frozen=True)
 class ModelOptions(CheckpointOptions):
     """Which checkpoint is run, and how: the options of `add_model_options`."""
@@ -101,7 +108,7 @@ class ModelOptions(CheckpointOptions):
     kv_cache_dtype: str | None
 
     @property
-    def fp8(self) -> dict[str, Any]:
+    def fp8(self) -> Fp8Options:
         """What is in fp8, for a `Qwen35NeuronConfig`."""
         return {"weights_dtype": self.weights_dtype, "kv_cache_dtype": self.kv_cache_dtype}
 

@@ -87,7 +87,7 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
     Raises:
         ValueError: the instance has fewer ranks than `tp_degree`.
     """
-    neuron = model.neuron_config
+    neuron: Any = model.neuron_config
     valid = tp_degrees(model, instance)
     programs = walk_buckets(model)
     resident, activations = count_resident(model), most_activations(programs)

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -121,7 +121,7 @@ def _rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from (flat[part] for part in row_pieces(flat))
 
 
-def _write(file: BinaryIO, offset: int, pieces: Iterator[torch.Tensor], bar: tqdm[None]) -> None:
+def _write(file: BufferedWriter, offset: int, pieces: Iterator[torch.Tensor], bar: tqdm[None]) -> None:
     file.seek(offset)
     for piece in pieces:
-        bar.update(file.write(piece.contiguous().view(torch.uint8).numpy()))
+        bar.update(file.write(piece.contiguous().view(torch.uint8).numpy().data))
