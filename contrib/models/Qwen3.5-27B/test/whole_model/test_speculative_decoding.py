@@ -138,6 +138,51 @@ def test_drafts_end_where_the_slot_is_full(checkpoint: Path) -> None:
     assert decoded.accepted == [[7]] and row.cached == 48 and row.drafts == []
 
 
+def test_kernels_verify_and_take_in_as_plain_pytorch_does(tmp_path: Path) -> None:
+    heads = dict(linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=1, linear_num_value_heads=2)
+    save_checkpoint(tmp_path, 3, mtp=True, num_hidden_layers=2, full_attention_interval=2, **heads)
+    prompts = random_prompts([5, 2])
+    true = decode_plainly(load_neuron(tmp_path, batch_size=2), rows_of(prompts), 12)
+    model = load_neuron(tmp_path, batch_size=2, num_speculative_tokens=2, deltanet_kernel="fused")
+    doctor = oracle(true, [5, 2], lambda row, place: (row + place) % 4 == 1, 2)
+    decoded = decode_with_drafts(model, rows_of(prompts), 8, doctor, lambda step: step % 2 == 1)
+    assert decoded.tokens == [tokens[:8] for tokens in true]
+    assert {0, 2} <= {number for accepted in decoded.accepted for number in accepted}
+
+
+@pytest.mark.slow
+def test_200_random_models_and_batches_with_random_heads_give_their_tokens(tmp_path: Path) -> None:
+    differing = []
+    for seed in range(200):
+        chosen = random.Random(seed)
+        fields = dict(
+            num_hidden_layers=chosen.randint(1, 4),
+            full_attention_interval=chosen.randint(1, 3),
+            num_attention_heads=chosen.choice([2, 4]),
+            num_key_value_heads=chosen.choice([1, 2]),
+            linear_num_key_heads=chosen.choice([1, 2]),
+            linear_num_value_heads=chosen.choice([2, 4]),
+            linear_conv_kernel_dim=chosen.randint(2, 4),
+            tie_word_embeddings=chosen.random() < 0.3,
+        )
+        path = tmp_path / str(seed)
+        save_checkpoint(path, seed, mtp=True, **fields)
+        rows, k = chosen.randint(1, 4), chosen.randint(1, 7)
+        options: dict[str, Any] = dict(batch_size=rows)
+        if chosen.random() < 0.5:
+            options["prefill_chunk_size"] = chosen.choice([4, 8, 16])
+        prompts = random_prompts([chosen.randint(1, 40) for _ in range(rows)], seed=seed)
+        true = decode_plainly(load_neuron(path, **options), rows_of(prompts), 16 + k)
+        wrong = {(row, place) for row in range(rows) for place in range(16 + k) if chosen.random() < 0.3}
+        doctor = oracle(true, [*map(len, prompts)], lambda row, place, wrong=wrong: (row, place) in wrong, k)
+        model = load_neuron(path, num_speculative_tokens=k, **options)
+        for each in (lambda number, row: None, doctor):
+            decoded = decode_with_drafts(model, rows_of(prompts), 16, each, lambda step: chosen.random() < 0.3)
+            if decoded.tokens != [tokens[:16] for tokens in true]:
+                differing.append((seed, fields, options, k))
+    assert differing == []
+
+
 def decoded_on_a_rank(path: Path, prompts: list[list[int]], truth: list[list[int]], **options: Any) -> Decoded:
     model = load_neuron(path, batch_size=len(prompts), **options)
     doctor = oracle(truth, [*map(len, prompts)], lambda row, place: (row + place) % 3 == 1, 3)
