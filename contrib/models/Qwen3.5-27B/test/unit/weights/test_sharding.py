@@ -92,13 +92,11 @@ def fail_at(call: int, error: BaseException) -> Callable[..., None]:
 def test_each_file_holds_what_the_rank_gets_when_all_is_in_memory(
     tmp_path: Path, rank_pool: Any, tp_degree: int, tied: bool, weights_dtype: str | None
 ) -> None:
-    rank_pool(1).call(compare_decoder_with_whole_ranks, tmp_path, tp_degree, tied, weights_dtype)
+    rank_pool(1).call(compare_decoder_with_whole_ranks, tmp_path, tp_degree, tied, weights_dtype=weights_dtype)
 
 
-def compare_decoder_with_whole_ranks(directory: Path, tp_degree: int, tied: bool, weights_dtype: str | None) -> None:
-    compare_with_whole_ranks(
-        make_model(directory / "checkpoint", tp_degree, tied, weights_dtype=weights_dtype), directory
-    )
+def compare_decoder_with_whole_ranks(directory: Path, tp_degree: int, tied: bool, **options: Any) -> None:
+    compare_with_whole_ranks(make_model(directory / "checkpoint", tp_degree, tied, **options), directory)
 
 
 def compare_with_whole_ranks(model: StreamedSharding, directory: Path) -> None:
