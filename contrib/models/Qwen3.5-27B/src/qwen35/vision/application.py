@@ -72,6 +72,10 @@ class Qwen35VisionInferenceConfig(InferenceConfig):
         for size, what in ((vision.num_heads, "num_heads"), (vision.intermediate_size, "intermediate_size")):
             if size % neuron.tp_degree:
                 problems.append(f"tp_degree={neuron.tp_degree} does not divide vision_config.{what}={size}; lower it")
+        if neuron.quantized:
+            problems.append(
+                "weights_dtype='fp8' is not supported: the vision encoder stays in torch_dtype; leave it out"
+            )
         if neuron.torch_dtype not in DTYPES.values():
             problems.append(f"torch_dtype={neuron.torch_dtype} is not supported; set it to bfloat16 or float32")
         if problems:

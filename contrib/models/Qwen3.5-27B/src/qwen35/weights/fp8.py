@@ -20,6 +20,8 @@ from .checkpoint import TensorSpec
 
 _PIECE = 1 << 24
 """Elements converted at a time: 64 MB in float32."""
+_LARGEST_BYTE, _NAN_BYTE = 0x77, 0x7F
+"""Of e4m3, without the sign: 240, and what is no number; in between are 256 to 448."""
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _STATIC = (".input_scale", ".activation_scale", ".output_scale")
 
@@ -53,7 +55,7 @@ class ScaledMatrix:
                 f"{self.form.scale_name(self.name)} has the scale {scale[ill][0].item()}, not a positive number; "
                 "the file is corrupt, download it again"
             )
-        if any(torch.isnan(self.weight[part]).any() for part in row_pieces(self.weight)):
+        if self._largest_byte() == _NAN_BYTE:
             raise ValueError(f"{self.name} has NaN among its weights; the file is corrupt, download it again")
 
     def rows(self, part: slice) -> torch.Tensor:
@@ -76,9 +78,11 @@ class ScaledMatrix:
 
     def is_per_channel(self) -> bool:
         """Whether it is in the form for the ranks already, with nothing beyond `FP8_MAX`."""
-        return self.form.block is None and not any(
-            (self.weight[part].float().abs() > FP8_MAX).any() for part in row_pieces(self.weight)
-        )
+        return self.form.block is None and self._largest_byte() <= _LARGEST_BYTE
+
+    def _largest_byte(self) -> int:
+        """The largest weight as its byte without the sign: those of e4m3 are in the order of their values."""
+        return int((self.weight.contiguous().view(torch.uint8) & 0x7F).max()) if self.weight.numel() else 0
 
 
 def row_pieces(matrix: torch.Tensor) -> Iterator[slice]:

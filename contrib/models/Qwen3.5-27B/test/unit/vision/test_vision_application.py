@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen35.configuration_qwen35 import Qwen35ConfigError
+from qwen35.configuration_qwen35 import Qwen35ConfigError, Qwen35NeuronConfig
 from qwen35.nxdi import NeuronConfig
 from qwen35.vision.application import NeuronQwen35VisionForImageEncoding, Qwen35VisionInferenceConfig
 from support.compare import assert_close
@@ -96,6 +96,13 @@ def test_run_settings_that_cannot_work_are_refused(
     with pytest.raises(Qwen35ConfigError) as error:
         Qwen35VisionInferenceConfig.from_pretrained(tmp_path, NeuronConfig(**options))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_encoder_stays_in_torch_dtype(tmp_path: Path) -> None:
+    """NxDI would put its linear layers in fp8 too: there it looks at no list of modules."""
+    save_checkpoint(tmp_path, random_reference())
+    with pytest.raises(Qwen35ConfigError, match=r"weights_dtype='fp8' is not supported: the vision encoder stays"):
+        Qwen35VisionInferenceConfig.from_pretrained(tmp_path, Qwen35NeuronConfig(buckets=[16], weights_dtype="fp8"))
 
 
 def test_a_saved_config_loads_again(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen35 import Qwen35VLInferenceConfig
+from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig, Qwen35NeuronConfig, Qwen35VLInferenceConfig
 from qwen35.nxdi import NXDI_AVAILABLE
 from qwen35.serving.generation import TextGenerator
 from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
 from support.compare import assert_close
 from support.fp8_cases import MULTIPLES, dequantised, rounded, save_published, save_published_mini, write
-from support.models import TINY, load_neuron, neuron_greedy, random_prompts, save_checkpoint
+from support.models import NO_NXDI, TINY, load_neuron, neuron_greedy, random_prompts, save_checkpoint
 
 STEPS = 4
 needs_transformers_5 = pytest.mark.skipif(NXDI_AVAILABLE, reason="NxDI wants transformers 4, which has no qwen3_5")
@@ -178,3 +178,18 @@ def test_a_published_checkpoint_answers_questions_about_pictures(tmp_path: Path,
     texts = generator.chat(conversations, max_new_tokens=6).texts
     right = sum(text == f"{question.answer}." for text, (_, question) in zip(texts, asked, strict=True))
     assert right >= 11, texts  # 97% in bfloat16
+
+
+# --- What NxDI does with it ------------------------------------------------------------------------------------------
+@pytest.mark.nxdi
+@pytest.mark.skipif(not NXDI_AVAILABLE, reason=NO_NXDI)
+@pytest.mark.parametrize("options", [{"weights_dtype": "fp8"}, {"kv_cache_dtype": "fp8"}, {}], ids=str)
+def test_nxdi_lets_the_compiler_take_torchs_e4m3_for_trainiums_where_something_is_in_fp8(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    save_checkpoint(tmp_path)
+    config = Qwen35InferenceConfig.from_pretrained(tmp_path, Qwen35NeuronConfig(**options))
+    config = Qwen35InferenceConfig.from_json_string(config.to_json_string())  # as a compiled model is read again
+    model = NeuronQwen35ForCausalLM(str(tmp_path), config)
+    flag = "--experimental-unsafe-fp8e4m3fn-as-fp8e4m3"
+    assert {flag in submodel.compiler_args for submodel in model.models} == {bool(options)}
