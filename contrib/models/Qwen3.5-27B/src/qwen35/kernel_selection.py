@@ -70,7 +70,7 @@ ATTENTION_WINS_FROM = {Phase.CONTEXT_ENCODING: 512, Phase.CONTINUATION: 512, Pha
 
 Verification has the kernel of decoding, and its choice; programs that draft call both for their parts.
 
-Modelled, not measured: see docs/prefill_attention.md for prompts, against a compiler's path that keeps scores on chip.
+Modelled, not measured: see docs/attention_kernels.md for prompts, against a compiler's path that keeps scores on chip.
 Decoding is held against four passes of the Vector engine over scores with one query on a partition, 4.2 ns for each
 position: 17 us at 4,096 and 34 us at 8,192, where the kernel takes 20 and 22 us.
 """

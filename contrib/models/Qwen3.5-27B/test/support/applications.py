@@ -33,10 +33,10 @@ def application(fields: dict[str, Any], **options: Any) -> NeuronQwen35ForCausal
 
 
 def of_27b(
-    seq_len: int = 32768, batch: int = 1, tp_degree: int = 4, prompt_bucket: int | None = None, **fp8: str | None
+    seq_len: int = 32768, batch: int = 1, tp_degree: int = 4, prompt_bucket: int | None = None, **other: Any
 ) -> NeuronQwen35ForCausalLM:
     """27B as the command line configures it for a device."""
-    neuron_config = device_neuron_config(TRN2_48XLARGE, tp_degree, seq_len, batch, prompt_bucket=prompt_bucket, **fp8)
+    neuron_config = device_neuron_config(TRN2_48XLARGE, tp_degree, seq_len, batch, prompt_bucket=prompt_bucket, **other)
     config = Qwen35InferenceConfig(neuron_config, **QWEN35_PRESETS["27B"])
     return NeuronQwen35ForCausalLM("no-such-checkpoint", config)
 

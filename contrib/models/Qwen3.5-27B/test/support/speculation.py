@@ -35,7 +35,7 @@ def encode(runner: ModelRunner, rows: Sequence[Row]) -> None:
     waiting = [*rows]
     while waiting:
         batch = runner.batch(waiting)
-        for row, logits in zip(batch, runner.encode(batch), strict=True):
+        for row, logits in zip(batch, runner.encode(batch).all_logits(), strict=True):
             if row.cached == len(row.tokens):
                 row.tokens.append(int(logits.argmax()))
                 waiting.remove(row)

@@ -46,7 +46,7 @@ class Program:
     bytes: int
     """Most bytes of activations that live at once."""
     matmuls: int
-    """Instructions of the Tensor engine, at least: the tiles of all matrix products outside the DeltaNet kernels."""
+    """Instructions of the Tensor engine, at least: the tiles of all matrix products outside the NKI kernels."""
 
 
 def most_activations(programs: Iterable[Program]) -> int:

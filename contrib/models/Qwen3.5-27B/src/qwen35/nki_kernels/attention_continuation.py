@@ -184,7 +184,8 @@ def attention_continuation(
         Time, modelled by nki_emulator and not measured on a device: benchmarks/bench_kernels.py. The emulator lets a
         step begin while the one before ends, as the engines' own queues allow.
         The loop is nl.dynamic_range, the one form of NKI 0.3.0 to 0.5.0; 0.6.0 deprecates it for nl.fori_loop, which
-        these lack. Its index cannot be an offset in 0.3.0 (release-notes/components/nki.rst): a tensor counts.
+        these lack. In 0.3.0 its index cannot be an offset, so that a tensor counts, and accesses in the loop may race
+        with those before it, which 0.4.0 mends (release-notes/components/nki.rst): do not use the kernel there.
         Code grows with S^2 for the new keys and with S for the loop, never with the cache.
     """
     B, N, S, E = q.shape

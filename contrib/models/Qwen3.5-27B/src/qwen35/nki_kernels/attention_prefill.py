@@ -142,7 +142,7 @@ def attention_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         Pads must be finite: a probability of zero times an infinite value is not zero.
         bfloat16: 3e-3 of the largest output; float32: 1e-6, in up to 2.5 times the time.
         Time, modelled by nki_emulator and not measured on a device, bfloat16, 6 query heads and 1 key-value head on two
-        cores: 25 us for 512 tokens, 60 us for 1024, 165 us for 2048 (docs/figures.md).
+        cores: 23 us for 512 tokens, 48 us for 1024, 136 us for 2048 (docs/attention_kernels.md).
         Loops are unrolled over S, so code grows with S^2: 1972 instructions a core for those 2048 tokens.
     """
     B, N, S, E = q.shape

@@ -57,7 +57,7 @@ def test_what_is_alive_at_once_is_counted_and_views_are_not() -> None:
 
 
 def test_a_prompt_counts_its_mlp_and_its_scores() -> None:
-    found, _ = walk_buckets(of_27b(seq_len=2048, prompt_bucket=2048), slice(-1, None))
+    found, _ = walk_buckets(of_27b(seq_len=2048, prompt_bucket=2048, attention_kernel="torch"), slice(-1, None))
     rows = 2048
     mlp = 2 * rows * 4352 * 2 + 2 * rows * 5120 * 2  # gate and up; the stream and its norm
     scores = rows * rows * 6 * (2 + 2 + 4)  # masked scores and their softmax, six heads; PyTorch's own steps
@@ -65,7 +65,8 @@ def test_a_prompt_counts_its_mlp_and_its_scores() -> None:
 
 
 def test_tiles_of_products_are_counted_by_the_shapes_of_the_factors() -> None:
-    found, decoding = walk_buckets(of_27b(seq_len=2048, prompt_bucket=2048), slice(-1, None))
+    model = of_27b(seq_len=2048, prompt_bucket=2048, attention_kernel="torch")
+    found, decoding = walk_buckets(model, slice(-1, None))
     # [rows, k] x [k, n] of a rank: rows stay and 512 columns move, or the other way round.
     matrices = {
         64: [(5120, 4352), (5120, 4352), (4352, 5120)],
@@ -82,6 +83,9 @@ def test_tiles_of_products_are_counted_by_the_shapes_of_the_factors() -> None:
     expected = sum(layers * sum(tiles(*shape) for shape in shapes) for layers, shapes in matrices.items())
     assert found.matmuls == expected + scores + head
     assert head < decoding.matmuls < 0.1 * found.matmuls
+    by_kernel, _ = walk_buckets(of_27b(seq_len=2048, prompt_bucket=2048), slice(-1, None))
+    assert by_kernel.matmuls == expected + head, "what is inside a kernel is not counted"
+    assert by_kernel.bytes < found.bytes, "a kernel keeps its scores on chip"
 
 
 def test_the_caches_that_outputs_replace_are_not_counted_twice() -> None:

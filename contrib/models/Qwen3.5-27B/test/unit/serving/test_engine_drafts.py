@@ -195,7 +195,7 @@ def test_drafts_after_a_restored_prompt_are_those_of_an_encoded_one(
     def drafts(slot: int, tokens: list[int], cached: int = 0) -> list[int]:
         row = Row(slot, [*tokens], cached)
         while row.cached < len(tokens):
-            logits = runner.encode([row])
+            logits = runner.encode([row]).all_logits()
             if row.cached % cache.block == 0:
                 cache.store(slot, cache.chain(tokens), row.cached)
         row.tokens.append(int(logits[0].argmax()))
