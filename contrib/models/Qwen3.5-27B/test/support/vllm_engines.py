@@ -115,6 +115,7 @@ def require_no_row_left(engine: LLMEngine) -> None:
     vLLM tells the worker of finished requests with the next step that it schedules.
     """
     core: Any = engine.engine_core.engine_core
+    worker_of(engine)._thread.run(lambda: None)  # after the steps that are queued
     rows = worker_of(engine)._runner.rows
     left = {*rows.requests} - core.scheduler.finished_req_ids
     assert not left, f"the worker still has {left}"
