@@ -24,7 +24,8 @@ constraints=$tools/constraints_vllm_$version.txt
 if [[ ! -x $environment/bin/python ]]; then
     "${PYTHON:-python3}" -m venv "$environment"
 fi
-pip=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints")
+pip=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+    --constraint "$constraints")
 
 if ! "$environment/bin/python" -c "from importlib.metadata import version; assert version('vllm') == '$version'" 2>/dev/null; then
     "${pip[@]}" torch "setuptools>=77.0.3,<81" wheel setuptools-scm setuptools-rust packaging ninja cmake jinja2 numpy
