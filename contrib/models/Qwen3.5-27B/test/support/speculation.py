@@ -46,7 +46,7 @@ def decode_plainly(model: NeuronQwen35ForCausalLM, rows: Sequence[Row], new: int
     runner, prompts = ModelRunner(model), [len(row.tokens) for row in rows]
     encode(runner, rows)
     for _ in range(new - 1):
-        for row, logits in zip(rows, runner.decode(rows), strict=True):
+        for row, logits in zip(rows, runner.decode(rows).all_logits(), strict=True):
             row.tokens.append(int(logits.argmax()))
     return [row.tokens[length:] for row, length in zip(rows, prompts, strict=True)]
 
