@@ -21,7 +21,7 @@ from openai import OpenAI
 
 from qwen35.serving.loading import MINI_CHECKPOINT
 
-SECONDS_TO_START = 240
+SECONDS_TO_START = 400
 """More than it takes on a machine that runs much else."""
 
 

@@ -185,7 +185,7 @@ def test_two_hundred_at_once_over_four_rows(server: Server) -> None:
 
 
 def test_two_replicas_share_the_requests(tmp_path: Path) -> None:
-    with serve(tmp_path / "log", *ARGUMENTS, "--data-parallel-size", "2") as server:
+    with serve(tmp_path / "log", *ARGUMENTS, "--data-parallel-size", "2", "--api-server-count", "1") as server:
         for fact in FACTS[:6]:
             assert fact["answer"] in complete(server, fact["prompt"])
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
@@ -214,7 +214,8 @@ def test_the_requests_of_the_document_are_answered(server: Server) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     (said,) = _code("text")
-    assert ran.stdout == said
+    # vLLM's versions set other spaces between the tokens of JSON.
+    assert ran.stdout.replace('": "', '":"') == said
 
 
 @pytest.mark.parametrize(
