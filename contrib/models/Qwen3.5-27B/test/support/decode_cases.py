@@ -85,6 +85,14 @@ def equal_keys(step: Step) -> Step:
     return replace(step, qkv=qkv, conv_state=history, b=torch.full_like(step.b, 20.0), a=torch.full_like(step.a, -30.0))
 
 
+def broken_row(step: Step, row: int) -> Step:
+    """The step with nothing but nan in one row, as after an overflow."""
+    rows = {name: getattr(step, name).clone() for name in ("qkv", "z", "a", "b", "conv_state", "state")}
+    for x in rows.values():
+        x[row] = torch.nan
+    return replace(step, **rows)
+
+
 def silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 

@@ -36,9 +36,14 @@ from .verify_layer import MOST_TOKENS
 
 @dataclass
 class Layout(nl.NKIObject):
-    """Where the rows of a group lie: group i on partitions from (i % slots) pitch on, in column i // slots.
+    """Where the rows of a group lie: group i of a sequence on partitions from (i % slots) pitch on.
+
+    A column has groups of one sequence, because a matmul over its rows multiplies what it does not need by zero, which
+    leaves what is not a number as it is: a broken sequence would break its neighbours.
 
     n, T: heads of a group and tokens of a head.
+    groups: of one sequence.
+    columns: of all sequences; those of a sequence follow each other.
     pitch: partitions between two groups; a sub-array of the Tensor engine has as many rows, so that the products of
         `slots` groups run side by side.
     """
@@ -95,7 +100,8 @@ def deltanet_commit_layer(
 
     Notes:
         Numerics: all float32. No exponent is positive, and sums of g run over the tokens after each, so that a small
-        decay after a large one is exact. The conv state is moved, not computed.
+        decay after a large one is exact. The conv state is moved, not computed. What is not accepted is multiplied by
+        zero, so it must be numbers; sequences share no matmul's contraction.
         Limits: 2 Hk + H <= 128 per core and sequence.
 
     Pseudocode:
@@ -156,15 +162,15 @@ def _commit_slab(box: Box, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Te
     width = _width(box)
     x, history = load_inputs_of_conv(box=box, qkv=qkv, conv_state=conv_state, H=H, width=width)
     conv_counts = _load_conv_counts(box=box, accepted=accepted, width=width)
-    before = load_states(state=state, box=box, most=at.n)
+    before = load_states(state=state, box=box, n=at.n)
     masks = _make_masks(at)
     factors, decay = _make_factors(at=at, masks=masks, log_decays=log_decays, counts=counts)
     new = _select_window(x=x, history=history, counts=conv_counts)
     store_conv(new_conv=new_conv, new=new, box=box, H=H)
 
     spread: Tensor = key_rows
-    for group in range(at.groups):
-        slot, column = group % at.slots, group // at.slots
+    for group in range(box.nb * at.groups):
+        slot, column = _place(at, group)
         if slot == 0:
             spread = _spread_keys(at=at, key_rows=key_rows, factors=factors, column=column)
         own = nl.ds(slot * at.pitch, at.n * at.T)
@@ -192,10 +198,17 @@ def _commit_slab(box: Box, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Te
 
 def _lay_out(box: Box, H: int, T: int) -> Layout:
     """The layout of a box."""
-    n = heads_per_group(box, H, 8)
+    n = heads_per_group(box=box, H=H, most=8, halves=False)
     pitch = 32 if n * T <= 32 else 64
-    slots, groups = PARTITIONS // pitch, box.nb * heads_per_sequence(box) // n
-    return Layout(n=n, T=T, pitch=pitch, slots=slots, groups=groups, columns=(groups + slots - 1) // slots)
+    slots, groups = PARTITIONS // pitch, heads_per_sequence(box) // n
+    columns = box.nb * ((groups + slots - 1) // slots)
+    return Layout(n=n, T=T, pitch=pitch, slots=slots, groups=groups, columns=columns)
+
+
+def _place(at: Layout, group: int) -> tuple[int, int]:
+    """Slot and column of a group, counted through all sequences."""
+    sequence, i = group // at.groups, group % at.groups
+    return i % at.slots, sequence * ((at.groups + at.slots - 1) // at.slots) + i // at.slots
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
@@ -215,7 +228,8 @@ def _runs(box: Box, at: Layout, group: int, step: int) -> list[tuple[int, int, i
 
 def _rows_of(at: Layout, group: int, first: int, count: int) -> slice:
     """Partitions of `count` heads of a group from head `first` on."""
-    return nl.ds((group % at.slots) * at.pitch + first * at.T, count * at.T)
+    slot, _ = _place(at, group)
+    return nl.ds(slot * at.pitch + first * at.T, count * at.T)
 
 
 def _load_gates(box: Box, at: Layout, g: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,8 +239,8 @@ def _load_gates(box: Box, at: Layout, g: Tensor, accepted: Tensor) -> tuple[Tens
     counts = nl.ndarray((PARTITIONS, at.columns), dtype=nl.int32, buffer=nl.sbuf)
     nisa.memset(dst=log_decays, value=0.0, engine=nisa.engine.vector)
     nisa.memset(dst=counts, value=0, engine=nisa.engine.gpsimd)
-    for group in range(at.groups):
-        column = group // at.slots
+    for group in range(box.nb * at.groups):
+        _, column = _place(at, group)
         for run in _runs(box=box, at=at, group=group, step=H):
             first, count, sequence, head = run
             rows = _rows_of(at, group, first, count)
@@ -246,8 +260,8 @@ def _load_rows(box: Box, at: Layout, keys: Tensor, u: Tensor, H: int) -> tuple[T
     T, Hk = keys.shape[1], keys.shape[2]
     key_rows = nl.ndarray((PARTITIONS, at.columns, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
     u_rows = nl.ndarray((PARTITIONS, at.columns, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
-    for group in range(at.groups):
-        column = group // at.slots
+    for group in range(box.nb * at.groups):
+        _, column = _place(at, group)
         for run in _runs(box=box, at=at, group=group, step=box.R):
             first, count, sequence, head = run
             nisa.dma_copy(

@@ -65,13 +65,16 @@ def _half(count: int, core: int) -> tuple[int, int]:
     return core * half, half if core == 0 else count - half
 
 
-def heads_per_group(box: Box, H: int, most: int) -> int:
-    """n: the largest power of two up to `most` that divides the heads whose states follow each other in HBM."""
-    run = heads_per_sequence(box)
-    if run == H:  # those of one sequence follow those of another
-        run = run * box.nb
-    n = most
-    while run % n != 0:
+def heads_per_group(box: Box, H: int, most: int, halves: bool) -> int:
+    """n: the largest power of two up to `most` that divides the heads whose states follow each other in HBM.
+
+    A group has heads of one sequence, because a matmul multiplies what one of its columns does not need by zero, which
+    leaves what is not a number as it is: a broken sequence would break its neighbours. With `halves`, each half of a
+    group may have its own sequence: the reader keeps them apart.
+    """
+    heads, n = heads_per_sequence(box), most
+    run = heads * box.nb if heads == H else heads  # those of one sequence may follow those of another
+    while run % n != 0 or ((2 if halves else 1) * heads) % n != 0:
         n = n // 2
     return n
 
@@ -221,9 +224,8 @@ def packed_rows(hbm: Tensor, box: Box, n: int, group: int) -> Tensor:
     return hbm.ap(pattern=[[n * PARTITIONS, PARTITIONS], [1, n * PARTITIONS]], offset=first * PARTITIONS * PARTITIONS)
 
 
-def load_states(state: Tensor, box: Box, most: int) -> Tensor:
-    """[128, groups, n <= most, V] float32, packed as `decode_layer` describes, from state [B, H, K, V]."""
-    n = heads_per_group(box, state.shape[1], most)
+def load_states(state: Tensor, box: Box, n: int) -> Tensor:
+    """[128, groups, n, V] float32, packed as `decode_layer` describes, from state [B, H, K, V]."""
     groups = box.nb * heads_per_sequence(box) // n
     tile = nl.ndarray((PARTITIONS, groups, n, PARTITIONS), dtype=nl.float32, buffer=nl.sbuf)
     for i in range(groups):

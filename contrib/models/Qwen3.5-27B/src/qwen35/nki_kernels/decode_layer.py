@@ -23,6 +23,7 @@ from .common import PARTITIONS, Tensor, make_ones_and_identity
 from .decode_io import (
     Box,
     check_layer,
+    heads_per_group,
     heads_per_sequence,
     load_conv,
     load_gates,
@@ -54,6 +55,9 @@ from .decode_operands import (
     transpose_weights,
 )
 from .nki_seam import nisa, nki, nl
+
+BANK = 512
+"""float32 in a PSUM bank."""
 
 
 @nki.jit
@@ -104,7 +108,8 @@ def deltanet_decode_layer(
         Layouts: inputs and outputs are those of the model. On chip the state is packed in groups of n = 8, 4, 2 or 1
         heads. Each head takes 128 / n partitions and each of these n rows of its [K, V] matrix, which are contiguous in
         HBM. With n = 8 that is 4 KiB per partition, 92% of the DMA peak by the modelled costs; one row would be 512 B
-        and 58%. The convolution has the 128 channels of a head on partitions, after a transpose by the Tensor engine,
+        and 58%. The halves of a group may be of two sequences, which then share no matmul: one with what is not a
+        number leaves the others alone. The convolution has the 128 channels of a head on partitions, after a transpose by the Tensor engine,
         so that all lanes work; with heads on partitions, only as many would work as there are heads.
         Scheduling: half of the rank-1 updates of the state run on Scalar and GpSimd beside Vector. A step uses seven
         functions of the Scalar engine (exp, softplus, sigmoid, silu, square, rsqrt, copy), and so reloads its tables,
@@ -182,8 +187,11 @@ def _decode_slab(
     x, history, weight = load_conv(box=box, qkv=qkv, conv_state=conv_state, conv_weight=conv_weight, H=H)
     raw_gates, per_head = load_gates(box=box, a=a, b=b, A_log=A_log, dt_bias=dt_bias)
     z_rows, norm_rows = load_output_gate(box=box, z=z, norm_weight=norm_weight)
-    before = load_states(state=state, box=box, most=8)
-    groups, n = before.shape[1], before.shape[2]
+    n = heads_per_group(box=box, H=H, most=8, halves=True)
+    before = load_states(state=state, box=box, n=n)
+    groups = before.shape[1]
+    # Halves of a group that may be of two sequences are multiplied side by side, each into a PSUM bank of its own.
+    parts = 2 if heads_per_sequence(box) % n != 0 else 1
     after = nl.ndarray(before.shape, dtype=nl.float32, buffer=nl.sbuf)
 
     mask, blocks = head_mask(ones=ones, n=n), head_blocks(n=n)
@@ -195,7 +203,7 @@ def _decode_slab(
     gate_rows = make_gate_rows(raw_gates=raw_gates, rate=rate, steps=steps)
 
     scalars = nl.ndarray((PARTITIONS, 512), dtype=nl.float32, buffer=nl.psum)
-    products = nl.ndarray((PARTITIONS, 2, columns), dtype=nl.float32, buffer=nl.psum)
+    products = nl.ndarray((PARTITIONS, parts, BANK), dtype=nl.float32, buffer=nl.psum)
     o_rows = nl.ndarray((columns, PARTITIONS), dtype=nl.float32, buffer=nl.psum)
     u_tiles = []
     for _ in range(3):
@@ -204,17 +212,17 @@ def _decode_slab(
     gate = make_output_gate(z_rows=z_rows, norm_rows=norm_rows)
     kq, rk_v = convolve(taps=taps, weights=weights, box=box, T=1)
     store_conv(new_conv=new_conv, new=shift_conv_state(x=x, history=history), box=box, H=H)
-    decay = broadcast_gates(gate_rows=gate_rows, blocks=blocks, ones=ones, scalars=scalars)
+    decay = broadcast_gates(gate_rows=gate_rows, blocks=blocks, ones=ones, scalars=scalars, parts=parts)
     channels = select_channels(kq=kq, identity=identity, n=n)
     squares = multiply_channels(kq=kq, ones=ones, scalars=scalars)
     packed = mask_channels(channels=channels, mask=mask, columns=columns, T=1)
-    keys = keys_of_partitions(packed=packed)
     write, read = head_scalars(rk_v=rk_v, scalars=scalars)
 
     # Engines run in program order. A group is read one step before its U is computed and two steps before it is
     # updated, so that none waits for another. Of large groups the first does not wait until the second is read: the
     # earlier its store, the less the transfers idle.
     early = n == 8
+    keys = packed
     for step in range(groups + 2):
         if step < groups:
             _read_state(before=before, after=after, packed=packed, products=products, decay=decay, group=step)
@@ -228,8 +236,10 @@ def _decode_slab(
                     n=n,
                     identity=identity,
                 )
+        if step == 0:
+            keys = keys_of_partitions(packed=packed, parts=parts)  # for the updates
         if step == groups:
-            _read_output(o_rows=o_rows, products=products, read=read, identity=identity)
+            _read_output(o_rows=o_rows, products=products, read=read, n=n, identity=identity)
         for group in range(groups):
             if step == group + (1 if early and group == 0 else 2):
                 _update_state(S=after, u_rows=u_tiles[group % 3], keys=keys, group=group)
@@ -240,16 +250,27 @@ def _decode_slab(
 
 # --- One group of heads ----------------------------------------------------------------------------------------------
 def _read_state(before: Tensor, after: Tensor, packed: Tensor, products: Tensor, decay: Tensor, group: int) -> None:
-    """S^T k and S^T q of a group in one pass over its state, to products [V, 2, columns]; and the decayed state."""
-    n = packed.shape[1]
-    own = nl.ds(group * n, n)
+    """S^T k and S^T q of a group in one pass over its state, to products; and the decayed state.
+
+    Args:
+        products: [V, parts, BANK] float32 in PSUM: a part has S^T k, then S^T q of its share of each group's heads.
+    """
+    n, parts = packed.shape[1], products.shape[1]
+    rows, width, columns = PARTITIONS // parts, n // parts, packed.shape[3]
     for j in range(n):
-        nisa.nc_matmul(
-            dst=products[:, :, own],
-            stationary=before[:, group, j, :],
-            moving=packed[:, j, :, own],
-            accumulate=j != 0,
-        )
+        for part in range(parts):
+            mine = nl.ds(part * rows, rows)
+            nisa.nc_matmul(
+                dst=products.ap(
+                    pattern=[[parts * BANK, PARTITIONS], [columns // parts, 2], [1, width]],
+                    offset=part * BANK + group * width,
+                ),
+                stationary=before[mine, group, j, :],
+                moving=packed[mine, j, :, nl.ds(group * n + part * width, width)],
+                tile_position=(part * rows, 0),
+                tile_size=(rows, PARTITIONS),
+                accumulate=j != 0,
+            )
     # The decayed state does not wait for k: the Scalar engine makes it meanwhile.
     nisa.activation(
         dst=after[:, group, :, :], op=nl.copy, data=before[:, group, :, :], scale=decay[:, group : group + 1]
@@ -266,7 +287,11 @@ def _broadcast_u(u_rows: Tensor, write: Tensor, products: Tensor, column: int, n
     own = nl.ds(column, n)
     for term in range(2):
         if term == 1:
-            nisa.tensor_tensor(dst=write[:, 2, own], data1=products[:, 0, own], data2=write[:, 0, own], op=nl.multiply)
+            parts = products.shape[1]
+            sk = products.ap(
+                pattern=[[parts * BANK, PARTITIONS], [BANK, parts], [1, n // parts]], offset=column // parts
+            )
+            nisa.tensor_tensor(dst=write[:, 2, own], data1=sk, data2=write[:, 0, own], op=nl.multiply)
         nisa.nc_matmul(
             dst=u_rows,
             stationary=write.ap(
@@ -292,19 +317,24 @@ def _update_state(S: Tensor, u_rows: Tensor, keys: Tensor, group: int) -> None:
             nisa.tensor_tensor(dst=mine, data1=mine, data2=outer, op=nl.add, engine=nisa.engine.gpsimd)
 
 
-def _read_output(o_rows: Tensor, products: Tensor, read: Tensor, identity: Tensor) -> None:
+def _read_output(o_rows: Tensor, products: Tensor, read: Tensor, n: int, identity: Tensor) -> None:
     """o_rows [columns, V] = eg S^T q + (k.q) U: the Tensor engine transposes the three terms and adds them."""
-    columns = read.shape[2]
+    columns, parts = read.shape[2], products.shape[1]
+    width = n // parts
     terms = nl.ndarray((PARTITIONS, 2, columns), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_tensor(
-        dst=terms,
-        data1=products[:, :, 0:columns],
-        data2=read.ap(pattern=[[3 * columns, PARTITIONS], [2 * columns, 2], [1, columns]], offset=0),
-        op=nl.multiply,
-    )
+    for which in range(2):
+        nisa.tensor_tensor(
+            dst=terms[:, which, :],
+            data1=products.ap(
+                pattern=[[parts * BANK, PARTITIONS], [width, columns // n], [BANK, parts], [1, width]],
+                offset=which * (columns // parts),
+            ),
+            data2=read[:, 2 * which, :],
+            op=nl.multiply,
+        )
     for term in range(3):
         nisa.nc_matmul(
-            dst=o_rows[0:columns, :],
+            dst=o_rows,
             stationary=read[:, 1, :] if term == 0 else terms[:, term - 1, :],
             moving=identity,
             is_moving_onezero=True,

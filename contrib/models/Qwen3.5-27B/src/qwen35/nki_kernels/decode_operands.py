@@ -196,17 +196,24 @@ def mask_channels(channels: Tensor, mask: Tensor, columns: int, T: int) -> Tenso
     return packed
 
 
-def keys_of_partitions(packed: Tensor) -> Tensor:
-    """[128, n, groups] float32 of one token: k without the zeros of `packed`, of the head that a partition holds."""
+def keys_of_partitions(packed: Tensor, parts: int) -> Tensor:
+    """[128, n, groups] float32 of one token: k without the zeros of `packed`, of the head that a partition holds.
+
+    Of `parts` of a group, each may be of another sequence, and is not touched by what the others hold.
+    """
     n, columns = packed.shape[1], packed.shape[3]
     groups = columns // n
+    rows, width = PARTITIONS // parts, n // parts
     keys = nl.ndarray((PARTITIONS, n, groups), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(
-        dst=keys,
-        op=nl.add,
-        data=packed.ap(pattern=[[2 * n * columns, PARTITIONS], [2 * columns, n], [n, groups], [1, n]], offset=0),
-        axis=3,
-    )
+    by_group = packed.reshape((PARTITIONS, n, 2, groups, n))
+    for part in range(parts):
+        mine = nl.ds(part * rows, rows)
+        nisa.tensor_reduce(
+            dst=keys[mine],
+            op=nl.add,
+            data=by_group[mine, :, 0, :, part * width : (part + 1) * width],
+            axis=3,
+        )
     return keys
 
 
@@ -261,21 +268,25 @@ def make_gate_rows(raw_gates: Tensor, rate: Tensor, steps: Tensor) -> Tensor:
     return rows
 
 
-def broadcast_gates(gate_rows: Tensor, blocks: Tensor, ones: Tensor, scalars: Tensor) -> Tensor:
-    """Gates of the columns to all partitions: scalars from GATES on.
+def broadcast_gates(gate_rows: Tensor, blocks: Tensor, ones: Tensor, scalars: Tensor, parts: int) -> Tensor:
+    """Gates of the columns to all partitions: scalars from GATES on; `parts` as in `keys_of_partitions`.
 
     Returns:
         decay: [128, columns / n] float32 in PSUM, exp(g) of the head whose state a partition holds; in scalars.
     """
     n, columns = blocks.shape[1], gate_rows.shape[2]
     decay = scalars[:, DECAY : DECAY + columns // n]
+    rows, width = PARTITIONS // parts, n // parts
     for i in range(n):
+        mine = nl.ds(i // width * rows, rows)
         nisa.nc_matmul(
-            dst=decay,
-            stationary=blocks[:, i, :],
+            dst=decay[mine],
+            stationary=blocks[:, i, mine],
             moving=gate_rows.ap(pattern=[[3 * columns, 1], [n, columns // n]], offset=i),
             is_stationary_onezero=True,
-            accumulate=i != 0,
+            tile_position=(0, i // width * rows),
+            tile_size=(32, rows),
+            accumulate=i % width != 0,
         )
     nisa.scalar_tensor_tensor(
         dst=gate_rows[:, 1, :],

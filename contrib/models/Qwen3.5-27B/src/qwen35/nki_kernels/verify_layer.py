@@ -17,7 +17,7 @@ convolution), D_ij the decay from token j to token i >= j, d_i that from the sta
     O = (Q K^T * D) U + diag(d) Q S
 
 and token t adds k_t U_t^T to the state. The columns of one box of heads fill one [c, c] matrix, whose blocks of one
-head are masked out of it: so K K^T of all heads is one matmul. O is not divided by the norm of q, as in `decode_layer`.
+head are all that is kept of it: so K K^T of all heads is one matmul. O is not divided by the norm of q, as in `decode_layer`.
 """
 
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from .decode_io import (
     Box,
     check_layer,
     first_head,
+    heads_per_group,
     heads_per_sequence,
     load_conv,
     load_output_gate,
     load_states,
     rows_of_heads,
-    rows_per_sequence,
     share_of_core,
     store_output,
 )
@@ -193,8 +193,9 @@ def deltanet_verify_layer(
         Numerics: everything after the loads is float32. No exponent is positive, so no decay overflows; sums of g run
         over the tokens between two, so that a small decay after a large one is exact. Errors are those of
         `decode_layer`.
-        Limits: R T <= 64 on a core. A core computes as many key heads of a sequence together as have 64 columns, then
-        the next ones, for which everything but the products with the state is made ready meanwhile.
+        Limits: R T <= 128 on a core. A core computes as many key heads of a sequence together as have 128 columns; of
+        several such boxes, the stages alternate. Sequences never share a matmul's contraction, so that one with what is
+        not a number leaves the others alone.
         Layouts: those of `decode_layer`. Products with the state have a column for each token, of which the Tensor
         engine takes up to 64 in the time of one; the chunk's matrices have a partition for each column.
 
@@ -248,7 +249,11 @@ def deltanet_verify_layer(
 
 
 def _boxes(mine: Box, T: int) -> list[Box]:
-    """The part of a core, cut into as many sequences as have MOST_COLUMNS columns, or key heads of one sequence."""
+    """The part of a core, cut into single sequences and as many key heads as have MOST_COLUMNS columns.
+
+    Sequences do not share a box, because its matmuls multiply what columns of other heads have by zero, which leaves
+    what is not a number as it is: a broken sequence would break its neighbours.
+    """
     boxes: list[Box] = []
     if mine.nb == 0:
         return boxes
@@ -256,14 +261,12 @@ def _boxes(mine: Box, T: int) -> list[Box]:
         f"{mine.nr} value heads of a key head, {T} tokens: {MOST_COLUMNS} columns at most"
     )
     keys = min(mine.nk, MOST_COLUMNS // (mine.nr * T))
-    sequences = min(mine.nb, MOST_COLUMNS // (mine.nk * mine.nr * T), PARTITIONS // rows_per_sequence(mine))
-    sequences = max(sequences, 1)
-    for i in range(0, mine.nb, sequences):
+    for i in range(mine.nb):
         for first in range(0, mine.nk, keys):
             boxes.append(
                 Box(
                     b0=mine.b0 + i,
-                    nb=min(sequences, mine.nb - i),
+                    nb=1,
                     k0=mine.k0 + first,
                     nk=min(keys, mine.nk - first),
                     r0=mine.r0,
@@ -319,8 +322,8 @@ def _make_constants(box: Box, T: int) -> Constants:
 # --- Stages ----------------------------------------------------------------------------------------------------------
 STAGES = 10
 
-PITCH = 3
-"""Stages between two boxes. Modelled time of 4 tokens of 8 rows with 2, 3, 4, 5: 24.2, 23.4, 25.1, 26.6 us."""
+PITCH = 2
+"""Stages between two boxes. Modelled time of 4 tokens of 8 rows with 1, 2, 3, 4: 44, 31, 38, 34 us."""
 
 
 def _run_stage(stage: int, w: Work, T: int, constants: Constants, outputs: tuple[Tensor, ...], norm_eps: float) -> None:
@@ -369,8 +372,9 @@ def _load(w: Work, inputs: tuple[Tensor, ...], ones: Tensor) -> None:
     )
     w.raw, w.per_head = _load_gates(box=w.box, a=a, b=b, A_log=A_log, dt_bias=dt_bias)
     w.z, w.norm_weight = load_output_gate(box=w.box, z=z, norm_weight=norm_weight)
-    w.state = load_states(state=state, box=w.box, most=GROUP_HEADS)
-    w.mask = head_mask(ones=ones, n=w.state.shape[2])
+    n = heads_per_group(box=w.box, H=a.shape[2], most=GROUP_HEADS, halves=False)
+    w.state = load_states(state=state, box=w.box, n=n)
+    w.mask = head_mask(ones=ones, n=n)
 
 
 def _load_gates(box: Box, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:

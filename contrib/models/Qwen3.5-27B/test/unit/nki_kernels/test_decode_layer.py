@@ -23,6 +23,7 @@ from support.decode_cases import (
     TOLERANCE,
     D,
     Step,
+    broken_row,
     equal_keys,
     make,
     naive,
@@ -95,6 +96,15 @@ def test_equal_keys_written_at_full_strength_do_not_build_up_error(dtype: torch.
     for t in range(8):
         _, state, conv_state = run(replace(one_token(step, t), state=state, conv_state=conv_state), 2).outputs
         assert_near(state, expected_states[:, t], STATE_TOLERANCE, f"state after token {t}")
+
+
+@pytest.mark.parametrize(("H", "Hk"), [(12, 4), (6, 2), (3, 1), (2, 1)], ids=str)
+def test_a_broken_row_leaves_its_neighbours_alone(H: int, Hk: int) -> None:
+    step = make(4, 1, H, Hk)
+    for row in (1, 2):
+        others = [i for i in range(4) if i != row]
+        for whole, broken in zip(run(step, None).outputs, run(broken_row(step, row), None).outputs, strict=True):
+            assert torch.equal(whole[others], broken[others])
 
 
 def test_a_padded_row_of_zeros_stays_finite() -> None:
