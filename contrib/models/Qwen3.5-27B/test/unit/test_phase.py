@@ -24,10 +24,15 @@ KERNELS = ("ops", "nki_kernels", "cli/kernels")
 
 ALLOWED = {
     ("configuration_qwen35.py", "len(v) == 3"): "a value of config.json",
+    ("layers/kernel_launch.py", "q.shape[1] % LOOP_TOKENS == 0"): "whether tokens, of any phase, are whole iterations",
     ("modeling_qwen35.py", "len(outside)"): "tokens that the vocabulary does not have",
     ("modeling_qwen35.py", "tokens <= chunk"): "whether tokens, of any phase, exceed a configured size",
     ("serving/hf_adapter.py", "rows > slots"): "whether rows, of any phase, exceed a configured size",
     ("serving/hf_adapter.py", "value.shape[:1] == (total,)"): "which arguments have a row per prompt",
+    (
+        "serving/drafting.py",
+        "phase_of(position_ids, attention_mask).encodes_prompts",
+    ): "a call enters here: for the adapter it stands where the application does",
     ("submodels.py", "attention_mask.shape != input_ids.shape"): "a check of arguments, for prompts",
     ("submodels.py", "length in self.neuron_config.buckets"): "which size of a submodel, whose phase is known",
 }
