@@ -8,6 +8,8 @@ Ch = 2 Hk K + H V conv channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,9 +40,10 @@ class NeuronGatedDeltaNet(nn.Module):
         self.kernel, self.cores = select_deltanet_kernel(config), config.neuron_config.logical_nc_config
         self.inverse = select_deltanet_inverse(config)
         if self.kernel is not DeltaNetKernel.TORCH:
-            from .kernel_launch import decode, prefill  # loads NKI or its emulator
+            from .kernel_launch import commit, decode, prefill, verify  # loads NKI or its emulator
 
             self.launch_decode, self.launch_prefill = decode, prefill
+            self.launch_verify, self.launch_commit = verify, commit
         self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.key_dim, self.value_dim = config.key_dim // ranks, config.value_dim // ranks
         self.num_value_heads = config.linear_num_value_heads // ranks
@@ -71,9 +74,13 @@ class NeuronGatedDeltaNet(nn.Module):
         """
         qkv, z = self.in_proj_qkvz(hidden_states).split((2 * self.key_dim + self.value_dim, self.value_dim), dim=-1)
         b, a = self.in_proj_ba(hidden_states).split(self.num_value_heads, dim=-1)
-        if phase is Phase.TOKEN_GENERATION and state is not None and self.kernel is not DeltaNetKernel.TORCH:
-            output, state = self._decode_by_kernel(qkv, z, a, b, state)
-            return self.out_proj(output), state
+        if state is not None and self.kernel is not DeltaNetKernel.TORCH:
+            if phase is Phase.TOKEN_GENERATION:
+                output, state = self._decode_by_kernel(qkv, z, a, b, state)
+                return self.out_proj(output), state
+            if phase is Phase.VERIFICATION:
+                output, tokens = self._verify_by_kernel(qkv, z, a, b, state)
+                return self.out_proj(output), tokens
         recurrent, conv = (None, None) if state is None else state
         conv_inputs = qkv
         qkv, conv = causal_conv(qkv, self.conv1d.weight, conv, padding_mask)
@@ -99,23 +106,46 @@ class NeuronGatedDeltaNet(nn.Module):
         output = self.norm(output, z.unflatten(-1, (-1, self.value_head_dim))).flatten(2)
         return self.out_proj(output), kept
 
-    @staticmethod
-    def commit(state: DeltaNetState, tokens: DeltaNetTokens, accepted: torch.Tensor) -> DeltaNetState:
+    def commit(self, state: DeltaNetState, tokens: DeltaNetTokens, accepted: torch.Tensor) -> DeltaNetState:
         """The state after the first accepted[b] of the T tokens of each row that were verified from `state`; [B] ints.
 
         What is not accepted may hold anything, numbers or not.
         """
-        real = (torch.arange(tokens.g.shape[1], device=accepted.device) < accepted.unsqueeze(1))[..., None, None]
-        keys = torch.where(real, tokens.keys, 0.0)  # the rule multiplies those of rejected tokens by zero
-        recurrent = commit_delta_rule(keys, tokens.u, tokens.g, state.recurrent, accepted)
-        return DeltaNetState(recurrent, commit_conv(tokens.conv_inputs, state.conv, accepted))
+        conv_inputs, keys, u, g = tokens
+        if self.kernel is DeltaNetKernel.TORCH:
+            recurrent = commit_delta_rule(keys, u, g, state.recurrent, accepted)
+            return DeltaNetState(recurrent, commit_conv(conv_inputs, state.conv, accepted))
+        recurrent, conv = self.launch_commit(
+            self.cores,
+            keys=keys,
+            u=u,
+            g=g,
+            recurrent_state=state.recurrent,
+            qkv=conv_inputs,
+            conv_state=state.conv,
+            accepted=accepted,
+        )
+        return DeltaNetState(recurrent, conv)
 
     def _decode_by_kernel(
         self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
     ) -> tuple[torch.Tensor, DeltaNetState]:
         """All between the projections in one kernel: the normed output [B, S, H V] and the new state."""
-        output, recurrent, conv = self.launch_decode(
-            self.cores,
+        output, recurrent, conv = self.launch_decode(self.cores, **self._layer_arguments(qkv, z, a, b, state))
+        return output, DeltaNetState(recurrent, conv)
+
+    def _verify_by_kernel(
+        self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
+    ) -> tuple[torch.Tensor, DeltaNetTokens]:
+        """The same for several tokens [B, S, H V], and what `commit` makes the new state of."""
+        output, keys, u, g = self.launch_verify(self.cores, **self._layer_arguments(qkv, z, a, b, state))
+        return output, DeltaNetTokens(qkv, keys, u, g)
+
+    def _layer_arguments(
+        self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
+    ) -> dict[str, Any]:
+        """What the kernels of a whole layer take."""
+        return dict(
             qkv=qkv,
             z=z,
             a=a,
@@ -128,7 +158,6 @@ class NeuronGatedDeltaNet(nn.Module):
             recurrent_state=state.recurrent,
             norm_eps=self.norm.eps,
         )
-        return output, DeltaNetState(recurrent, conv)
 
     def _delta_rule(
         self,
