@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.serving.loading import MINI_CHECKPOINT
+from qwen35.weights.checkpoint import is_mtp
+from qwen35.weights.text_rules import conversion_plan
 
 from .mutations import Mutation, behind_a_link, dangling, replace
 
@@ -34,6 +40,25 @@ def copy_of_the_mini(directory: Path) -> Path:
             (directory / file.name).symlink_to(file)
         else:
             (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def with_random_head(directory: Path) -> Path:
+    """A copy of the mini with an MTP head that guesses at random."""
+    copy_of_the_mini(directory)
+    config = Qwen35InferenceConfig.from_pretrained(directory, Qwen35NeuronConfig(num_speculative_tokens=1))
+    generator = torch.Generator().manual_seed(0)
+    head = {
+        name: torch.randn(shape, generator=generator) * (0.1 if len(shape) == 1 else shape[-1] ** -0.5)
+        for rule in conversion_plan(config)
+        for name, shape in rule.sources.items()
+        if name.startswith("mtp.")
+    }
+    weights = {
+        name: tensor for name, tensor in load_file(MINI_CHECKPOINT / "model.safetensors").items() if not is_mtp(name)
+    }
+    (directory / "model.safetensors").unlink()
+    save_file({**weights, **head}, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

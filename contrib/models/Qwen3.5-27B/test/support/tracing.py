@@ -22,6 +22,7 @@ OPTIONS = {
     ),
     "prompts in chunks": dict(batch_size=2, prefill_chunk_size=128, enable_bucketing=True),
     "drafts": dict(batch_size=2, prefill_chunk_size=128, enable_bucketing=True, num_speculative_tokens=3),
+    "drafts, plain delta rule": dict(batch_size=1, deltanet_kernel="torch", num_speculative_tokens=1),
     "drafts for two rows of four slots": dict(
         batch_size=2,
         ctx_batch_size=1,

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from qwen35.serving.runner import Row
+from qwen35.serving.runner import ModelRunner, Row
+from support import vl_cases
 from support.models import load_neuron, random_prompts, save_checkpoint
 from support.own_kernels import recorded_launches
 from support.ranks import RankPool
+from support.simulated_device import put_on_simulated_device
 from support.speculation import Decoded, Doctor, decode_plainly, decode_with_drafts, save_markov_checkpoint
 
 LENGTHS = (1, 2, 17, 40)
@@ -110,8 +112,6 @@ def test_a_head_that_knows_the_next_token_gives_one_more_than_it_drafts(tmp_path
 
 
 def test_a_step_may_be_decoded_without_drafts_between(checkpoint: Path, truth: list[list[int]]) -> None:
-    from qwen35.serving.runner import ModelRunner
-
     model = load_neuron(checkpoint, num_speculative_tokens=3, batch_size=4)
     rows = rows_of(random_prompts(LENGTHS))
     assert decode_plainly(model, rows, 9) == [tokens[:9] for tokens in truth]
@@ -137,6 +137,74 @@ def test_drafts_end_where_the_slot_is_full(checkpoint: Path) -> None:
     decoded = decode_with_drafts(model, [row], 9, doctor)
     assert decoded.tokens == true
     assert decoded.accepted == [[7]] and row.cached == 48 and row.drafts == []
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "simulated device"])
+def test_rows_with_images_and_video_keep_their_tokens(tmp_path: Path, on_device: bool, backend: str) -> None:
+    vl_cases.save_vl_checkpoint(tmp_path, mtp=True)
+    examples = vl_cases.EXAMPLE
+    options: dict[str, Any] = dict(prefill_chunk_size=16, seq_len=64)
+
+    def rows(model: Any) -> list[Row]:
+        runner = ModelRunner(model)
+        placed = [runner.place(row.ids, vl_cases.media([row])) for row in examples]
+        return [Row(i, [*row.ids], placed=own) for i, (row, own) in enumerate(zip(examples, placed, strict=True))]
+
+    plain = vl_cases.load(str(tmp_path), **options)
+    true = decode_plainly(plain, rows(plain), NEW)
+    model = vl_cases.load(str(tmp_path), num_speculative_tokens=3, **options)
+    lengths = [len(row.ids) for row in examples]
+    doctor = oracle(true, lengths, lambda row, place: (row + place) % 5 in (0, 3), 3)
+    with_media = rows(model)
+    decoding: Any = put_on_simulated_device(model) if on_device else model
+    decoded = decode_with_drafts(decoding, with_media, 12, doctor, lambda step: step % 2 == 1)
+    assert decoded.tokens == [tokens[:12] for tokens in true]
+    assert len({*range(4)} & {number for accepted in decoded.accepted for number in accepted}) > 2
+
+
+def test_kernels_verify_and_take_in_as_plain_pytorch_does(tmp_path: Path) -> None:
+    heads = dict(linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=1, linear_num_value_heads=2)
+    save_checkpoint(tmp_path, 3, mtp=True, num_hidden_layers=2, full_attention_interval=2, **heads)
+    prompts = random_prompts([5, 2])
+    true = decode_plainly(load_neuron(tmp_path, batch_size=2), rows_of(prompts), 12)
+    model = load_neuron(tmp_path, batch_size=2, num_speculative_tokens=2, deltanet_kernel="fused")
+    doctor = oracle(true, [5, 2], lambda row, place: (row + place) % 4 == 1, 2)
+    decoded = decode_with_drafts(model, rows_of(prompts), 8, doctor, lambda step: step % 2 == 1)
+    assert decoded.tokens == [tokens[:8] for tokens in true]
+    assert {0, 2} <= {number for accepted in decoded.accepted for number in accepted}
+
+
+@pytest.mark.slow
+def test_200_random_models_and_batches_with_random_heads_give_their_tokens(tmp_path: Path) -> None:
+    differing = []
+    for seed in range(200):
+        chosen = random.Random(seed)
+        fields = dict(
+            num_hidden_layers=chosen.randint(1, 4),
+            full_attention_interval=chosen.randint(1, 3),
+            num_attention_heads=chosen.choice([2, 4]),
+            num_key_value_heads=chosen.choice([1, 2]),
+            linear_num_key_heads=chosen.choice([1, 2]),
+            linear_num_value_heads=chosen.choice([2, 4]),
+            linear_conv_kernel_dim=chosen.randint(2, 4),
+            tie_word_embeddings=chosen.random() < 0.3,
+        )
+        path = tmp_path / str(seed)
+        save_checkpoint(path, seed, mtp=True, **fields)
+        rows, k = chosen.randint(1, 4), chosen.randint(1, 7)
+        options: dict[str, Any] = dict(batch_size=rows)
+        if chosen.random() < 0.5:
+            options["prefill_chunk_size"] = chosen.choice([4, 8, 16])
+        prompts = random_prompts([chosen.randint(1, 40) for _ in range(rows)], seed=seed)
+        true = decode_plainly(load_neuron(path, **options), rows_of(prompts), 16 + k)
+        wrong = {(row, place) for row in range(rows) for place in range(16 + k) if chosen.random() < 0.3}
+        doctor = oracle(true, [*map(len, prompts)], lambda row, place, wrong=wrong: (row, place) in wrong, k)
+        model = load_neuron(path, num_speculative_tokens=k, **options)
+        for each in (lambda number, row: None, doctor):
+            decoded = decode_with_drafts(model, rows_of(prompts), 16, each, lambda step: step % 3 == 1)
+            if decoded.tokens != [tokens[:16] for tokens in true]:
+                differing.append((seed, fields, options, k))
+    assert differing == []
 
 
 def decoded_on_a_rank(path: Path, prompts: list[list[int]], truth: list[list[int]], **options: Any) -> Decoded:

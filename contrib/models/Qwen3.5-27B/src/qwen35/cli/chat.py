@@ -19,9 +19,11 @@ from .options import (
     AnswerOptions,
     ChatTemplateOptions,
     ModelOptions,
+    SpeculationOptions,
     add_answer_options,
     add_chat_template_options,
     add_model_options,
+    add_speculate_option,
     gigabytes,
     options_from,
     positive,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ChatOptions(ChatTemplateOptions, AnswerOptions, ModelOptions):
+class ChatOptions(ChatTemplateOptions, AnswerOptions, ModelOptions, SpeculationOptions):
     """The options of `qwen35 chat`."""
 
     seq_len: int
@@ -60,6 +62,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_answer_options(parser)
     add_chat_template_options(parser)
+    add_speculate_option(parser)
     parser.add_argument("--compiled", type=Path, metavar="DIR", help="what 'qwen35 compile' wrote; on Neuron needed")
 
 
@@ -73,6 +76,8 @@ def _run(args: argparse.Namespace) -> None:
         _talk(conversation)
     except KeyboardInterrupt:
         pass  # at the prompt, or a second one in an answer: the end, as that of standard input
+    if conversation.engine.acceptance.drafted:
+        print(f"[{conversation.engine.acceptance}]", file=sys.stderr)
 
 
 def _talk(conversation: Conversation) -> None:
@@ -137,9 +142,12 @@ def _config(options: ChatOptions) -> Qwen35InferenceConfig:
     from ..serving.loading import default_neuron_config, load_compiled_config
 
     if options.compiled is not None:
-        return load_compiled_config(options.compiled)
+        config = load_compiled_config(options.compiled)
+        options.require_compiled(options.compiled, config.num_speculative_tokens)
+        return config
     if options.tp != 1:
         raise ValueError(f"--tp {options.tp}: a chat on a CPU has one rank, which reads the questions; leave it out")
     chunk_size = min(CHUNK_SIZE, options.seq_len)
     neuron_config = default_neuron_config(options.seq_len, 1, 1, options.dtype, chunk_size)
+    neuron_config.num_speculative_tokens = options.speculate or 0
     return Qwen35InferenceConfig.from_pretrained(options.checkpoint, neuron_config=neuron_config)

@@ -14,14 +14,22 @@ from ..configuration_qwen35 import Qwen35NeuronConfig
 from ..hardware import INSTANCES
 from ..nxdi import NXDI_AVAILABLE
 from ..planning.recommended import RECOMMENDED, device_neuron_config
-from .options import ModelOptions, add_model_options, options_from, positive, write_whole
+from .options import (
+    ModelOptions,
+    SpeculationOptions,
+    add_model_options,
+    add_speculate_option,
+    options_from,
+    positive,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from .options import Commands
 
 
 @dataclass(frozen=True)
-class CompileOptions(ModelOptions):
+class CompileOptions(ModelOptions, SpeculationOptions):
     """The options of `qwen35 compile`."""
 
     output: Path
@@ -45,6 +53,7 @@ def add_parser(commands: Commands) -> None:
     add_model_options(parser)
     parser.add_argument("--seq-len", type=positive, default=4096, metavar="N", help="prompt and answer (4096)")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at a time (1)")
+    add_speculate_option(parser)
     parser.add_argument("--vision", action="store_true", help="also take images and videos")
     parser.add_argument("--instance", choices=INSTANCES, help="where it will run; on Neuron, check that it fits there")
     parser.add_argument(
@@ -62,6 +71,7 @@ def _run(args: argparse.Namespace) -> None:
     options = options_from(CompileOptions, args)
     neuron_config = _neuron_config(options)
     neuron_config.save_sharded_checkpoint = True
+    neuron_config.num_speculative_tokens = options.speculate or 0
     model = options.build(NeuronQwen35VLForCausalLM if options.vision else NeuronQwen35ForCausalLM, neuron_config)
     write_whole(options.output, lambda path: model.compile(str(path)))
     counted, compiled = model.bytes_per_rank(), (options.output / "model.pt").exists()

@@ -22,9 +22,11 @@ from .options import (
     AnswerOptions,
     ChatTemplateOptions,
     ModelOptions,
+    SpeculationOptions,
     add_answer_options,
     add_chat_template_options,
     add_model_options,
+    add_speculate_option,
     existing,
     options_from,
     positive,
@@ -35,11 +37,12 @@ from .options import (
 if TYPE_CHECKING:
     from ..serving.generation import Generation, TextGenerator
     from ..serving.sampling import SamplingOptions
+    from ..serving.speculation import Acceptance
     from .options import Commands
 
 
 @dataclass(frozen=True)
-class GenerateOptions(ChatTemplateOptions, AnswerOptions, ModelOptions):
+class GenerateOptions(ChatTemplateOptions, AnswerOptions, ModelOptions, SpeculationOptions):
     """The options of `qwen35 generate`."""
 
     prompt: str | None
@@ -96,6 +99,7 @@ def add_parser(commands: Commands) -> None:
     add_model_options(parser)
     add_answer_options(parser)
     add_chat_template_options(parser)
+    add_speculate_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("-n", type=positive, default=1, metavar="N", help="continuations of each prompt (1)")
     parser.add_argument(
@@ -171,11 +175,13 @@ def _config(options: GenerateOptions, model_path: Path, length: int, rows: int) 
 
     if options.compiled is None:
         neuron_config = default_neuron_config(length, rows, options.tp, options.dtype)
+        neuron_config.num_speculative_tokens = options.speculate or 0
         if not neuron_config.on_cpu:
             raise ValueError("--compiled is missing: on Neuron run 'qwen35 compile DIR', then pass --compiled DIR")
         config_cls = Qwen35VLInferenceConfig if options.with_media else Qwen35InferenceConfig
         return config_cls.from_pretrained(model_path, neuron_config=neuron_config)
     config = load_compiled_config(options.compiled)
+    options.require_compiled(options.compiled, config.num_speculative_tokens)
     if options.with_media and not isinstance(config, Qwen35VLInferenceConfig):
         raise ValueError(f"--image with --compiled {options.compiled}: it takes text only; compile it with --vision")
     for name, needed, what in (("seq_len", length, "tokens of prompt and answer"), ("batch_size", rows, "prompts")):
@@ -215,6 +221,8 @@ def _generate_rank(
         for prompt, text in zip(rows, result.texts, strict=True):
             print(f"{prompt}\n  -> {text.strip()}" if options.in_chat else f"{prompt}{text}")
     print(_timing(result), file=sys.stderr)
+    if result.acceptance is not None:
+        print(f"[{result.acceptance}]", file=sys.stderr)
 
 
 class _Streamer:
@@ -246,11 +254,17 @@ def _as_json(model_path: Path, config: Qwen35InferenceConfig, prompts: list[str]
         "tp_degree": config.neuron_config.tp_degree,
         "ttft_s": result.time_to_first_token,
         "tpot_s": result.time_per_output_token,
+        **({} if result.acceptance is None else {"speculation": _acceptance(result.acceptance)}),
         "generations": [
             {"prompt": prompt, "text": text, "tokens": tokens, **_logprobs_of_row(result, row)}
             for row, (prompt, text, tokens) in enumerate(zip(prompts, result.texts, result.tokens, strict=True))
         ],
     }
+
+
+def _acceptance(acceptance: Acceptance) -> dict[str, Any]:
+    names = ("steps", "tokens", "tokens_per_step", "rates", "conditional_rates")
+    return {name: getattr(acceptance, name) for name in names}
 
 
 def _logprobs_of_row(result: Generation, row: int) -> dict[str, Any]:

@@ -107,6 +107,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """Whether tokens are drafted: the option of `add_speculate_option`."""
+
+    speculate: int | None
+
+    def require_compiled(self, compiled: Path | None, drafted: int) -> None:
+        """Check that a compiled model drafts as many tokens as are asked for.
+
+        Raises:
+            ValueError: it was compiled for another number.
+        """
+        if compiled is not None and self.speculate not in (None, drafted):
+            raise ValueError(
+                f"--speculate {self.speculate} with --compiled {compiled}: it was compiled to draft {drafted} tokens; "
+                "leave --speculate out, or compile it anew"
+            )
+
+
+def add_speculate_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of `SpeculationOptions`."""
+    parser.add_argument(
+        "--speculate", type=int, metavar="K", help="draft K tokens a step with the checkpoint's MTP head (0: none)"
+    )
+
+
 SAMPLING = {
     "temperature": (float, "0, the default, is greedy"),
     "top_p": (float, "sample from the likeliest tokens that sum to P (1)"),

@@ -8,8 +8,6 @@ Ch = 2 Hk K + H V conv channels.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -74,13 +72,9 @@ class NeuronGatedDeltaNet(nn.Module):
         """
         qkv, z = self.in_proj_qkvz(hidden_states).split((2 * self.key_dim + self.value_dim, self.value_dim), dim=-1)
         b, a = self.in_proj_ba(hidden_states).split(self.num_value_heads, dim=-1)
-        if state is not None and self.kernel is not DeltaNetKernel.TORCH:
-            if phase is Phase.TOKEN_GENERATION:
-                output, state = self._decode_by_kernel(qkv, z, a, b, state)
-                return self.out_proj(output), state
-            if phase is Phase.VERIFICATION:
-                output, tokens = self._verify_by_kernel(qkv, z, a, b, state)
-                return self.out_proj(output), tokens
+        if not phase.encodes_prompts and state is not None and self.kernel is not DeltaNetKernel.TORCH:
+            output, kept = self._decode_by_kernel(phase, qkv, z, a, b, state)
+            return self.out_proj(output), kept
         recurrent, conv = (None, None) if state is None else state
         conv_inputs = qkv
         qkv, conv = causal_conv(qkv, self.conv1d.weight, conv, padding_mask)
@@ -95,7 +89,6 @@ class NeuronGatedDeltaNet(nn.Module):
             x.unflatten(-1, (-1, dim))
             for x, dim in ((q, self.key_head_dim), (k, self.key_head_dim), (v, self.value_head_dim))
         )
-        kept: DeltaNetState | DeltaNetTokens
         if phase is Phase.VERIFICATION:
             assert recurrent is not None, "drafts follow a prompt"
             output, keys, u = verify_delta_rule(q, k, v, g, beta, recurrent)
@@ -111,41 +104,30 @@ class NeuronGatedDeltaNet(nn.Module):
 
         What is not accepted may hold anything, numbers or not.
         """
-        conv_inputs, keys, u, g = tokens
+        real = torch.arange(tokens.g.shape[1], device=accepted.device) < accepted.unsqueeze(1)
+        # Rejected ones are multiplied by zero, which leaves nan as it is.
+        keys, u = (torch.where(real[..., None, None], x, 0.0) for x in (tokens.keys, tokens.u))
+        g = torch.where(real[..., None], tokens.g, 0.0)
         if self.kernel is DeltaNetKernel.TORCH:
             recurrent = commit_delta_rule(keys, u, g, state.recurrent, accepted)
-            return DeltaNetState(recurrent, commit_conv(conv_inputs, state.conv, accepted))
+            return DeltaNetState(recurrent, commit_conv(tokens.conv_inputs, state.conv, accepted))
         recurrent, conv = self.launch_commit(
             self.cores,
             keys=keys,
             u=u,
             g=g,
             recurrent_state=state.recurrent,
-            qkv=conv_inputs,
+            qkv=tokens.conv_inputs,
             conv_state=state.conv,
             accepted=accepted,
         )
         return DeltaNetState(recurrent, conv)
 
     def _decode_by_kernel(
-        self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
-    ) -> tuple[torch.Tensor, DeltaNetState]:
-        """All between the projections in one kernel: the normed output [B, S, H V] and the new state."""
-        output, recurrent, conv = self.launch_decode(self.cores, **self._layer_arguments(qkv, z, a, b, state))
-        return output, DeltaNetState(recurrent, conv)
-
-    def _verify_by_kernel(
-        self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
-    ) -> tuple[torch.Tensor, DeltaNetTokens]:
-        """The same for several tokens [B, S, H V], and what `commit` makes the new state of."""
-        output, keys, u, g = self.launch_verify(self.cores, **self._layer_arguments(qkv, z, a, b, state))
-        return output, DeltaNetTokens(qkv, keys, u, g)
-
-    def _layer_arguments(
-        self, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
-    ) -> dict[str, Any]:
-        """What the kernels of a whole layer take."""
-        return dict(
+        self, phase: Phase, qkv: torch.Tensor, z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: DeltaNetState
+    ) -> tuple[torch.Tensor, DeltaNetState | DeltaNetTokens]:
+        """All between the projections in one kernel: the normed output [B, S, H V], and what `forward` returns."""
+        arguments = dict(
             qkv=qkv,
             z=z,
             a=a,
@@ -156,8 +138,12 @@ class NeuronGatedDeltaNet(nn.Module):
             dt_bias=self.dt_bias.weight,
             norm_weight=self.norm.weight,
             recurrent_state=state.recurrent,
-            norm_eps=self.norm.eps,
         )
+        if phase is Phase.VERIFICATION:
+            output, *of_tokens = self.launch_verify(self.cores, **arguments, norm_eps=self.norm.eps)
+            return output, DeltaNetTokens(qkv, *of_tokens)
+        output, recurrent, conv = self.launch_decode(self.cores, **arguments, norm_eps=self.norm.eps)
+        return output, DeltaNetState(recurrent, conv)
 
     def _delta_rule(
         self,

@@ -167,13 +167,11 @@ def commit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrent and the conv state after the first accepted[b] of `verify`'s tokens, by `deltanet_commit_layer`.
 
-    The states and qkv are what `verify` was given; accepted [B] has any type of integers, and what is not accepted may
-    hold anything. On the meta device, shapes and dtypes only.
+    The states and qkv are what `verify` was given; accepted [B] has any type of integers; what is not accepted must be
+    numbers. On the meta device, shapes and dtypes only.
     """
     if qkv.is_meta:
         return torch.empty_like(recurrent_state), torch.empty_like(conv_state)
-    real = torch.arange(g.shape[1], device=g.device) < accepted.unsqueeze(1)
-    keys, u, g = (torch.where(real.view(*real.shape, *(1,) * (x.dim() - 2)), x, 0.0) for x in (keys, u, g))
     tensors = (keys, u, g, recurrent_state, qkv, conv_state, accepted.to(torch.int32))
     outputs: Any = deltanet_commit_layer[cores](*(x.contiguous() for x in tensors))
     return outputs

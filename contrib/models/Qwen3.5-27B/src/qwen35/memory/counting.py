@@ -31,9 +31,10 @@ class RankBytes:
         return self.kv_cache + self.recurrent_state + self.conv_state + self.speculation
 
     def __str__(self) -> str:
+        drafting = f", verified tokens {self.speculation / 1e9:.3f} GB" if self.speculation else ""
         return (
             f"per rank {self.weights / 1e9:.2f} GB of weights, KV cache {self.kv_cache / 1e9:.3f} GB, recurrent state "
-            f"{self.recurrent_state / 1e9:.3f} GB, conv state {self.conv_state / 1e9:.3f} GB"
+            f"{self.recurrent_state / 1e9:.3f} GB, conv state {self.conv_state / 1e9:.3f} GB{drafting}"
         )
 
 

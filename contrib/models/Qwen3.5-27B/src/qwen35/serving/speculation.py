@@ -67,6 +67,15 @@ class Acceptance:
             self.reached[i] += i <= accepted
             self.accepted[i] += i < accepted
 
+    def __str__(self) -> str:
+        def shares(rates: Sequence[float | None]) -> str:
+            return ", ".join("-" if rate is None else f"{100 * rate:.0f}%" for rate in rates) or "none"
+
+        return (
+            f"{self.tokens_per_step:.2f} tokens a step; drafts accepted, by place: {shares(self.rates)} of all steps, "
+            f"{shares(self.conditional_rates)} of those that accepted the drafts before"
+        )
+
     def join(self, other: Acceptance) -> None:
         """Count what another counted, too."""
         self.steps += other.steps

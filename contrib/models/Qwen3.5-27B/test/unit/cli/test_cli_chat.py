@@ -17,7 +17,7 @@ import pytest
 
 from qwen35.cli import main
 from qwen35.serving.prefix_cache import PrefixCache
-from support.mini_mutations import copy_of_the_mini
+from support.mini_mutations import copy_of_the_mini, with_random_head
 
 
 def test_chat_answers_line_by_line_and_restores_what_was_said(
@@ -36,6 +36,19 @@ def test_chat_answers_line_by_line_and_restores_what_was_said(
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 8 and answers[0] == "Rome." and "Paris" in answers[1]
     assert restored[0] == 0 and restored[-1] >= 128
+
+
+def test_chat_drafts_tokens_and_says_how_many_were_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of Italy?\nWhat is the capital of France?"))
+    assert (
+        main(["chat", "--seq-len", "512", "--speculate", "2", "--model", str(with_random_head(tmp_path / "mini"))]) == 0
+    )
+    captured = capsys.readouterr()
+    answers = captured.out.splitlines()
+    assert answers[0] == "Rome." and "Paris" in answers[1]
+    assert "tokens a step; drafts accepted, by place: " in captured.err
 
 
 @pytest.mark.parametrize(

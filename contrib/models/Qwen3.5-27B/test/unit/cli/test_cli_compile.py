@@ -14,6 +14,7 @@ import torch
 from qwen35 import Qwen35InferenceConfig
 from qwen35.cli import main
 from support.applications import needs_stand_ins
+from support.mini_mutations import with_random_head
 from support.models import save_checkpoint
 
 PROMPT = "The capital of France is"
@@ -32,6 +33,19 @@ def test_a_compiled_model_generates_by_its_path_alone(
     assert "seq_len=64 of the compiled model" in capsys.readouterr().err
     assert main(["generate", "a", "--batch", "b", "--max-new-tokens", "1", "--compiled", compiled]) == 2
     assert "2 prompts exceed batch_size=1" in capsys.readouterr().err
+
+
+def test_a_model_compiled_to_draft_tokens_does_so(
+    tmp_path: Path, run_json: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, compiled = str(with_random_head(tmp_path / "mini")), str(tmp_path / "compiled")
+    counted = run_json("compile", compiled, "--model", model, "--seq-len", "64", "--speculate", "2")["bytes_per_rank"]
+    assert counted["speculation"] > 0
+    drafted = run_json("generate", PROMPT, "--max-new-tokens", "8", "--compiled", compiled)
+    plain = run_json("generate", PROMPT, "--max-new-tokens", "8", "--model", model)
+    assert drafted["generations"] == plain["generations"] and len(drafted["speculation"]["rates"]) == 2
+    assert main(["generate", PROMPT, "--compiled", compiled, "--speculate", "3"]) == 2
+    assert "--speculate 3 with --compiled" in capsys.readouterr().err
 
 
 @needs_stand_ins

@@ -20,7 +20,7 @@ import qwen35.serving.prompts
 from mini_images import Picture, Question, held_out_clips, held_out_images
 from qwen35.cli import main
 from qwen35.serving.loading import MINI_CHECKPOINT
-from support.mini_mutations import copy_of_the_mini
+from support.mini_mutations import copy_of_the_mini, with_random_head
 
 PROMPT = "The capital of France is"
 
@@ -59,6 +59,41 @@ def test_generate_takes_what_a_chat_template_takes(
             text = prompts.pop()
             assert '<tools>\n{"name": "weather"}\n</tools>' in text and "Be brief.<|im_end|>" in text
             assert text.endswith("<think>\n" if think == ["--think"] else "<think>\n\n</think>\n\n")
+
+
+def test_generate_drafts_tokens_and_says_how_many_were_accepted(
+    tmp_path: Path, run_json: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(with_random_head(tmp_path / "mini"))
+    options = ("generate", PROMPT, "--model", model, "--max-new-tokens", "8")
+    plain = run_json(*options)
+    assert "speculation" not in plain
+    for sampling in ([], ["--temperature", "0.5", "--seed", "3"]):
+        expected = run_json(*options, *sampling)["generations"][0]["tokens"]
+        drafted = run_json(*options, *sampling, "--speculate", "2")
+        assert drafted["generations"][0]["tokens"] == expected
+        counted = drafted["speculation"]
+        assert counted["tokens"] == len(expected) - 1 and len(counted["rates"]) == 2
+    assert main([*options, "--speculate", "2"]) == 0
+    assert "tokens a step; drafts accepted, by place: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_number_of_drafts_or_a_head_that_is_not_there_is_refused_in_a_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
+    model = tmp_path / "mini"
+    with_random_head(model)
+    prompt = [PROMPT] if command == "generate" else []
+    assert main([command, *prompt, "--model", str(model), "--speculate", "9"]) == 2
+    assert "num_speculative_tokens=9 must be a whole number of 0..7" in capsys.readouterr().err
+    weights = {n: t for n, t in load_file(model / "model.safetensors").items() if not n.startswith("mtp.")}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert main([command, *prompt, "--model", str(model), "--speculate", "2"]) == 2
+    assert "num_speculative_tokens=2 needs the tensors mtp.*, which this checkpoint does not have" in (
+        capsys.readouterr().err
+    )
 
 
 def test_generate_ends_before_a_stop_string(

@@ -202,17 +202,6 @@ def test_a_step_leaves_results_where_the_inputs_are_and_the_meta_device_tells_th
 
 
 @emulated
-def test_what_is_not_accepted_may_be_anything() -> None:
-    inputs: dict[str, Any] = dict(zip(COMMIT, small_arguments("deltanet_commit_layer"), strict=True))
-    expected = commit(2, **inputs)
-    for name in ("keys", "u", "g"):
-        inputs[name] = inputs[name].clone()
-        inputs[name][0, 1] = torch.nan  # row 0 accepts one of its two tokens
-    for actual, reference in zip(commit(2, **inputs), expected, strict=True):
-        assert_close(actual, reference)
-
-
-@emulated
 @pytest.mark.parametrize("accepted", [[4, 2], [1, 0]])
 def test_a_layer_verifies_and_commits_by_kernel_as_by_torch(accepted: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -225,6 +214,8 @@ def test_a_layer_verifies_and_commits_by_kernel_as_by_torch(accepted: list[int])
         layer = load_neuron(MINI_CHECKPOINT, deltanet_kernel=kernel).models[0].model.layers[0].linear_attn
         with torch.no_grad():
             output, tokens = layer(hidden, Phase.VERIFICATION, state)
+            for row, count in enumerate(accepted):
+                tokens.keys[row, count:] = torch.nan  # what is not accepted may hold anything
             results.append((output, *layer.commit(state, tokens, torch.tensor(accepted))))
     for actual, expected in zip(*results, strict=True):
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()

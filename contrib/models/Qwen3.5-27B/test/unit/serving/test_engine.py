@@ -66,23 +66,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "on a simulated device": dict(
         batch_size=3, ctx_batch_size=2, is_continuous_batching=True, prefill_chunk_size=8, enable_bucketing=True
     ),
-    "with drafts on a simulated device": dict(
-        batch_size=2,
-        kv_cache_batch_size=3,
-        max_batch_size=3,
-        ctx_batch_size=1,
-        is_continuous_batching=True,
-        prefill_chunk_size=8,
-        enable_bucketing=True,
-        num_speculative_tokens=2,
-    ),
 }
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(path, seed=1, mtp=True, num_hidden_layers=2, full_attention_interval=2)
+    save_checkpoint(path, seed=1, num_hidden_layers=2, full_attention_interval=2)
     return path
 
 
@@ -93,7 +83,7 @@ def model_of(path: Path) -> Callable[[str], NeuronQwen35ForCausalLM]:
     def get(name: str) -> NeuronQwen35ForCausalLM:
         if name not in models:
             model = load_neuron(path, seq_len=SEQ_LEN, **OPTIONS[name])
-            models[name] = put_on_simulated_device(model) if name.endswith("on a simulated device") else model
+            models[name] = put_on_simulated_device(model) if name == "on a simulated device" else model
         return models[name]
 
     return get

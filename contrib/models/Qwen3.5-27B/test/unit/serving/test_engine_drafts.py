@@ -22,6 +22,7 @@ from qwen35 import FinishReason, NeuronQwen35ForCausalLM, PrefixCache, Qwen35Eng
 from qwen35.phase import Phase
 from qwen35.serving.runner import ModelRunner, Row
 from qwen35.serving.sampling import GREEDY, SamplingOptions
+from support import vl_cases
 from support.models import load_neuron, random_prompts
 from support.schedules import Arrival, Case, schedules, schedules_agree
 from support.simulated_device import faults, put_on_simulated_device
@@ -215,6 +216,53 @@ def test_drafts_after_a_restored_prompt_are_those_of_an_encoded_one(
     head = model.cache_layout.layer_state(model.cache_entries()[0], model.config.num_hidden_layers)
     for one, other in zip(warm, head, strict=True):
         assert torch.equal(one, other[2, :, : len(prompt)]), "to the bit, the last places of blocks too"
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase.drafts])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_call_that_fails_ends_its_rows_and_leaves_nothing_to_the_next(
+    options: str, phase: Phase, model_of: Callable[[str], Any], alone: list[list[int]]
+) -> None:
+    engine, failed = Qwen35Engine(model_of(options)), False
+
+    def fail_once(called: Phase, slots: list[int], outputs: torch.Tensor) -> None:
+        nonlocal failed
+        if called is phase and not failed:
+            failed = True
+            raise RuntimeError("the device is gone")
+
+    greedy, drawn = (0, 2), (0, 1)
+    first = greedy if phase is Phase.SPECULATION else drawn
+    ids = [engine.add(Request(CASES[case][0], STEPS, CASES[case][1])) for case in first]
+    with faults(engine.model, fail_once):
+        while engine.has_work:
+            outputs = engine.step()
+            if any(output.error for output in outputs):
+                break
+    assert failed and any("the device is gone" in (output.error or "") for output in outputs)
+    for i in ids:
+        engine.cancel(i)
+    for case, (prompt, sampling) in enumerate(CASES[:4]):
+        assert tokens_of(engine, Request(prompt, STEPS, sampling)) == alone[case]
+
+
+def test_drafts_after_a_restored_image_are_those_of_an_encoded_one(tmp_path: Path) -> None:
+    vl_cases.save_vl_checkpoint(tmp_path, mtp=True)
+    options: dict[str, Any] = dict(num_speculative_tokens=K, prefill_chunk_size=8, batch_size=1, seq_len=64)
+    model, example = vl_cases.load(str(tmp_path), **options), vl_cases.EXAMPLE[2]
+    request = Request(example.ids, STEPS, media=vl_cases.media([example]))
+    plain = vl_cases.load(str(tmp_path), **{**options, "num_speculative_tokens": 0})
+    expected = tokens_of(Qwen35Engine(plain), request)
+    engine = Qwen35Engine(model, PrefixCache(model, 1 << 24))
+    seen: list[list[int]] = []
+    for _ in range(2):
+        request_id = engine.add(request)
+        while not any(sequence.is_encoded for sequence in engine._sequences):
+            engine.step()
+        seen.append([*engine._sequences[0].slot_row.drafts])
+        outputs = [*engine.stream(request_id)]
+        assert [output.token for output in outputs] == expected[len(expected) - len(outputs) :]
+    assert seen[0] == seen[1] and len(seen[0]) == K
 
 
 def test_logits_that_are_no_numbers_end_their_request_alone(
