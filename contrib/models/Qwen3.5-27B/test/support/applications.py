@@ -33,10 +33,12 @@ def application(fields: dict[str, Any], **options: Any) -> NeuronQwen35ForCausal
 
 
 def of_27b(
-    seq_len: int = 32768, batch: int = 1, tp_degree: int = 4, prompt_bucket: int | None = None
+    seq_len: int = 32768, batch: int = 1, tp_degree: int = 4, prompt_bucket: int | None = None, drafts: int = 0
 ) -> NeuronQwen35ForCausalLM:
     """27B as the command line configures it for a device."""
-    neuron_config = device_neuron_config(TRN2_48XLARGE, tp_degree, seq_len, batch, prompt_bucket=prompt_bucket)
+    neuron_config = device_neuron_config(
+        TRN2_48XLARGE, tp_degree, seq_len, batch, prompt_bucket=prompt_bucket, num_speculative_tokens=drafts
+    )
     config = Qwen35InferenceConfig(neuron_config, **QWEN35_PRESETS["27B"])
     return NeuronQwen35ForCausalLM("no-such-checkpoint", config)
 

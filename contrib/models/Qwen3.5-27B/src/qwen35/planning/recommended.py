@@ -36,6 +36,7 @@ def device_neuron_config(
     dtype: torch.dtype | None = None,
     prompt_bucket: int | None = None,
     on_cpu: bool = False,
+    num_speculative_tokens: int = 0,
 ) -> Qwen35NeuronConfig:
     """Settings for a device: `batch` sequences of `seq_len` tokens, whose prompts are encoded one at a time.
 
@@ -57,6 +58,7 @@ def device_neuron_config(
         torch_dtype=dtype or (torch.float32 if on_cpu else torch.bfloat16),
         logical_nc_config=1 if on_cpu else DEFAULT_LNC.value,
         on_cpu=on_cpu,
+        num_speculative_tokens=num_speculative_tokens,
         instance=None if instance is None else instance.name,
     )
 
