@@ -232,7 +232,7 @@ class RuleSet:
         report.listed_only = [name for plain, name in listed.items() if plain is not None and plain not in expected]
         if any(problems.values()):
             directory = reader.directory if reader else None
-            whole = foreign_form(unexpected, directory) or _unknown_prefix(missing, source)
+            whole = foreign_form(unexpected, directory) or _unknown_prefix(missing, {*unexpected})
             lines = [whole] if whole else [line for kind in problems.items() for line in _summed_up(*kind)]
             if not whole and (maker := maker_beside(directory)):
                 lines.append(f"a file beside the weights says that they are quantised with {maker}; {QUANTISED}")

@@ -1,11 +1,15 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""With the plain inverse no DeltaNet kernel uses the Tensor engine in a way that NKI's documents do not show."""
+"""With the plain inverse no DeltaNet kernel uses the Tensor engine in a way that NKI's documents do not show.
+
+They show row tiles and column tiles, one offset of which is zero, and nothing about two sums that grow in one bank.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import nki_emulator
@@ -17,6 +21,8 @@ from support.own_kernels import addresses, all_kernels, small_arguments
 pytestmark = pytest.mark.skipif(not EMULATED, reason="an installed nki needs its own device or simulator")
 
 DELTANET = [name for name in all_kernels() if name.startswith("deltanet")]
+BANK = 2048
+"""Bytes of a partition in a bank of PSUM."""
 
 
 def matmuls(name: str, inverse: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -39,18 +45,33 @@ def place(call: dict[str, Any]) -> tuple[Any, ...]:
     return array.__array_interface__["data"][0], array.shape, array.strides
 
 
-@pytest.mark.parametrize("name", DELTANET)
-def test_no_sub_array_is_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def bank(call: dict[str, Any]) -> tuple[int, int]:
+    """The tensor in PSUM that a matmul writes, and the bank in it."""
+    root = call["dst"].array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    return id(root), (place(call)[0] - root.__array_interface__["data"][0]) % root.strides[0] // BANK
+
+
+@pytest.mark.parametrize("name", [name for name in DELTANET if "chunk" in name])
+def test_a_kernel_of_prompts_uses_no_sub_array(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [call["tile_position"] for call in matmuls(name, PLAIN, monkeypatch) if call.get("tile_position")] == []
 
 
 @pytest.mark.parametrize("name", DELTANET)
-def test_a_sum_is_complete_before_another_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sub_array_begins_at_the_first_row_or_the_first_column(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [call for call in matmuls(name, PLAIN, monkeypatch) if all(call.get("tile_position", (0, 0)))]
+
+
+@pytest.mark.parametrize("name", DELTANET)
+def test_a_sum_is_complete_before_another_begins_in_its_bank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    last: dict[tuple[int, int], Any] = {}
     calls = matmuls(name, PLAIN, monkeypatch)
     assert calls
-    for before, call in zip([{}, *calls[:-1]], calls, strict=True):
+    for call in calls:
         if call.get("accumulate"):
-            assert place(before) == place(call), call
+            assert last[bank(call)] == place(call), call
+        last[bank(call)] = place(call)
 
 
 def test_the_tiled_inverse_has_sub_arrays_off_the_corner(monkeypatch: pytest.MonkeyPatch) -> None:

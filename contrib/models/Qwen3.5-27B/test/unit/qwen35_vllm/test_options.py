@@ -64,7 +64,10 @@ def test_options_that_are_given_are_fields_of_the_model_s_configuration() -> Non
         ({"prefill_chunk_size": True}, "prefill_chunk_size=True must be"),
         ({"context_encoding_buckets": [16, 8]}, "context_encoding_buckets=[16, 8] must be a list of positive whole"),
         ({"token_generation_buckets": []}, "token_generation_buckets=[] must be a list"),
-        ({"deltanet_kernel": "fast"}, "deltanet_kernel='fast' must be one of auto, fused, chunked, recurrent, torch"),
+        (
+            {"deltanet_kernel": "fast"},
+            "deltanet_kernel='fast' must be one of auto, fused, looped, chunked, recurrent, torch",
+        ),
         ({"instance": "trn1.2xlarge"}, "instance='trn1.2xlarge' must be one of trn2.3xlarge, trn2.48xlarge"),
         ({"compile": "always"}, "compile='always' must be one of auto, never"),
         ({"on_device_sampling": "yes"}, "on_device_sampling='yes' must be true or false"),
