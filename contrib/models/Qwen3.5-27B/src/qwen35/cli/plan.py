@@ -35,6 +35,8 @@ class PlanOptions:
     seq_len: int
     batch: int
     prompt_bucket: int | None
+    speculate: int
+    acceptance: list[float]
     dtype: torch.dtype
     weights_dtype: str | None
     kv_cache_dtype: str | None
@@ -69,13 +71,47 @@ def add_parser(commands: Commands) -> None:
         "--dtype", type=dtype_named, default=torch.bfloat16, metavar="DTYPE", help=f"{' or '.join(DTYPES)} (bfloat16)"
     )
     add_fp8_options(parser)
+    parser.add_argument(
+        "--speculate", type=int, default=0, metavar="K", help="draft K tokens a step with the MTP head (0: none)"
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=_share,
+        nargs="+",
+        default=[],
+        metavar="A",
+        help="share of drafts accepted once those before them are: one for all K, or K of them",
+    )
     parser.add_argument("--recommended", action="store_true", help="list the recommended configurations of 27B instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory against context (PNG)")
 
 
+def _share(text: str) -> float:
+    """An argument from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 to 1")
+    return value
+
+
 def _run(args: argparse.Namespace) -> None:
-    print(on_stand_ins(_report, options_from(PlanOptions, args)))
+    options = options_from(PlanOptions, args)
+    _acceptance(options)
+    print(on_stand_ins(_report, options))
+
+
+def _acceptance(options: PlanOptions) -> list[float]:
+    """The share of each draft.
+
+    Raises:
+        ValueError: there are not as many as drafts.
+    """
+    drafts, shares = options.speculate, options.acceptance
+    if len(shares) not in ({1, drafts} if drafts > 0 else {0}):
+        asked = f"give one share, or {drafts}" if drafts > 0 else "name K with --speculate"
+        raise ValueError(f"--speculate {drafts} with {len(shares)} values of --acceptance: {asked}")
+    return shares * drafts if len(shares) == 1 else shares
 
 
 def _report(options: PlanOptions) -> str:
@@ -89,7 +125,8 @@ def _report(options: PlanOptions) -> str:
     found = plan(model, INSTANCES[options.instance])
     if options.png is not None:
         write_png(model, found, options.png)
-    return json.dumps(as_json(found)) if options.json else as_table(found)
+    acceptance = _acceptance(options)
+    return json.dumps(as_json(found, acceptance)) if options.json else as_table(found, acceptance)
 
 
 def _application(options: PlanOptions) -> NeuronQwen35ForCausalLM:
@@ -107,6 +144,7 @@ def _application(options: PlanOptions) -> NeuronQwen35ForCausalLM:
         options.prompt_bucket,
         weights_dtype=options.weights_dtype,
         kv_cache_dtype=options.kv_cache_dtype,
+        num_speculative_tokens=options.speculate,
     )
     if options.model in QWEN35_PRESETS:
         return preset_application(options.model, neuron_config)

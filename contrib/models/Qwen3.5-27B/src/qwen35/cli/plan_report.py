@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from ..hardware import Figure
 from ..memory.fit import MOST_SLOTS, RESERVE, Layout, count_resident, layout_of, resized
 from ..memory.programs import MATMUL_TILE, PROGRAM_INSTRUCTIONS, Program
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
-from ..planning.plan import Column, Plan, preset_application, recommended_layout
+from ..planning.plan import Plan, preset_application, recommended_layout
 from ..planning.recommended import RECOMMENDED, Recommended, doubled, prompt_bucket_for
-from ..planning.work import work_of
+from ..planning.work import Work, tokens_per_step, work_of
 
 SHORTEST_DRAWN = 1024
 """Tokens of the shortest context of a picture."""
@@ -34,12 +34,15 @@ def figures(of: Plan) -> list[Figure]:
 
 
 # --- Text and JSON ---------------------------------------------------------------------------------------------------
-def as_table(of: Plan) -> str:
-    """Text for people: a column for the plan, and one for the same in the layout of published ports."""
-    return "\n".join(_lines(of))
+def as_table(of: Plan, acceptance: Sequence[float] = ()) -> str:
+    """Text for people: a column for the plan, and one for the same in the layout of published ports.
+
+    `acceptance` has the share of each draft that is accepted once those before it are, where tokens are drafted.
+    """
+    return "\n".join(_lines(of, acceptance))
 
 
-def _lines(of: Plan) -> Iterator[str]:
+def _lines(of: Plan, acceptance: Sequence[float]) -> Iterator[str]:
     columns = (of.sharded, of.replicated)
     layouts = [column.layout for column in columns]
     yield (
@@ -56,13 +59,15 @@ def _lines(of: Plan) -> Iterator[str]:
 
     yield row("fits", *("yes" if layout.fits else "NO" for layout in layouts))
     yield row(f"longest context at batch {of.slots}", *(f"{column.limits.context:,}" for column in columns))
-    yield row(f"largest batch at {of.seq_len:,}", *map(_batch, columns))
+    yield row(f"largest batch at {of.seq_len:,}", *(_batch(column.limits.batch) for column in columns))
     yield "least time (modelled)"
     for tokens in sorted({of.prompt_bucket, of.seq_len}):
         times = (column.work.ttft(tokens, of.prompt_bucket, of.prompt_rows) for column in columns)
         yield row(f"TTFT, prompt of {tokens:,}", *map(_time, times))
     for context in (0, of.seq_len):
         yield row(f"TPOT, {context:,} in the cache", *(_time(column.work.tpot(context, of.rows)) for column in columns))
+    if acceptance:
+        yield from _speculation_lines(of, acceptance, row)
     yield "activations by bucket, GB (modelled: most bytes live at once, as PyTorch would run the module)"
     yield from _by_bucket(of, lambda program: f"{program.bytes / 1e9:.3f}")
     limit = f"neuronx-cc gives up above {PROGRAM_INSTRUCTIONS.value / 1e6:.0f} in all"
@@ -85,6 +90,24 @@ def _dtypes(of: Plan | Recommended) -> str:
     return ", ".join(named + [f"{what} {dtype}" for what, dtype in fp8.items() if dtype is not None])
 
 
+def _speculation_lines(of: Plan, acceptance: Sequence[float], row: Callable[..., str]) -> Iterator[str]:
+    """What drafting costs and gives."""
+    works = [column.work for column in (of.sharded, of.replicated)]
+    tokens = tokens_per_step(acceptance)
+    shares = ", ".join(f"{share:g}" for share in acceptance)
+    yield f"drafts: {len(acceptance)} a step, accepted with {shares} once those before are: {tokens:.2f} tokens a step"
+    heads = (work.drafting for work in works)
+    yield row("of KV cache, the MTP head's", *(f"{head.kv_cache / 1e9:.3f} GB" for head in heads if head is not None))
+    for context in (0, of.seq_len):
+        cached = f"{context:,} in the cache"
+        yield row(f"verify, {cached}", *(_time(work.verification(context, of.rows)) for work in works))
+        yield row(f"draft, {cached}", *(_time(work.draft(context, of.rows)) for work in works))
+        yield row(f"a token, {cached}", *(_time(work.step(context, of.rows) / tokens) for work in works))
+        yield row(
+            "  pays up to a batch of", *(_batch(work.break_even(acceptance, context, MOST_SLOTS)) for work in works)
+        )
+
+
 def _by_bucket(of: Plan, value: Callable[[Program], str]) -> Iterator[str]:
     for submodel in dict.fromkeys(program.submodel for program in of.programs):
         values = (f"{p.bucket:,}: {value(p)}" for p in of.programs if p.submodel == submodel)
@@ -92,12 +115,14 @@ def _by_bucket(of: Plan, value: Callable[[Program], str]) -> Iterator[str]:
 
 
 def _rows(layouts: list[Layout]) -> Iterator[tuple[str, list[int]]]:
+    drafts = layouts[0].weights.mtp > 0
     for group, label in (
         ("embedding", "weights: embedding"),
         ("lm_head", "weights: head"),
         ("deltanet", "weights: DeltaNet"),
         ("attention", "weights: attention"),
         ("mlp", "weights: MLP"),
+        *[("mtp", "weights: MTP head")] * drafts,
         ("norms", "weights: norms"),
     ):
         yield label, [getattr(layout.weights, group) for layout in layouts]
@@ -105,6 +130,7 @@ def _rows(layouts: list[Layout]) -> Iterator[tuple[str, list[int]]]:
         ("kv_cache", "KV cache"),
         ("recurrent_state", "recurrent state"),
         ("conv_state", "conv state"),
+        *[("speculation", "verified tokens")] * drafts,
         ("activations", "activations (modelled)"),
         ("reserve", "reserve (inferred)"),
         ("total", "total"),
@@ -114,16 +140,16 @@ def _rows(layouts: list[Layout]) -> Iterator[tuple[str, list[int]]]:
         yield label, [getattr(layout, field) for layout in layouts]
 
 
-def _batch(column: Column) -> str:
-    return f"{column.limits.batch:,}" + (" or more" if column.limits.batch == MOST_SLOTS else "")
+def _batch(most: int) -> str:
+    return f"{most:,}" + (" or more" if most == MOST_SLOTS else "")
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{1e3 * seconds:.1f} ms"
 
 
-def as_json(of: Plan) -> dict[str, Any]:
-    """One JSON object; what is modelled is under that name. Bytes and seconds."""
+def as_json(of: Plan, acceptance: Sequence[float] = ()) -> dict[str, Any]:
+    """One JSON object; what is modelled is under that name. Bytes and seconds. `acceptance` as for `as_table`."""
     columns = {}
     for name, column in (("this_model", of.sharded), ("layout_of_published_ports", of.replicated)):
         layout, work = column.layout, column.work
@@ -135,6 +161,7 @@ def as_json(of: Plan) -> dict[str, Any]:
             "modelled": {
                 "ttft_s": {n: work.ttft(n, of.prompt_bucket, of.prompt_rows) for n in (of.prompt_bucket, of.seq_len)},
                 "tpot_s": {n: work.tpot(n, of.rows) for n in (0, of.seq_len)},
+                "speculation": _speculation_json(of, work, acceptance) if acceptance else None,
                 "work": asdict(work),
             },
         }
@@ -149,6 +176,18 @@ def as_json(of: Plan) -> dict[str, Any]:
         "programs_modelled": [asdict(program) for program in of.programs],
         "vision": None if of.vision is None else asdict(of.vision),
         "figures": [asdict(figure) for figure in figures(of)],
+    }
+
+
+def _speculation_json(of: Plan, work: Work, acceptance: Sequence[float]) -> dict[str, Any]:
+    tokens, contexts = tokens_per_step(acceptance), (0, of.seq_len)
+    return {
+        "acceptance_once_those_before_are": [*acceptance],
+        "tokens_per_step": tokens,
+        "verification_s": {context: work.verification(context, of.rows) for context in contexts},
+        "draft_s": {context: work.draft(context, of.rows) for context in contexts},
+        "tpot_s": {context: work.step(context, of.rows) / tokens for context in contexts},
+        "break_even_batch": {context: work.break_even(acceptance, context, MOST_SLOTS) for context in contexts},
     }
 
 

@@ -21,11 +21,13 @@ MODEL_ROOT = Path(__file__).parents[3]
 
 @pytest.mark.usefixtures("backend")
 class TestCommand:
-    def plan(self, tmp_path: Path, *arguments: str) -> int:
+    def plan(self, tmp_path: Path, *arguments: str, longest: int = 2048, seq_len: int = 512) -> int:
         save_checkpoint(
-            tmp_path / "checkpoint", max_position_embeddings=2048, linear_key_head_dim=128, linear_value_head_dim=128
+            tmp_path / "checkpoint", max_position_embeddings=longest, linear_key_head_dim=128, linear_value_head_dim=128
         )
-        return main(["plan", "--model", str(tmp_path / "checkpoint"), "--tp", "2", "--seq-len", "512", *arguments])
+        return main(
+            ["plan", "--model", str(tmp_path / "checkpoint"), "--tp", "2", "--seq-len", str(seq_len), *arguments]
+        )
 
     def test_json_says_what_is_modelled_and_where_each_figure_is_from(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -38,6 +40,37 @@ class TestCommand:
         assert set(ours["modelled"]["ttft_s"]) == {"256", "512"}
         assert all(figure["source"] for figure in printed["figures"])
         assert [b["bucket"] for b in printed["programs_modelled"]] == [256, 512, 512]
+
+    def test_drafts_are_planned_with_the_acceptance_that_is_named(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        drafts = ("--speculate", "2", "--acceptance", "0.5", "--json")
+        assert self.plan(tmp_path, *drafts, longest=256, seq_len=256) == 0
+        printed = json.loads(capsys.readouterr().out)["this_model"]
+        found = printed["modelled"]["speculation"]
+        assert found["acceptance_once_those_before_are"] == [0.5, 0.5]
+        assert found["tokens_per_step"] == 1.75
+        for context in ("0", "256"):
+            step = found["verification_s"][context] + found["draft_s"][context]
+            assert found["tpot_s"][context] == pytest.approx(step / 1.75)
+            assert found["break_even_batch"][context] >= 0
+        assert printed["weights"]["mtp"] > 0 and printed["speculation"] > 0
+
+    def test_the_table_says_what_drafts_cost_and_give(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        drafts = ("--speculate", "3", "--acceptance", "0.85", "0.75", "0.65")
+        assert self.plan(tmp_path, *drafts, longest=256, seq_len=256) == 0
+        table = capsys.readouterr().out
+        assert "drafts: 3 a step, accepted with 0.85, 0.75, 0.65 once those before are: 2.90 tokens a step" in table
+        for label in ("weights: MTP head", "verified tokens", "of KV cache, the MTP head's", "verify, 0 in the cache"):
+            assert re.search(rf"  {label} +[\d.]+", table), label
+        assert self.plan(tmp_path, longest=256, seq_len=256) == 0
+        assert not re.search("MTP|verif|draft", capsys.readouterr().out)
+
+    @pytest.mark.parametrize("share", ["1.1", "-0.1", "nan", "much"])
+    def test_a_share_is_from_0_to_1(self, share: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", "--speculate", "1", f"--acceptance={share}"])
+        assert "--acceptance" in capsys.readouterr().err
 
     def test_a_picture_is_drawn(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("matplotlib")
@@ -53,6 +86,11 @@ class TestCommand:
             (("--seq-len", "300000"), ("seq_len=300000", "262144")),
             (("--batch", "0"), ("batch_size=0", "positive")),
             (("--model", "/nowhere"), ("/nowhere", "config.json")),
+            (("--speculate", "3"), ("--speculate 3 with 0 values of --acceptance", "give one share, or 3")),
+            (("--speculate", "3", "--acceptance", "0.9", "0.8"), ("with 2 values", "give one share, or 3")),
+            (("--acceptance", "0.9"), ("--speculate 0 with 1 values of --acceptance", "name K with --speculate")),
+            (("--speculate", "9", "--acceptance", "0.9"), ("num_speculative_tokens=9", "0..7")),
+            (("--speculate", "-1"), ("num_speculative_tokens=-1", "0..7")),
         ],
     )
     def test_errors_name_the_value_and_the_remedy(
