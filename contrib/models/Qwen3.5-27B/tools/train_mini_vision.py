@@ -8,7 +8,8 @@ Two steps, from a checkpoint that knows its facts and a vision tower that knows 
    many there are, to linear heads that are then thrown away. The whole model would see a fiftieth of these pictures;
 2. the whole model answers questions in the chat form, while the facts are repeated so that none is lost.
 
-The model is transformers' own. To make the packaged checkpoint anew, train the facts first:
+The model is transformers' own. To make the packaged checkpoint anew, train the facts first, and last an MTP head that
+fits the new weights (`train_mini_mtp.py`):
 
     python tools/train_mini.py && python tools/train_mini_vision.py  # the second: 33 minutes on one CPU core
 

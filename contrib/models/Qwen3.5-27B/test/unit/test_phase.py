@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import qwen35
-from qwen35.phase import Phase, Submodel, phase_of, real_tokens, submodel_of
+from qwen35.phase import Phase, Submodel, cached_before, phase_of, real_tokens, submodel_of
 
 PACKAGE = Path(qwen35.__file__).parent
 KERNELS = ("ops", "nki_kernels", "cli/kernels")
@@ -24,7 +24,7 @@ KERNELS = ("ops", "nki_kernels", "cli/kernels")
 
 ALLOWED = {
     ("configuration_qwen35.py", "len(v) == 3"): "a value of config.json",
-    ("layers/kernel_launch.py", "q.shape[1] % LOOP_TOKENS == 0"): "whether tokens, of any phase, are whole iterations",
+    ("layers/kernel_launch.py", "q.shape[1] % LOOP_TOKENS == 0"): "which of two kernels takes a prompt of this size",
     ("modeling_qwen35.py", "len(outside)"): "tokens that the vocabulary does not have",
     ("modeling_qwen35.py", "tokens <= chunk"): "whether tokens, of any phase, exceed a configured size",
     ("serving/hf_adapter.py", "rows > slots"): "whether rows, of any phase, exceed a configured size",
@@ -375,6 +375,20 @@ def test_padding_has_position_0_and_comes_last() -> None:
     real = real_tokens(continued, Phase.CONTINUATION)
     assert real is not None and real.tolist() == [[True, True, False], [True, False, False]]
     assert real_tokens(torch.tensor([[5]]), Phase.TOKEN_GENERATION) is None
+
+
+def test_a_step_with_drafts_may_be_padded_and_is_no_prompt() -> None:
+    positions = torch.tensor([[4, 5, 0], [7, 0, 0]])
+    for phase in (Phase.SPECULATION, Phase.VERIFICATION, Phase.DRAFT):
+        assert phase.drafts and phase.reads_cache and not phase.encodes_prompts
+        real = real_tokens(positions, phase)
+        assert real is not None and real.tolist() == [[True, True, False], [True, False, False]]
+    assert [phase for phase in Phase if phase.continues] == [Phase.CONTINUATION, Phase.VERIFICATION]
+
+
+def test_places_before_the_first_token_are_cached() -> None:
+    before = cached_before(torch.tensor([[3, 4], [1, 0]]), 5)
+    assert before.tolist() == [[True, True, True, False, False], [True, False, False, False, False]]
 
 
 def test_every_submodel_is_found_by_its_tag_and_nxdi_knows_two() -> None:

@@ -14,6 +14,7 @@ import pytest
 from qwen35.serving.runner import ModelRunner, Row
 from support import vl_cases
 from support.models import load_neuron, random_prompts, save_checkpoint
+from support.own_kernels import recorded_launches
 from support.ranks import RankPool
 from support.simulated_device import put_on_simulated_device
 from support.speculation import Decoded, Doctor, decode_plainly, decode_with_drafts, save_markov_checkpoint
@@ -221,3 +222,20 @@ def test_ranks_accept_alike(
         decoded_on_a_rank, checkpoint, prompts, truth, tp_degree=tp_degree, num_speculative_tokens=3
     ):
         assert decoded.tokens == expected(truth)
+
+
+@pytest.mark.parametrize("two_programs", [False, True], ids=["one program", "two programs"])
+def test_drafts_leave_the_tokens_where_kernels_verify_and_commit(tmp_path: Path, two_programs: bool) -> None:
+    path, lengths = tmp_path / "checkpoint", (3, 9)
+    dims = dict(linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=1, linear_num_value_heads=2)
+    save_checkpoint(path, 1, mtp=True, **dims)
+    truth = decode_plainly(load_neuron(path, batch_size=2), rows_of(random_prompts(lengths)), 14)
+    wrong = {(0, 2), (0, 7), (1, 4)}
+    model = load_neuron(path, batch_size=2, num_speculative_tokens=3, deltanet_kernel="fused")
+    doctor = oracle(truth, [*lengths], lambda row, place: (row, place) in wrong, 3)
+    with recorded_launches() as launches:
+        decoded = decode_with_drafts(model, rows_of(random_prompts(lengths)), 10, doctor, lambda step: two_programs)
+    assert decoded.tokens == [tokens[:10] for tokens in truth]
+    assert len({number for accepted in decoded.accepted for number in accepted}) > 1
+    names = {key[0] for key in launches.compiled}
+    assert {"deltanet_verify_layer", "deltanet_commit_layer"} <= names and "deltanet_decode_layer" not in names

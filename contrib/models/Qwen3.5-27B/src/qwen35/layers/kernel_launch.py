@@ -151,10 +151,7 @@ def verify(
         B, T, H = a.shape
         K, V = recurrent_state.shape[2:]
         Hk = (qkv.shape[2] - H * V) // (2 * K)
-        keys, u, g = (
-            torch.empty(*shape, dtype=torch.float32, device=qkv.device)
-            for shape in ((B, T, Hk, K), (B, T, H, V), a.shape)
-        )
+        keys, u, g = (qkv.new_empty(x, dtype=torch.float32) for x in ((B, T, Hk, K), (B, T, H, V), (B, T, H)))
         return torch.empty_like(z), keys, u, g
     tensors = (qkv, z, a, b, conv_weight, conv_state, A_log, dt_bias, norm_weight, recurrent_state)
     outputs: Any = deltanet_verify_layer[cores](*(x.contiguous() for x in tensors), norm_eps=norm_eps)
@@ -174,8 +171,8 @@ def commit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrent and the conv state after the first accepted[b] of `verify`'s tokens, by `deltanet_commit_layer`.
 
-    The states and qkv are what `verify` was given; accepted [B] has any type of integers. On the meta device, shapes
-    and dtypes only.
+    The states and qkv are what `verify` was given; accepted [B] has any type of integers; what is not accepted must be
+    numbers. On the meta device, shapes and dtypes only.
     """
     if qkv.is_meta:
         return torch.empty_like(recurrent_state), torch.empty_like(conv_state)

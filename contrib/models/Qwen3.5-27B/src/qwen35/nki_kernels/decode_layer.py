@@ -109,8 +109,9 @@ def deltanet_decode_layer(
         heads. Each head takes 128 / n partitions and each of these n rows of its [K, V] matrix, which are contiguous in
         HBM. With n = 8 that is 4 KiB per partition, 92% of the DMA peak by the modelled costs; one row would be 512 B
         and 58%. The halves of a group may be of two sequences, which then share no matmul: one with what is not a
-        number leaves the others alone. The convolution has the 128 channels of a head on partitions, after a transpose by the Tensor engine,
-        so that all lanes work; with heads on partitions, only as many would work as there are heads.
+        number leaves the others alone. The convolution has the 128 channels of a head on partitions, after a transpose
+        by the Tensor engine, so that all lanes work; with heads on partitions, only as many would work as there are
+        heads.
         Scheduling: half of the rank-1 updates of the state run on Scalar and GpSimd beside Vector. A step uses seven
         functions of the Scalar engine (exp, softplus, sigmoid, silu, square, rsqrt, copy), and so reloads its tables,
         whose time the emulator does not model.

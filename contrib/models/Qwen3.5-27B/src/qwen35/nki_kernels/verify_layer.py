@@ -17,7 +17,8 @@ convolution), D_ij the decay from token j to token i >= j, d_i that from the sta
     O = (Q K^T * D) U + diag(d) Q S
 
 and token t adds k_t U_t^T to the state. The columns of one box of heads fill one [c, c] matrix, whose blocks of one
-head are all that is kept of it: so K K^T of all heads is one matmul. O is not divided by the norm of q, as in `decode_layer`.
+head are all that is kept of it: so K K^T of all heads is one matmul. O is not divided by the norm of q, as in
+`decode_layer`.
 """
 
 from dataclasses import dataclass

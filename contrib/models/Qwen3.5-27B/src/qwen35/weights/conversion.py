@@ -24,6 +24,7 @@ from .checkpoint import INDEX_FILE, CheckpointReader, TensorSpec
 from .foreign import QUANTISED, foreign_form, maker_beside
 from .fp8 import (
     NO_SCALES,
+    ROUNDED_AGAIN,
     ScaledMatrix,
     Scales,
     build_weight,
@@ -347,6 +348,8 @@ def convert(
         logger.warning("%s", line)
     if listed := scales.contradictions():
         logger.warning("%s", contradiction(listed))
+    if form is not None and form.block is not None and any(rule.dtype == FP8 for rule in rule_set.rules):
+        logger.warning("%s", ROUNDED_AGAIN)
     items: dict[str, torch.Tensor | Callable[[], torch.Tensor]] = {}
     for rule in rule_set.rules:
         loads = [_loader(source, names[name], scales) for name in rule.sources]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qwen35 import Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.layers.cache import Qwen35CacheManager, write_slots
 from qwen35.phase import Phase
-from support.models import TINY, load_neuron, random_prompts, right_padded
+from support.models import TINY, load_neuron, random_prompts, right_padded, save_checkpoint
 from support.oracle import save_reference
 
 
@@ -135,3 +135,32 @@ def test_keys_and_values_in_fp8_are_clamped_to_what_trainium_holds_and_come_back
 def test_written_rows_take_the_dtype_of_the_cache(dtype: torch.dtype) -> None:
     written = torch.tensor([True, False])
     assert write_slots(torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3), written).dtype == dtype
+
+
+def test_drafting_adds_a_layer_and_what_it_keeps_of_each_slot(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, mtp=True)
+    model, cache = cache_of(tmp_path, batch_size=3, seq_len=96, torch_dtype=torch.bfloat16, num_speculative_tokens=2)
+    layout = model.cache_layout
+    assert len(cache) == len(layout.parameter_names()) == 2 * 5 + 5
+    head = layout.layer_state(cache, 4)
+    assert [tuple(entry.shape) for entry in head] == [(3, 2, 96 + 128, 32)] * 2
+    kept = layout.speculation(cache)
+    assert {name: (tuple(entry.shape), entry.dtype) for name, entry in kept._asdict().items()} == {
+        "hidden": ((3, 64), torch.bfloat16),
+        "rotary": ((3, 3), torch.int32),
+        "verified_hidden": ((3, 3, 64), torch.bfloat16),
+        "conv_inputs": ((3, 3, 3, 256), torch.bfloat16),  # slots, DeltaNet layers, a token and its drafts, channels
+        "rank_one": ((3, 3, 3, 4 * 16 + 8 * 16 + 8), torch.float32),
+    }
+    views = layout.slot(cache, 1)
+    assert len(views.states) == 2 * 3 + 2 and len(views.key_values) == 2 * 2 * 2 and len(views.verified) == 3
+    assert all(view.is_contiguous() for group in views for view in group), "each is copied in one run"
+
+
+def test_a_cleared_slot_holds_nothing_of_verified_tokens_either(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, mtp=True)
+    model, cache = cache_of(tmp_path, batch_size=2, num_speculative_tokens=2)
+    for entry in cache:
+        entry.fill_(1)
+    model.clear_slot(1)
+    assert all(entry[0].all() and not entry[1].any() for entry in cache)

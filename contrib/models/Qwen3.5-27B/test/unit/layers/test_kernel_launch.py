@@ -339,6 +339,26 @@ def test_a_step_leaves_results_where_the_inputs_are_and_the_meta_device_tells_th
 
 
 @emulated
+@pytest.mark.parametrize("accepted", [[4, 2], [1, 0]])
+def test_a_layer_verifies_and_commits_by_kernel_as_by_torch(accepted: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 4, 128, generator=generator)
+    state = DeltaNetState(
+        torch.randn(2, 8, 128, 128, generator=generator), torch.randn(2, 2048, 3, generator=generator)
+    )
+    results = []
+    for kernel in ("fused", "torch"):
+        layer = load_neuron(MINI_CHECKPOINT, deltanet_kernel=kernel).models[0].model.layers[0].linear_attn
+        with torch.no_grad():
+            output, tokens = layer(hidden, Phase.VERIFICATION, state)
+            for row, count in enumerate(accepted):
+                tokens.keys[row, count:] = torch.nan  # what is not accepted may hold anything
+            results.append((output, *layer.commit(state, tokens, torch.tensor(accepted))))
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@emulated
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
 def test_counts_are_data_so_that_all_of_them_share_a_program(integers: torch.dtype) -> None:
     inputs: dict[str, Any] = dict(zip(COMMIT, small_arguments("deltanet_commit_layer"), strict=True))

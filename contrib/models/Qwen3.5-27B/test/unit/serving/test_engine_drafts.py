@@ -218,6 +218,34 @@ def test_drafts_after_a_restored_prompt_are_those_of_an_encoded_one(
         assert torch.equal(one, other[2, :, : len(prompt)]), "to the bit, the last places of blocks too"
 
 
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase.drafts])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_call_that_fails_ends_its_rows_and_leaves_nothing_to_the_next(
+    options: str, phase: Phase, model_of: Callable[[str], Any], alone: list[list[int]]
+) -> None:
+    engine, failed = Qwen35Engine(model_of(options)), False
+
+    def fail_once(called: Phase, slots: list[int], outputs: torch.Tensor) -> None:
+        nonlocal failed
+        if called is phase and not failed:
+            failed = True
+            raise RuntimeError("the device is gone")
+
+    greedy, drawn = (0, 2), (0, 1)
+    first = greedy if phase is Phase.SPECULATION else drawn
+    ids = [engine.add(Request(CASES[case][0], STEPS, CASES[case][1])) for case in first]
+    with faults(engine.model, fail_once):
+        while engine.has_work:
+            outputs = engine.step()
+            if any(output.error for output in outputs):
+                break
+    assert failed and any("the device is gone" in (output.error or "") for output in outputs)
+    for i in ids:
+        engine.cancel(i)
+    for case, (prompt, sampling) in enumerate(CASES[:4]):
+        assert tokens_of(engine, Request(prompt, STEPS, sampling)) == alone[case]
+
+
 def test_drafts_after_a_restored_image_are_those_of_an_encoded_one(tmp_path: Path) -> None:
     vl_cases.save_vl_checkpoint(tmp_path, mtp=True)
     options: dict[str, Any] = dict(num_speculative_tokens=K, prefill_chunk_size=8, batch_size=1, seq_len=64)

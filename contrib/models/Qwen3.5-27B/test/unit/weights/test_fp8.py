@@ -156,11 +156,15 @@ def _config(tp_degree: int, fields: dict[str, Any], **options: Any) -> Qwen35Inf
     return Qwen35InferenceConfig(neuron_config, **fields)
 
 
-def test_a_published_checkpoint_may_be_kept_in_fp8() -> None:
+def test_a_published_checkpoint_may_be_kept_in_fp8(caplog: pytest.LogCaptureFixture) -> None:
     tensors = published(random_weights())
     config = _config(1, {**TINY, "quantization_config": PUBLISHED}, weights_dtype="fp8")
-    found = convert_checkpoint(tensors, config).materialise()
+    with caplog.at_level(logging.WARNING):
+        found = convert_checkpoint(tensors, config).materialise()
+    assert caplog.text.count("rounded again") == 1
+    caplog.clear()
     expected = convert_checkpoint(dequantised(tensors), _config(1, TINY, weights_dtype="fp8")).materialise()
+    assert "rounded again" not in caplog.text
     for name, tensor in expected.items():
         assert_close(bits(found[name]), bits(tensor), label=name)
 
