@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen35 import FinishReason, NeuronQwen35ForCausalLM, PrefixCache, Qwen35Engine, Request
-from qwen35.phase import Phase
+from qwen35.phase import Phase, Submodel
 from qwen35.serving.runner import ModelRunner, Row
 from qwen35.serving.sampling import GREEDY, SamplingOptions
 from support import vl_cases
@@ -272,7 +272,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone(
     engine = Qwen35Engine(model)
     ids = [engine.add(Request(CASES[case][0], STEPS)) for case in (0, 2)]
     engine.step()
-    norm = model.token_generation_model.model.norm
+    norm = model.submodel(Submodel(Phase.SPECULATION)).model.norm
     handle = norm.register_forward_hook(lambda norm, inputs, output: output.index_fill(0, torch.tensor([0]), torch.nan))
     ended = engine.step()
     handle.remove()
