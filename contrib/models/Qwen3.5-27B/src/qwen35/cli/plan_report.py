@@ -20,6 +20,7 @@ from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..planning.plan import Plan, preset_application, recommended_layout
 from ..planning.recommended import RECOMMENDED, Recommended, doubled, prompt_bucket_for
 from ..planning.work import Work, tokens_per_step, work_of
+from .step_report import step_json, step_lines
 
 SHORTEST_DRAWN = 1024
 """Tokens of the shortest context of a picture."""
@@ -68,6 +69,7 @@ def _lines(of: Plan, acceptance: Sequence[float]) -> Iterator[str]:
         yield row(f"TPOT, {context:,} in the cache", *(_time(column.work.tpot(context, of.rows)) for column in columns))
     if acceptance:
         yield from _speculation_lines(of, acceptance, row)
+    yield from step_lines(of, acceptance)
     yield "activations by bucket, GB (modelled: most bytes live at once, as PyTorch would run the module)"
     yield from _by_bucket(of, lambda program: f"{program.bytes / 1e9:.3f}")
     limit = f"neuronx-cc gives up above {PROGRAM_INSTRUCTIONS.value / 1e6:.0f} in all"
@@ -173,6 +175,7 @@ def as_json(of: Plan, acceptance: Sequence[float] = ()) -> dict[str, Any]:
         "kv_cache_dtype": of.kv_cache_dtype,
         **{name: getattr(of, name) for name in settings},
         **columns,
+        "step_by_part": step_json(of, acceptance),
         "programs_modelled": [asdict(program) for program in of.programs],
         "vision": None if of.vision is None else asdict(of.vision),
         "figures": [asdict(figure) for figure in figures(of)],

@@ -25,6 +25,7 @@ from ..nxdi import NeuronConfig
 from ..vision.application import Qwen35VisionEncoder, Qwen35VisionInferenceConfig
 from ..vision.encoder import NeuronQwen35VisionModel
 from .recommended import RECOMMENDED
+from .step import StepModel, not_modelled, step_model_of
 from .work import Work, work_of
 
 
@@ -44,6 +45,8 @@ class Column:
     layout: Layout
     limits: Limits
     work: Work
+    step: StepModel | None
+    """None where `Plan.not_modelled` says why."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Plan:
     programs: tuple[Program, ...]
     valid_tp_degrees: tuple[int, ...]
     """Of this checkpoint on this instance."""
+    not_modelled: str | None
+    """Why times by part are not modelled, in one line; None where they are."""
     vision: VisionBytes | None
 
     @property
@@ -91,9 +96,15 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
     valid = tp_degrees(model, instance)
     programs = walk_buckets(model)
     resident, activations = count_resident(model), most_activations(programs)
+    reason = not_modelled(model)
 
     def column(copies: int) -> Column:
-        return Column(resident.layout(activations, copies), limits(model, activations, copies), work_of(model, copies))
+        return Column(
+            layout=resident.layout(activations, copies),
+            limits=limits(model, activations, copies),
+            work=work_of(model, copies),
+            step=step_model_of(model, copies) if reason is None else None,
+        )
 
     return Plan(
         instance=instance,
@@ -111,6 +122,7 @@ def plan(model: NeuronQwen35ForCausalLM, instance: Instance) -> Plan:
         replicated=column(neuron.tp_degree),
         programs=tuple(programs),
         valid_tp_degrees=tuple(valid),
+        not_modelled=reason,
         vision=_vision(model.config),
     )
 

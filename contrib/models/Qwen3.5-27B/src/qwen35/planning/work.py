@@ -159,7 +159,7 @@ def _drafting_of(module: Any) -> Drafting:
     mtp_bytes = sum(parameter.nbytes for parameter in head.parameters())
     return Drafting(
         drafts=config.num_speculative_tokens,
-        token_flops=2 * sum(parameter.numel() for parameter in head.parameters() if parameter.dim() == 2),
+        token_flops=2 * sum(p.numel() for n, p in head.named_parameters() if p.dim() == 2 and not n.endswith(".scale")),
         pair_flops=4 * head.layers[0].self_attn.gate_proj.weight.shape[0],
         weight_bytes=mtp_bytes + module.lm_head.weight.nbytes,
         token_bytes=sum(entry[0, :, 0].nbytes for entry in key_values),

@@ -38,6 +38,7 @@ class TestCommand:
         ours, whole = printed["this_model"], printed["layout_of_published_ports"]
         assert ours["fits"] and ours["longest_context"] == 2048 and ours["total"] < whole["total"]
         assert set(ours["modelled"]["ttft_s"]) == {"256", "512"}
+        assert "heads of 256 dims" in printed["step_by_part"]["not_modelled"]
         assert all(figure["source"] for figure in printed["figures"])
         assert [b["bucket"] for b in printed["programs_modelled"]] == [256, 512, 512]
 
