@@ -7,6 +7,7 @@ The library is not part of this repository: fetch it at the tag of the data file
 
     git clone --branch 2.29 https://github.com/aws-neuron/nki-library
     bench_library_kernels.py nki-library
+    bench_library_kernels.py nki-library --mlp-of-27b   # the MLP of a rank of 27B at TP=4: error and time beside bounds
 
 A row of ``nki_library_times.json`` is a label and microseconds. The label names the family, the cores (``lnc2``) and
 the shape, in letters: B batch, S tokens, H hidden size, I intermediate (or projected) size. The device time of a launch
@@ -226,6 +227,91 @@ class Library:
         return Launch(rmsnorm_quant_kernel, (self.normal(1, case.number("S"), H), self.normal(1, H), settings), {})
 
 
+# --- The MLP of a rank of 27B ----------------------------------------------------------------------------------------
+HIDDEN, COLUMNS = 5120, 17408 // 4
+CORES = 2
+MLPS = [(1, False), (8, False), (1, True), (8, True), (128, False), (1024, False)]
+"""Tokens, of which the library takes up to 96 for decoding, and whether the weights are in fp8, with a scale a row."""
+
+TENSOR_TILE = 128 * 128
+"""Multiply-adds that one column of the Tensor engine makes a cycle."""
+
+
+@dataclass(frozen=True)
+class MlpRow:
+    """One size of the MLP.
+
+    Attributes:
+        modelled_us: of the kernel, without its launch.
+        hbm_bound_us: weights, scales, input and output, each once, over both cores.
+        tensor_bound_us: the products in tiles of 128 x 128, without transposes, over both cores.
+        error: largest error against a product in float64 of the same numbers, of the largest output.
+    """
+
+    tokens: int
+    weights: str
+    modelled_us: float
+    hbm_bound_us: float
+    tensor_bound_us: float
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        """Modelled time over the larger bound."""
+        return self.modelled_us / max(self.hbm_bound_us, self.tensor_bound_us)
+
+
+def measure_mlp(tokens: int, fp8: bool) -> MlpRow:
+    """The library's MLP for `tokens` tokens with random weights, in the emulator; the library must be importable."""
+    from nkilib.core.mlp.mlp import mlp
+    from nkilib.core.utils.common_types import QuantizationType
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((tokens, 1, HIDDEN) if tokens <= 96 else (1, tokens, HIDDEN)).astype(ml_dtypes.bfloat16)
+    shapes = ((HIDDEN, COLUMNS), (HIDDEN, COLUMNS), (COLUMNS, HIDDEN))
+    values = [rng.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[0], dtype=np.float32) for shape in shapes]
+    options: dict[str, Any] = {}
+    nbytes = 2 * x.nbytes
+    if fp8:
+        scales = [np.abs(value).max(axis=0) / np.float32(240) for value in values]
+        weights = [(value / scale).astype(FP8) for value, scale in zip(values, scales, strict=True)]
+        exact = [weight.astype(np.float64) * scale for weight, scale in zip(weights, scales, strict=True)]
+        names = ("gate_w_scale", "up_w_scale", "down_w_scale")
+        options = {name: np.tile(scale, (128, 1)) for name, scale in zip(names, scales, strict=True)}
+        options["quantization_type"] = QuantizationType.ROW
+        nbytes += sum(scale.nbytes for scale in scales)
+    else:
+        weights = [value.astype(ml_dtypes.bfloat16) for value in values]
+        exact = [weight.astype(np.float64) for weight in weights]
+    nbytes += sum(weight.nbytes for weight in weights)
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = nki_emulator.emulate(mlp, x, *weights, grid=CORES, strict=False, **options)
+    gate, up = x.astype(np.float64) @ exact[0], x.astype(np.float64) @ exact[1]
+    truth = gate / (1 + np.exp(-gate)) * up @ exact[2]
+    columns = 3 * HIDDEN * COLUMNS // TENSOR_TILE * tokens
+    return MlpRow(
+        tokens=tokens,
+        weights="fp8 rows" if fp8 else "bfloat16",
+        modelled_us=result.report.makespan_ns / 1e3,
+        hbm_bound_us=nbytes / (CORES * costs.HBM_BYTES_PER_NS) / 1e3,
+        tensor_bound_us=columns / (CORES * costs.TENSOR_GHZ) / 1e3,
+        error=float(np.abs(result.outputs[0].astype(np.float64) - truth).max() / np.abs(truth).max()),
+    )
+
+
+def mlp_text(rows: Iterable[MlpRow]) -> str:
+    """A table of MLPs."""
+    lines = [
+        f"{'tokens':>6} {'weights':>8} {'modelled us':>12} {'HBM us':>8} {'Tensor us':>10} {'ratio':>6} {'error':>8}"
+    ]
+    lines += [
+        f"{r.tokens:6d} {r.weights:>8} {r.modelled_us:12.1f} {r.hbm_bound_us:8.1f} {r.tensor_bound_us:10.1f} "
+        f"{r.ratio:6.2f} {r.error:8.1e}"
+        for r in rows
+    ]
+    return "\n".join([*lines, f"hidden size {HIDDEN}, {COLUMNS} columns, {CORES} cores; times are modelled, no launch"])
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with its arguments."""
@@ -241,9 +327,14 @@ def main() -> None:
     parser.add_argument("--times", type=Path, default=TIMES, help=f"published times (default: {TIMES.name})")
     parser.add_argument("--family", action="append", help="only this family; may be repeated")
     parser.add_argument("--limit", type=int, default=300, metavar="S", help="seconds per row (default: 300)")
+    parser.add_argument("--mlp-of-27b", action="store_true", help="the MLP of a rank of 27B instead of published rows")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     library = Library(args.checkout)
+    if args.mlp_of_27b:
+        rows = [measure_mlp(tokens, fp8) for tokens, fp8 in MLPS]
+        print(json.dumps([asdict(row) for row in rows]) if args.json else mlp_text(rows))
+        return
     cases = [case for case in read_cases(args.times) if not args.family or case.family in args.family]
     results = []
     for case in cases:

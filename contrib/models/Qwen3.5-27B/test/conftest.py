@@ -7,6 +7,7 @@ Where the sources of NxDI are on the path, the tests run on them instead of on t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -68,3 +69,19 @@ def lone_rank(backend: str) -> None:
     """NxD's layers ask for their group; loading a model on a CPU makes one of this process alone."""
     if NXDI_AVAILABLE:
         load_neuron(MINI_CHECKPOINT)
+
+
+@pytest.fixture
+def library_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations with mlp_kernel="nki" pass without nki-library, for tests of what does not launch its kernel."""
+    monkeypatch.setattr("qwen35.kernel_selection.library_problem", lambda: None)
+
+
+@pytest.fixture
+def nki_as_before() -> Iterator[None]:
+    """What is imported as `nki` meanwhile, for nki-library, is forgotten afterwards: other tests see none."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "nki"}
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "nki"]:
+        del sys.modules[name]
+    sys.modules.update(before)

@@ -21,7 +21,15 @@ from .error_text import first_three, one_line, shown
 from .fp8_form import FP8, MODULES_NOT_CONVERTED, Fp8Form, parse_fp8
 from .hardware import INSTANCES
 from .json_files import read_json
-from .kernel_selection import AttentionKernel, DeltaNetInverse, DeltaNetKernel, attention_problems, kernel_problems
+from .kernel_selection import (
+    AttentionKernel,
+    DeltaNetInverse,
+    DeltaNetKernel,
+    MLPKernel,
+    attention_problems,
+    kernel_problems,
+    mlp_problems,
+)
 from .nxdi import InferenceConfig, KVQuantizationConfig, NeuronConfig
 
 LINEAR_ATTENTION, FULL_ATTENTION = "linear_attention", "full_attention"
@@ -133,7 +141,7 @@ _NEURON_FIXED: tuple[tuple[str, Any, str], ...] = (
     ("attn_tkg_nki_kernel_enabled attn_tkg_builtin_kernel_enabled", False, _PLAIN_ATTENTION),
     ("attn_block_tkg_nki_kernel_enabled attn_block_cte_nki_kernel_enabled", False, _PLAIN_ATTENTION),
     ("qkv_kernel_enabled qkv_nki_kernel_enabled out_proj_kernel_enabled", False, _PLAIN_ATTENTION),
-    ("mlp_kernel_enabled mlp_tkg_nki_kernel_enabled", False, "the MLP takes the compiler's path"),
+    ("mlp_kernel_enabled mlp_tkg_nki_kernel_enabled", False, "mlp_kernel='nki' asks for the kernel"),
     ("quantized_mlp_kernel_enabled", False, _MATRICES_ONLY),
     ("activation_quantization_type", None, _MATRICES_ONLY),
     ("cp_degree mlp_cp_degree attention_dp_degree pp_degree ep_degree", 1, _TP_ONLY),
@@ -175,6 +183,7 @@ class Qwen35NeuronConfig(NeuronConfig):
         deltanet_inverse: a `DeltaNetInverse` or its value, kept as the value.
         attention_kernel: an `AttentionKernel` or its value, kept as the value; or one for each phase, by its name:
             {"context_encoding": "torch"} leaves the others at auto.
+        mlp_kernel: an `MLPKernel` or its value, kept as the value; NxDI's mlp_kernel_enabled is for its own MLPs.
         prefill_chunk_size: tokens of a prompt that are encoded at a time; prompts up to seq_len then need no bucket
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
         output_prompt_logits: give the logits after every token of a prompt, not only after the last one: a program then
@@ -201,6 +210,7 @@ class Qwen35NeuronConfig(NeuronConfig):
         num_speculative_tokens: int = 0,
         weights_dtype: str | None = None,
         kv_cache_dtype: str | None = None,
+        mlp_kernel: str = MLPKernel.TORCH,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("cast_type", "as-declared")
@@ -219,6 +229,7 @@ class Qwen35NeuronConfig(NeuronConfig):
             if isinstance(attention_kernel, Enum)
             else attention_kernel
         )
+        self.mlp_kernel = mlp_kernel.value if isinstance(mlp_kernel, Enum) else mlp_kernel
         self.instance = instance
         self.num_speculative_tokens = num_speculative_tokens
         self.weights_dtype, self.kv_cache_dtype = weights_dtype, kv_cache_dtype
@@ -775,6 +786,7 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
             yield f"{small}={getattr(neuron, small)} exceeds {large}={getattr(neuron, large)}; {remedy}"
     if not ill:
         yield from attention_problems(config, malformed)
+        yield from mlp_problems(config, malformed)
     if neuron.ctx_batch_size != neuron.tkg_batch_size and not neuron.is_continuous_batching:
         yield (
             f"ctx_batch_size={neuron.ctx_batch_size} differs from tkg_batch_size={neuron.tkg_batch_size}; "

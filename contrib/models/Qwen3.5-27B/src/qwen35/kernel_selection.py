@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .nki_kernels.library_mlp import MOST_COLUMNS, library_problem
 from .phase import Phase
 
 
@@ -39,6 +40,13 @@ class AttentionKernel(str, Enum):
     AUTO = "auto"  # NKI on a Neuron device where the emulator's model says that it wins, else TORCH
     NKI = "nki"  # `nki_kernels.attention_prefill`, `attention_continuation`, `attention_decode`
     TORCH = "torch"  # NxDI's plain path, and blocks with a running softmax for continued prompts
+
+
+class MLPKernel(str, Enum):
+    """What computes the MLP of a call with few tokens, decoding above all; longer calls are left to the compiler."""
+
+    TORCH = "torch"  # linear layers
+    NKI = "nki"  # nki-library's kernel for token generation, `nki_kernels.library_mlp`
 
 
 KERNEL_ENVIRONMENT = {
@@ -191,6 +199,38 @@ def _configured_attention(config: Any) -> dict[Phase, str]:
     if not isinstance(given, Mapping):
         return dict.fromkeys(ATTENTION_WINS_FROM, given)
     return {phase: given.get(phase.value, AttentionKernel.AUTO.value) for phase in ATTENTION_WINS_FROM}
+
+
+def select_mlp_kernel(config: Any) -> MLPKernel:
+    """The MLP kernel of a `Qwen35InferenceConfig`; a plain NeuronConfig has no such field, and means TORCH."""
+    return MLPKernel(getattr(config.neuron_config, "mlp_kernel", MLPKernel.TORCH.value))
+
+
+def mlp_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
+    """What is wrong with `mlp_kernel`, one line each; `malformed` are fields of `config` that cannot be read."""
+    neuron, names = config.neuron_config, [kernel.value for kernel in MLPKernel]
+    name = getattr(neuron, "mlp_kernel", MLPKernel.TORCH.value)
+    if name not in names:
+        yield f"mlp_kernel={name!r} is unknown; set it to {', '.join(names)}"
+    if name != MLPKernel.NKI.value:
+        return
+    asked = f"mlp_kernel={name!r}"
+    if neuron.torch_dtype != torch.bfloat16:
+        yield f"{asked} computes in bfloat16, not torch_dtype={neuron.torch_dtype}; set it to that, or use 'torch'"
+    step = 128 * neuron.logical_nc_config
+    if "hidden_size" not in malformed and config.hidden_size % step:
+        yield (
+            f"{asked} takes hidden sizes in multiples of {step} with logical_nc_config={neuron.logical_nc_config}, not "
+            f"hidden_size={config.hidden_size}; use 'torch'"
+        )
+    columns = 0 if "intermediate_size" in malformed else config.intermediate_size // neuron.tp_degree
+    if columns > MOST_COLUMNS:
+        yield (
+            f"{asked} takes at most {MOST_COLUMNS} columns of intermediate_size on a rank, not {columns}; raise "
+            f"tp_degree={neuron.tp_degree}, or use 'torch'"
+        )
+    if problem := library_problem():
+        yield f"{asked} needs nki-library, which the Neuron SDK brings ({problem}); install it, or use 'torch'"
 
 
 def select_deltanet_kernel(config: Any) -> DeltaNetKernel:

@@ -60,6 +60,7 @@ _MODULES = {
     "get_tensor_model_parallel_size": (f"{_NXD}.parallel_layers.parallel_state", "nxdi_cpu.parallel_state"),
     "invoke_preshard_hook": (f"{_NXD}.trace.trace", "nxdi_cpu.sharding"),
     "load_pretrained_config": (f"{_NXDI}.utils.hf_adapter", "nxdi_cpu.hf_adapter"),
+    "reduce_from_tensor_model_parallel_region": (f"{_NXD}.parallel_layers.mappings", "nxdi_cpu.parallel_state"),
     "set_tensor_model_parallel_attributes": (f"{_NXD}.parallel_layers.utils", "nxdi_cpu.layers"),
     "shard_children": (f"{_NXD}.trace.trace", "nxdi_cpu.sharding"),
 }
@@ -84,7 +85,7 @@ if TYPE_CHECKING:
         EncoderModelInstance,
         ModelWrapper,
     )
-    from nxdi_cpu.parallel_state import get_tensor_model_parallel_size
+    from nxdi_cpu.parallel_state import get_tensor_model_parallel_size, reduce_from_tensor_model_parallel_region
     from nxdi_cpu.quantization import KVQuantizationConfig, convert, get_default_per_channel_custom_qconfig_dict
     from nxdi_cpu.sharding import invoke_preshard_hook, shard_children
 else:
@@ -193,6 +194,7 @@ __all__ = [
     "invoke_preshard_hook",
     "load_pretrained_config",
     "on_stand_ins",
+    "reduce_from_tensor_model_parallel_region",
     "set_tensor_model_parallel_attributes",
     "shard_children",
 ]

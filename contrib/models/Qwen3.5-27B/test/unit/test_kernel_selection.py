@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from qwen35.kernel_selection import (
     AttentionKernel,
     DeltaNetInverse,
     DeltaNetKernel,
+    MLPKernel,
     select_attention,
     select_deltanet_inverse,
     select_deltanet_kernel,
+    select_mlp_kernel,
 )
 from qwen35.nki_kernels import attention_continuation, attention_decode, attention_pieces, attention_prefill
 from qwen35.phase import Phase
@@ -180,3 +183,55 @@ def test_attention_kernels_for_other_head_dims_are_an_error(tmp_path: Path) -> N
     save_checkpoint(tmp_path)
     with pytest.raises(Qwen35ConfigError, match="has heads of 64, 128 or 256 dims, not 32; use 'torch'"):
         load_neuron(tmp_path, attention_kernel="nki")
+
+
+# --- The MLP ---------------------------------------------------------------------------------------------------------
+def test_the_mlp_is_pytorchs_unless_the_kernel_is_asked_for() -> None:
+    assert select_mlp_kernel(config()) is MLPKernel.TORCH
+
+
+@pytest.mark.usefixtures("library_is_there")
+@pytest.mark.parametrize("kernel", MLPKernel)
+def test_a_configured_mlp_kernel_is_taken_and_survives_saving(kernel: MLPKernel, tmp_path: Path) -> None:
+    for given in (kernel, kernel.value):
+        config(mlp_kernel=given, torch_dtype=torch.bfloat16, tp_degree=4).save(tmp_path)
+        assert select_mlp_kernel(Qwen35InferenceConfig.load(tmp_path)) is kernel
+
+
+@pytest.mark.usefixtures("library_is_there")
+@pytest.mark.parametrize(
+    ("options", "fields", "message"),
+    [
+        ({"mlp_kernel": "fast"}, {}, r"mlp_kernel='fast' is unknown; set it to torch, nki"),
+        (
+            {"torch_dtype": torch.float32},
+            {},
+            r"mlp_kernel='nki' computes in bfloat16, not torch_dtype=torch.float32; set it to that, or use 'torch'",
+        ),
+        (
+            {"logical_nc_config": 2},
+            {"hidden_size": 128 * 7},
+            r"mlp_kernel='nki' takes hidden sizes in multiples of 256 with logical_nc_config=2, not hidden_size=896",
+        ),
+        ({"logical_nc_config": 1}, {"hidden_size": 192}, r"in multiples of 128 with logical_nc_config=1.*=192; use"),
+        (
+            {"tp_degree": 2},
+            {},
+            r"takes at most 6144 columns of intermediate_size on a rank, not 8704; raise tp_degree=2, or use 'torch'",
+        ),
+    ],
+)
+def test_what_the_mlp_kernel_cannot_do_is_an_error(
+    options: dict[str, object], fields: dict[str, int], message: str
+) -> None:
+    options = {"mlp_kernel": "nki", "torch_dtype": torch.bfloat16, "tp_degree": 4, **options}
+    with pytest.raises(Qwen35ConfigError, match=message) as raised:
+        Qwen35InferenceConfig(Qwen35NeuronConfig(**options), **{**QWEN35_PRESETS["27B"], **fields})
+    assert len(raised.value.problems) == 1
+
+
+@pytest.mark.usefixtures("nki_as_before")
+def test_the_mlp_kernel_without_the_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nkilib", None)  # importing it fails from here on
+    with pytest.raises(Qwen35ConfigError, match=r"mlp_kernel='nki' needs nki-library, .*nkilib.*; install it, or use"):
+        config(mlp_kernel="nki", torch_dtype=torch.bfloat16, tp_degree=4)

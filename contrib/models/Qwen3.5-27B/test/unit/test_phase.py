@@ -24,7 +24,8 @@ KERNELS = ("ops", "nki_kernels", "cli/kernels")
 
 ALLOWED = {
     ("configuration_qwen35.py", "len(v) == 3"): "a value of config.json",
-    ("layers/kernel_launch.py", "q.shape[1] % LOOP_TOKENS == 0"): "which of two kernels takes a prompt of this size",
+    ("layers/kernel_launch.py", "q.shape[1] % LOOP_TOKENS == 0"): "whether tokens, of any phase, are whole iterations",
+    ("layers/mlp.py", "x.shape[0] * x.shape[1] > FEW_TOKENS"): "whether a kernel takes as many tokens, of any phase",
     ("modeling_qwen35.py", "len(outside)"): "tokens that the vocabulary does not have",
     ("modeling_qwen35.py", "tokens <= chunk"): "whether tokens, of any phase, exceed a configured size",
     ("serving/hf_adapter.py", "rows > slots"): "whether rows, of any phase, exceed a configured size",

@@ -55,6 +55,7 @@ ONLY_IMPORTERS = {
     "torch_neuronx": {"qwen35.nxdi"},
     "torch_xla": {"qwen35.nxdi"},
     "nki": {"qwen35.nki_kernels.nki_seam"},
+    "nkilib": {"qwen35.nki_kernels.library_mlp"},
     "nki_emulator": {"qwen35.nki_kernels.nki_seam", "qwen35.cli.kernels"},  # the report is about the emulator
 }
 """The modules that may import a package; of any other, all may."""
@@ -289,6 +290,7 @@ def test_an_import_is_found_however_it_is_written(text: str, imported: str) -> N
         (imports_past_a_seam, {"qwen35/nki_kernels/decode_layer.py": "import nki.language as nl"}),
         (imports_past_a_seam, {"qwen35/cli/plan.py": "if TYPE_CHECKING:\n    from nki_emulator.report import Report"}),
         (imports_past_a_seam, {"qwen35/cli/kernels.py": "import nki"}),
+        (imports_past_a_seam, {"qwen35/layers/mlp.py": "def f():\n    from nkilib.core.mlp.mlp import mlp"}),
         (imports_past_a_seam, {"qwen35/nki_kernels/decode_layer.py": "import neuronxcc.nki as nki"}),
         (imports_past_a_seam, {"qwen35/serving/loading.py": "def f():\n    import libneuronxla"}),
         (imports_past_a_seam, {"qwen35_vllm/worker.py": "from nxdi_cpu.config import NeuronConfig"}),

@@ -25,6 +25,7 @@ from ..nki_kernels.chunked import deltanet_chunk_step
 from ..nki_kernels.commit_layer import deltanet_commit_layer
 from ..nki_kernels.decode_layer import deltanet_decode_layer
 from ..nki_kernels.fused_chunked import CHUNK, deltanet_fused_chunked_layer, deltanet_fused_chunked_layer_state
+from ..nki_kernels.library_mlp import library_mlp
 from ..nki_kernels.looped_chunked import LOOP_TOKENS, deltanet_looped_chunked_layer_state
 from ..nki_kernels.recurrent import deltanet_recurrent_fwd_state
 from ..nki_kernels.verify_layer import deltanet_verify_layer
@@ -226,6 +227,16 @@ def continue_cached(
         return torch.empty_like(q)
     caches = (k_cache.contiguous(), v_cache.contiguous())
     return _cut(attention_continuation[cores](*_padded(q, k, v), *caches, lengths, slots, bucket), q)
+
+
+def mlp(
+    cores: int,
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """What a rank adds to the MLP of x, by nki-library; see `library_mlp`. On the meta device, shape and dtype only."""
+    return torch.empty_like(x) if x.is_meta else library_mlp(cores, x.contiguous(), *weights, scales)
 
 
 def _padded(*tensors: torch.Tensor) -> list[torch.Tensor]:

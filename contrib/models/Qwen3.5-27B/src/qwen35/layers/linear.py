@@ -13,6 +13,7 @@ from torch import nn
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..fp8_form import FP8, MODULES_NOT_CONVERTED
+from ..nki_kernels.library_mlp import SCALE_ROWS
 from ..nxdi import (
     BaseParallelLinear,
     ColumnParallelLinear,
@@ -21,6 +22,7 @@ from ..nxdi import (
     convert,
     get_default_per_channel_custom_qconfig_dict,
     get_tensor_model_parallel_size,
+    reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 
@@ -89,3 +91,39 @@ class HeadShardedParameter(BaseParallelLinear):
         ranks = get_tensor_model_parallel_size()
         self.weight = nn.Parameter(torch.empty(rows // ranks, *shape, dtype=dtype), requires_grad=False)
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1, ranks)
+
+
+class TransposedLinear(BaseParallelLinear):
+    """x [..., inputs] -> x W^T [..., outputs] with the weight kept as W^T, as nki-library's kernels take it.
+
+    It is transposed when a checkpoint is converted (`weights.conversion.Rule`): a kernel's operand lies in HBM as it is
+    said to, so that another layout would be a copy in every call. weight [inputs, outputs] is in the configuration's
+    `matrix_dtype`. In fp8 there is scale [128, outputs] float32, of equal rows.
+
+    Args:
+        split: the dimension of the weight of which each rank has its part: 1 as in a column-parallel layer, or 0 as in
+            a row-parallel one, whose outputs `sum_over_ranks` sums.
+    """
+
+    def __init__(self, config: Qwen35InferenceConfig, inputs: int, outputs: int, split: int) -> None:
+        super().__init__()
+        ranks = get_tensor_model_parallel_size()
+        sizes = [inputs, outputs]
+        sizes[split] //= ranks
+        self.weight = nn.Parameter(torch.empty(sizes, dtype=config.matrix_dtype), requires_grad=False)
+        set_tensor_model_parallel_attributes(self.weight, True, split, 1, ranks)
+        if config.matrix_dtype == FP8:
+            self.scale = nn.Parameter(torch.empty(SCALE_ROWS, sizes[1]), requires_grad=False)
+            set_tensor_model_parallel_attributes(self.scale, split == 1, 1, 1, ranks if split == 1 else 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = torch.matmul(x, self.weight.to(x.dtype))
+        return (output.float() * self.scale[0]).to(x.dtype) if self.weight.dtype == FP8 else output
+
+
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's x, in float32 as a row-parallel layer sums."""
+    if get_tensor_model_parallel_size() == 1:
+        return x
+    reduced: torch.Tensor = reduce_from_tensor_model_parallel_region(x.float())
+    return reduced.to(x.dtype)

@@ -6,6 +6,8 @@ Kernel files say `from .nki_seam import nisa, nki, nl` and know nothing else abo
 `nki` of PyPI is an empty placeholder, which imports but has no `isa`: it counts as absent. `EMULATED` says which it is.
 """
 
+from typing import Any
+
 try:
     import nki
     import nki.isa as nisa
@@ -19,4 +21,25 @@ except ImportError:  # no SDK, or the placeholder, which has no nki.isa
 
     EMULATED = True
 
-__all__ = ["EMULATED", "nisa", "nki", "nl"]
+
+def provide_nki() -> None:
+    """Let `import nki` of other packages give what this one has: without the SDK, the emulator."""
+    if EMULATED:
+        import nki_emulator
+
+        nki_emulator.install(force=True)
+
+
+def of_others(kernel: Any) -> Any:
+    """A kernel that another package decorated, to launch; in the emulator it is not held to NKI's documents.
+
+    nki-library 2.29 names `dge_mode` by integers, which NKI 0.3.0 says it refuses, and runs on devices.
+    """
+    if not EMULATED:
+        return kernel
+    from nki_emulator.context import EmulatorOptions
+
+    return type(kernel)(kernel.function, kernel.grid, EmulatorOptions(strict=False, timed=False))
+
+
+__all__ = ["EMULATED", "nisa", "nki", "nl", "of_others", "provide_nki"]

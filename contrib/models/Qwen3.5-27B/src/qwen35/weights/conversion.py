@@ -20,6 +20,7 @@ import torch
 
 from ..error_text import first_three, one_line
 from ..fp8_form import FP8, Fp8Form
+from ..nki_kernels.library_mlp import SCALE_ROWS
 from .checkpoint import INDEX_FILE, CheckpointReader, TensorSpec
 from .foreign import QUANTISED, foreign_form, maker_beside
 from .fp8 import (
@@ -133,6 +134,9 @@ class Rule:
     dtype: torch.dtype
     """Of the targets. Where it is fp8, each target X.weight has a second, X.scale [rows, 1] float32, and builds must
     move whole rows or add rows of zeros."""
+    transposed: bool = False
+    """Whether targets are the transposes of what is built; X.scale is then [`SCALE_ROWS`, rows], of equal rows, as
+    nki-library's kernels take it."""
 
     @classmethod
     def of_one(
@@ -356,9 +360,9 @@ def convert(
         for target, build in rule.targets.items():
             assert target not in items, f"two rules fill {target}"
             if rule.dtype == FP8:
-                items |= _fp8_builders(target, build, loads)
+                items |= _fp8_builders(target, build, loads, rule.transposed)
             else:
-                items[target] = _builder(build, loads, rule.dtype)
+                items[target] = _builder(_then_transposed(build) if rule.transposed else build, loads, rule.dtype)
     return LazyStateDict(items, report, progress)
 
 
@@ -407,9 +411,21 @@ def _builder(build: Build, loads: Sequence[Load], dtype: torch.dtype) -> Callabl
     return built
 
 
-def _fp8_builders(target: str, build: Build, loads: Sequence[Load]) -> dict[str, Callable[[], torch.Tensor]]:
+def _then_transposed(build: Build) -> Build:
+    return lambda *sources: build(*sources).T.contiguous()
+
+
+def _fp8_builders(
+    target: str, build: Build, loads: Sequence[Load], transposed: bool
+) -> dict[str, Callable[[], torch.Tensor]]:
     """The weight of a target in fp8, and its scales: the rows of both are moved alike."""
-    return {
-        target: lambda: build_weight(build, [quantise_per_channel(target, load()) for load in loads]),
-        target.removesuffix("weight") + "scale": lambda: build(*(scale_per_channel(target, load()) for load in loads)),
-    }
+
+    def weight() -> torch.Tensor:
+        rows = build_weight(build, [quantise_per_channel(target, load()) for load in loads])
+        return rows.T.contiguous() if transposed else rows
+
+    def scale() -> torch.Tensor:
+        rows = build(*(scale_per_channel(target, load()) for load in loads))
+        return rows.T.repeat(SCALE_ROWS, 1) if transposed else rows
+
+    return {target: weight, target.removesuffix("weight") + "scale": scale}

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..configuration_qwen35 import FULL_ATTENTION, Qwen35InferenceConfig
+from ..kernel_selection import MLPKernel, select_mlp_kernel
 from .checkpoint import INDEX_FILE, MTP_NAMES, CheckpointReader
 from .conversion import (
     BUFFERS,
@@ -154,10 +155,11 @@ def _rank_rule(c: Qwen35InferenceConfig, prefix: str) -> Rule:
 
 
 def _mlp_rules(c: Qwen35InferenceConfig, prefix: str) -> Iterator[Rule]:
-    dtype = c.matrix_dtype
-    yield Rule.of_one(prefix + "gate_proj.weight", (c.intermediate_size, c.hidden_size), dtype)
-    yield Rule.of_one(prefix + "up_proj.weight", (c.intermediate_size, c.hidden_size), dtype)
-    yield Rule.of_one(prefix + "down_proj.weight", (c.hidden_size, c.intermediate_size), dtype)
+    wide, narrow = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
+    transposed = select_mlp_kernel(c) is MLPKernel.NKI
+    for name, shape in (("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow)):
+        name = f"{prefix}{name}.weight"
+        yield Rule({name: shape}, {name: unchanged}, c.matrix_dtype, transposed)
 
 
 def _attention_rules(c: Qwen35InferenceConfig, prefix: str) -> Iterator[Rule]:

@@ -14,6 +14,7 @@ from nxdi_cpu.parallel_state import initialize_model_parallel
 from qwen35 import OnDeviceSamplingConfig, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.layers.linear import (
     HeadShardedParameter,
+    TransposedLinear,
     column_parallel,
     output_head,
     row_parallel,
@@ -98,3 +99,33 @@ def test_weights_in_fp8_have_the_shapes_of_a_rank_and_scales_of_their_outputs(tp
     assert model.down_proj.weight.shape == (64, 96 // tp_degree) and model.down_proj.scale.shape == (64, 1)
     assert model.up_proj.scale.partition_dim == 0 and model.up_proj.scale.num_partitions == tp_degree
     assert not model.down_proj.scale.tensor_model_parallel
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4])
+@pytest.mark.parametrize("weights_dtype", [None, "fp8"])
+def test_transposed_weights_have_the_shapes_of_a_rank(tp_degree: int, weights_dtype: str | None) -> None:
+    with as_rank(0, tp_degree), torch.device("meta"):
+        of_rank = config(tp_degree=tp_degree, weights_dtype=weights_dtype)
+        wide, narrow = TransposedLinear(of_rank, 64, 96, split=1), TransposedLinear(of_rank, 96, 64, split=0)
+    assert wide.weight.shape == (64, 96 // tp_degree) and narrow.weight.shape == (96 // tp_degree, 64)
+    assert (wide.weight.partition_dim, narrow.weight.partition_dim) == (1, 0)
+    assert wide.weight.dtype == narrow.weight.dtype == of_rank.matrix_dtype
+    if weights_dtype is None:
+        assert not hasattr(wide, "scale")
+        return
+    assert wide.scale.shape == (128, 96 // tp_degree) and narrow.scale.shape == (128, 64)
+    assert wide.scale.partition_dim == 1 and wide.scale.num_partitions == tp_degree
+    assert not narrow.scale.tensor_model_parallel
+
+
+@pytest.mark.parametrize("weights_dtype", [None, "fp8"])
+def test_a_transposed_layer_is_the_layer(weights_dtype: str | None) -> None:
+    layer = TransposedLinear(config(weights_dtype=weights_dtype), 64, 96, split=1)
+    matrix, scale = torch.randn(64, 96), torch.ones(96)
+    if weights_dtype:
+        matrix, scale = matrix.to(torch.float8_e4m3fn), torch.rand(96) + 0.5
+        layer.scale.data = scale.repeat(128, 1)
+    layer.weight.data = matrix
+    x = torch.randn(2, 5, 64)
+    # Sums of 64 products of order one, in float32 and another order.
+    assert_close(layer(x), x @ (matrix.float() * scale), atol=1e-4, label="output")

@@ -103,3 +103,15 @@ def test_the_caches_that_outputs_replace_are_not_counted_twice() -> None:
     decoding = [b for b in walk_buckets(of_27b_at_256k()) if b.submodel == "token_generation_model"]
     # Scores of 6 heads in float32 and bfloat16, and the mask: not the 4.3 GB of the cache.
     assert decoding[-1].bytes < 262144 * 6 * 16
+
+
+@pytest.mark.usefixtures("library_is_there")
+def test_products_in_the_librarys_mlp_are_none_of_the_compilers() -> None:
+    options = dict(seq_len=2048, prompt_bucket=2048, attention_kernel="torch")
+    (prompt, plain), (same_prompt, by_kernel) = (
+        walk_buckets(of_27b(**options, mlp_kernel=kernel), slice(-1, None)) for kernel in ("torch", "nki")
+    )
+    # One row times a matrix: the row stays, 512 columns move; or tiles of the matrix stay and one column moves.
+    tiles = sum(k // 128 * -(-n // 512) for k, n in [(5120, 4352), (5120, 4352), (4352, 5120)])
+    assert plain.matmuls - by_kernel.matmuls == 64 * tiles
+    assert same_prompt.matmuls == prompt.matmuls

@@ -95,6 +95,30 @@ def test_each_file_holds_what_the_rank_gets_when_all_is_in_memory(
     rank_pool(1).call(compare_decoder_with_whole_ranks, tmp_path, tp_degree, tied, weights_dtype=weights_dtype)
 
 
+@pytest.mark.usefixtures("backend", "outside_any_rank", "library_is_there")
+@pytest.mark.parametrize("weights_dtype", [None, "fp8"])
+@pytest.mark.parametrize("tp_degree", [1, 2, 4])
+def test_the_mlps_of_the_librarys_kernel_have_the_transposes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp_degree: int, weights_dtype: str | None
+) -> None:
+    monkeypatch.setitem(UNEVEN, "hidden_size", 128)
+    options = dict(torch_dtype=torch.bfloat16, logical_nc_config=1, weights_dtype=weights_dtype)
+    files = []
+    for kernel in ("torch", "nki"):
+        torch.manual_seed(0)  # both have the same checkpoint
+        model = make_model(tmp_path / kernel, tp_degree, **options, mlp_kernel=kernel)
+        files.append(shard(model, tmp_path / f"{kernel}-ranks"))
+    for of_plain, of_kernel in zip(*files, strict=True):
+        assert of_kernel.keys() == of_plain.keys()
+        transposed = {name for name in of_plain if ".mlp." in name}
+        assert len(transposed) == 4 * 3 * (2 if weights_dtype else 1)
+        for name, tensor in of_plain.items():
+            if name in transposed:
+                tensor = tensor.T.expand(128, -1) if name.endswith("scale") else tensor.T
+            assert of_kernel[name].dtype == tensor.dtype
+            assert torch.equal(of_kernel[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("tp_degree", [1, 4])
 def test_the_mtp_head_is_split_in_the_same_way(tmp_path: Path, rank_pool: Any, tp_degree: int) -> None:
