@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from qwen35.serving.loading import MINI_CHECKPOINT
@@ -153,7 +153,8 @@ def test_logprobs_are_the_main_model_s(checkpoints: dict[str, Path]) -> None:
 
 
 def test_the_answers_of_n_are_those_without_drafts(checkpoints: dict[str, Path]) -> None:
-    params = SamplingParams(n=3, temperature=1, seed=7, max_tokens=16, ignore_eos=True)
+    final = RequestOutputKind.FINAL_ONLY
+    params = SamplingParams(n=3, temperature=1, seed=7, max_tokens=16, ignore_eos=True, output_kind=final)
     drafted, plain = both(checkpoints["mini"], random_prompts([20, 9], vocab_size=1000), [params] * 2)
     assert [[o.token_ids for o in each] for each in drafted] == [[o.token_ids for o in each] for each in plain]
     assert len({tuple(o.token_ids) for o in drafted[0]}) == 3
