@@ -45,6 +45,8 @@ def check_model(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35Inferen
         if options.compile == "never":
             raise ConfigurationRefused(_not_there(directory))
         require_fits(model)
+    if directory is None or not is_compiled(directory):
+        model.checkpoint_loader_fn()  # reads no tensor: only the names, shapes and dtypes
     return model.config
 
 
@@ -133,6 +135,7 @@ def _mismatches(
     for flag, here, there in (
         ("--tensor-parallel-size", vllm_config.parallel_config.tensor_parallel_size, neuron.tp_degree),
         ("--dtype", dtype_name(wanted.neuron_config.torch_dtype), dtype_name(neuron.torch_dtype)),
+        ("num_speculative_tokens", wanted.num_speculative_tokens, compiled.num_speculative_tokens),
     ):
         if here != there:
             yield f"it was compiled for {flag} {there}, not {here}: pass {flag} {there}"

@@ -81,10 +81,17 @@ class BatchSampler:
         batch.refresh_metadata()
         return [*batch.req_ids]
 
-    def sample(self, logits: torch.Tensor, scheduled: SchedulerOutput, grammar: GrammarOutput | None) -> SamplerOutput:
+    def constrain(self, logits: torch.Tensor, scheduled: SchedulerOutput, grammar: GrammarOutput) -> None:
+        """Let the tokens that grammars do not allow have no chance.
+
+        Args:
+            logits: [sum of T, V] float32, of each request in the batch's order T rows: one, and one for each draft that
+                the step scheduled for it.
+        """
+        apply_grammar_bitmask(scheduled, grammar, self._batch, logits)
+
+    def sample(self, logits: torch.Tensor) -> SamplerOutput:
         """Tokens [B, 1] from logits [B, V] float32 in the batch's order, which are overwritten."""
-        if grammar is not None:
-            apply_grammar_bitmask(scheduled, grammar, self._batch, logits)
         return self._sampler(logits, self._batch.sampling_metadata)
 
     def prompt_logprobs(self, logits: torch.Tensor, following: Sequence[int], count: int) -> LogprobsTensors:

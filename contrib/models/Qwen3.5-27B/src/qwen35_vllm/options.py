@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qwen35.configuration_qwen35 import DTYPES, Qwen35InferenceConfig, Qwen35NeuronConfig, is_size
+from qwen35.configuration_qwen35 import DTYPES, FP8_NAME, Qwen35InferenceConfig, Qwen35NeuronConfig, is_size
 from qwen35.error_text import one_line, shown
 from qwen35.hardware import INSTANCES
 from qwen35.json_files import Rule, wrong_fields
@@ -24,6 +24,9 @@ from .plugin import neuron_devices
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+FP8_CACHE_NAMES = ("fp8", "fp8_e4m3")
+"""vLLM's names, in --kv-cache-dtype, of what keys and values are kept in with kv_cache_dtype="fp8"."""
 
 SECTION = "qwen35"
 """The key of `--additional-config` that is ours; other plugins have others."""
@@ -50,6 +53,7 @@ class ServeOptions:
         ctx_batch_size: prompts that are encoded in one call.
         context_encoding_buckets, token_generation_buckets: lengths that are compiled, ascending.
         deltanet_kernel, deltanet_inverse: which kernel runs, see `kernel_selection`.
+        weights_dtype, kv_cache_dtype: "fp8", in place of vLLM's dtype, see `Qwen35NeuronConfig`.
         instance: a key of `hardware.INSTANCES`: that the model fits there is checked before it is compiled.
         on_device_sampling: let the device choose the tokens of steps in which every row is greedy.
         prompt_logprobs: compile what the log-probabilities of prompts need.
@@ -65,6 +69,8 @@ class ServeOptions:
     token_generation_buckets: tuple[int, ...] | None = None
     deltanet_kernel: str | None = None
     deltanet_inverse: str | None = None
+    weights_dtype: str | None = None
+    kv_cache_dtype: str | None = None
     instance: str | None = None
     on_device_sampling: bool | None = None
     prompt_logprobs: bool | None = None
@@ -81,6 +87,8 @@ class ServeOptions:
             "token_generation_buckets",
             "deltanet_kernel",
             "deltanet_inverse",
+            "weights_dtype",
+            "kv_cache_dtype",
             "instance",
         )
         given = {name: value for name in named if (value := getattr(self, name)) is not None}
@@ -112,6 +120,8 @@ _RULES: dict[str, Rule] = {
     "token_generation_buckets": _SIZES,
     "deltanet_kernel": _one_of(*(kernel.value for kernel in DeltaNetKernel)),
     "deltanet_inverse": _one_of(*(inverse.value for inverse in DeltaNetInverse)),
+    "weights_dtype": _one_of(FP8_NAME),
+    "kv_cache_dtype": _one_of(FP8_NAME),
     "instance": _one_of(*INSTANCES),
     "on_device_sampling": _FLAG,
     "prompt_logprobs": _FLAG,
@@ -124,10 +134,18 @@ _RULES: dict[str, Rule] = {
 def serve_options(vllm_config: VllmConfig) -> ServeOptions:
     """The options in `vllm_config.additional_config`; null stands for an option that is not given.
 
+    What vLLM has options of its own for is taken from there, too: `--kv-cache-dtype fp8`, and `--quantization fp8` of a
+    checkpoint that is in bf16. Of one that is in fp8, vLLM has the same value without being asked.
+
     Raises:
         ConfigurationRefused: one is unknown or of a wrong kind; all such are named.
     """
-    return options_in(vllm_config.additional_config)
+    options, model = options_in(vllm_config.additional_config), vllm_config.model_config
+    if model.quantization == FP8_NAME and getattr(model.hf_config, "quantization_config", None) is None:
+        options = replace(options, weights_dtype=FP8_NAME)
+    if vllm_config.cache_config.cache_dtype in FP8_CACHE_NAMES:
+        options = replace(options, kv_cache_dtype=FP8_NAME)
+    return options
 
 
 def options_in(additional_config: Any) -> ServeOptions:
@@ -172,14 +190,21 @@ def checkpoint_of(vllm_config: VllmConfig) -> Path:
         raise ConfigurationRefused(str(error)) from error
 
 
+def num_speculative_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens that are drafted a step; 0 without --speculative-config."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else speculative.num_speculative_tokens
+
+
 def neuron_config(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35NeuronConfig:
     """NxDI's settings for vLLM's and ours.
 
-    tp_degree is vLLM's tensor-parallel size, seq_len its max_model_len, the batch its max_num_seqs.
+    tp_degree is vLLM's tensor-parallel size, seq_len its max_model_len, the batch its max_num_seqs, and drafts are as
+    many as its speculative configuration says.
     """
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype) and dtype in DTYPES.values(), "the platform refuses others"
-    chosen = options.neuron_fields()
+    chosen = options.neuron_fields() | {"num_speculative_tokens": num_speculative_tokens(vllm_config)}
     instance, chunk = chosen.pop("instance", None), chosen.pop("prefill_chunk_size", None)
     return device_neuron_config(
         None if instance is None else INSTANCES[instance],

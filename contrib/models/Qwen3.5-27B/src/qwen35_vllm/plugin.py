@@ -64,6 +64,8 @@ def register() -> None:
         from vllm.transformers_utils.configs.qwen3_5 import Qwen3_5TextConfig
 
         AutoConfig.register(TEXT_MODEL_TYPE, Qwen3_5TextConfig)
+    from . import quantization  # noqa: F401 -- importing it registers what it has
+
     for architecture in ARCHITECTURES:
         # By name, so that nothing is imported here. vLLM's own classes of these names need torchvision.
         ModelRegistry.register_model(architecture, "qwen35_vllm.model:Qwen35ForVLLM")

@@ -11,12 +11,22 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qwen35.configuration_qwen35 import DTYPES, dtype_name
+from qwen35.error_text import shown
+from qwen35.fp8_form import BLOCK_METHOD, CHANNEL_METHOD
 
 from .connector import RowConnector
-from .options import runs_on_neuron
+from .options import FP8_CACHE_NAMES, runs_on_neuron
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+_SPECULATION = {
+    "rejection_sample_method": "standard",
+    "draft_sample_method": "greedy",
+    "enable_adaptive_verification": False,
+    "draft_lm_head_quantization": None,
+}
+"""Of --speculative-config, what would change how drafts are made or accepted, and the value that is as served."""
 
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
 
@@ -26,16 +36,15 @@ def refusals(vllm_config: VllmConfig) -> Iterator[str]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if vllm_config.lora_config is not None:
         yield "--enable-lora: LoRA is not supported, merge an adapter into its checkpoint and run without `enable_lora`"
-    if vllm_config.speculative_config is not None:
-        yield "--speculative-config: not served yet; leave it out"
-    if model.quantization is not None:
-        yield f"--quantization {model.quantization}: not served yet; use the bf16 checkpoint"
+    yield from _speculation_refusals(vllm_config)
+    if model.quantization not in (None, BLOCK_METHOD, CHANNEL_METHOD):
+        yield f"--quantization {model.quantization}: only fp8 is served; use the bf16 or the fp8 checkpoint"
     if model.runner_type != "generate":
         yield f"--runner {model.runner_type}: the model generates text; leave it out"
     if model.dtype not in DTYPES.values():
         yield f"--dtype {dtype_name(model.dtype)}: gates and decays overflow it; pass bfloat16 or float32"
-    if cache.cache_dtype not in ("auto", dtype_name(model.dtype)):
-        yield f"--kv-cache-dtype {cache.cache_dtype}: keys and values are kept in --dtype; leave it out"
+    if cache.cache_dtype not in ("auto", dtype_name(model.dtype), *FP8_CACHE_NAMES):
+        yield f"--kv-cache-dtype {cache.cache_dtype}: keys and values are kept in --dtype or fp8; pass fp8, or none"
     connector = vllm_config.kv_transfer_config
     if connector is not None and connector.kv_connector != RowConnector.__name__:
         yield f"--kv-transfer-config, {connector.kv_connector}: a row has no blocks to transfer; leave it out"
@@ -52,6 +61,20 @@ def refusals(vllm_config: VllmConfig) -> Iterator[str]:
     if vllm_config.load_config.download_dir is not None:
         yield "--download-dir: set HF_HOME, which the hub's own client reads"
     yield from _parallel_refusals(vllm_config)
+
+
+def _speculation_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if speculative.method != "mtp" or speculative.model != vllm_config.model_config.model:
+        yield (
+            f"--speculative-config, method {speculative.method} of {speculative.model}: only the checkpoint's own head "
+            """drafts; pass '{"method": "mtp", "num_speculative_tokens": K}'"""
+        )
+    for name, served in _SPECULATION.items():
+        if (value := _get(speculative, name, served)) != served:
+            yield f"--speculative-config, {name}={shown(value)}: drafts change no token; leave it out"
 
 
 def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:

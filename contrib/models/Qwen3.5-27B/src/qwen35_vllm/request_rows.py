@@ -3,21 +3,20 @@
 """The rows of the requests that vLLM schedules: who has which slot of the caches, and what may be encoded of a prompt.
 
 vLLM's scheduler counts tokens: it gives a request some of its prompt in a step, as its token budget allows, then one
-token a step. What it gives is kept until it makes a whole piece, up to the next multiple of the compiled chunk from the
-request's own first token, or to the end of the prompt. So the pieces of a prompt, and with them its tokens, do not
-depend on the budget or on the other requests in a step.
+token a step, and a place for each draft. What it gives is kept until it makes a whole piece, up to the next multiple of
+the compiled chunk from the request's own first token, or to the end of the prompt. So the pieces of a prompt, and with
+them its tokens, do not depend on the budget or on the other requests in a step.
 
 A request that the scheduler preempts loses its row. When it is resumed, it gets another, and its prompt and what it
 answered so far are encoded as one prompt.
 
-Not here yet, but with a place: images (`CachedRequestState.mm_features` to `Row.placed`, in `_start`), rows restored
-from earlier prompts (`num_computed_tokens` of a new row to `Row.cached`, in `_start`), and draft tokens
-(`scheduled_spec_decode_tokens`, beside `ScheduledRequest.samples`).
+Not here yet, but with a place in `_start`: images (`CachedRequestState.mm_features` to `Row.placed`), and rows that are
+restored from earlier prompts (`num_computed_tokens` of a new row to `Row.cached`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +36,8 @@ class ScheduledRequest:
         state: what vLLM's batch knows of it: its prompt, its options, its generator, its answer so far.
         row: its tokens and its slot; None while it is preempted.
         prompt_end: tokens that are encoded in pieces; those after it are decoded one by one.
-        granted: tokens that the scheduler has given it since it has this row.
+        granted: tokens that the scheduler has given it since it has this row, drafts that were rejected among them: how
+            many tokens it has by now, its row knows.
         prompt_logprobs: of the pieces encoded so far; None when none are wanted, or none any more.
         failure: why it cannot go on.
         is_reported: whether vLLM has been told.
@@ -70,18 +70,18 @@ class ScheduledRequest:
 
     @property
     def samples(self) -> bool:
-        """Whether the step gives it a token: the scheduler has given it all it has."""
-        return self.row is not None and self.granted >= len(self.row.tokens)
+        """Whether the step gives it tokens: the scheduler has given it its whole prompt."""
+        return self.row is not None and self.granted >= self.prompt_end
 
     def has_piece(self, chunk: int) -> bool:
         """Whether the next piece of its prompt is granted whole."""
         row = self.slot_row
         return not self.is_encoded and self.granted >= row.cached + len(next_piece(row, chunk))
 
-    def take(self, token: int) -> None:
-        """Let it go on with a token that was chosen."""
-        self.slot_row.tokens.append(token)
-        self.state.output_token_ids.append(token)  # the list that vLLM's batch has, for penalties and bad words
+    def take(self, tokens: Sequence[int]) -> None:
+        """Let it go on with tokens that were chosen."""
+        self.slot_row.tokens += tokens
+        self.state.output_token_ids += tokens  # the list that vLLM's batch has, for penalties and bad words
 
 
 @dataclass

@@ -10,24 +10,32 @@ With on-device sampling, and only requests in a step that want the most likely t
 are all that is read from the device. Logits that are not read cannot be checked: else a row whose logits are no finite
 numbers fails.
 
+With drafts (`--speculative-config`), rows that answer get one token and one for each draft that foretold it. The drafts
+are the worker's own: the scheduler has places for them, and learns from the tokens how many were right. Where all rows
+want the most likely token and nothing more, one program verifies, chooses and drafts. Else `forward` verifies, `sample`
+has vLLM's sampler choose each token as if there were no drafts, with those before it said, and drafts what follows.
+
 A call of the model that fails takes the requests with it that were in the call, because nobody knows what their slots
 hold then; the others go on. See `connector` for how vLLM is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from vllm.logger import init_logger
-from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 
 from qwen35.error_text import one_line
 from qwen35.modeling_qwen35 import NeuronQwen35ForCausalLM
 from qwen35.serving.runner import ModelRunner, Row, RowOutputs
-from qwen35.serving.sampling import require_finite
+from qwen35.serving.sampling import NOT_FINITE, require_finite
+from qwen35.serving.speculation import foretold
 
 from .batch_sampler import BatchSampler
 from .device_thread import Failures, StepOutput
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
 
 LONGEST_ERROR = 500
 """Characters of a failure that is logged."""
+
+_Outputs = TypeVar("_Outputs")
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -64,6 +74,7 @@ class StepRunner:
             )
         self._runner = ModelRunner(model)
         self._sampler = BatchSampler(vllm_config)
+        self._drafts_tokens = model.config.num_speculative_tokens > 0
         self.rows = RequestRows(slots, self._runner.clear_slot)
         self._step: _Step | None = None
 
@@ -74,37 +85,33 @@ class StepRunner:
         on_device = self._runner.device_is_greedy and self._sampler.on_device([r.state for r in sampling])
         step = self._step = _Step(scheduled, sampling, on_device)
         if decoding := [request for request in sampling if request.is_encoded]:
-            self._call(step, self._runner.decode, decoding)
+            if self._drafts_tokens:
+                self._verify(step, decoding)
+            else:
+                self._call(lambda rows: self._runner.decode(rows, on_device), decoding, partial(self._keep, step))
         chunk = self._runner.chunk
         while encoding := {r.slot_row: r for r in requests if r.failure is None and r.has_piece(chunk)}:
-            batch = self._runner.batch([*encoding])
-            self._call(step, self._runner.encode, [encoding[row] for row in batch])
+            batch = [encoding[row] for row in self._runner.batch([*encoding])]
+            self._call(lambda rows: self._runner.encode(rows, on_device), batch, partial(self._keep, step))
 
     def sample(self, grammar: GrammarOutput | None) -> StepOutput:
-        """Choose the tokens of the step that was called last."""
+        """Choose the tokens of the step that was called last, and draft those that may follow."""
         step, self._step = self._step, None
         assert step is not None, "a step is sampled once, after its forward"
+        for request in step.sampling:
+            request.take(step.tokens.get(request.state.req_id, ()))
+        logprobs = self._choose(step, grammar)
+        chosen_here = [each for each in step.sampling if each.failure is None and each.state.req_id in step.logits]
+        if self._drafts_tokens and chosen_here:
+            self._call(self._runner.draft, chosen_here, lambda request, drafts, i: None)
         sampling = {request.state.req_id: request for request in step.sampling if request.failure is None}
-        order = self._sampler.hold([request.state for request in sampling.values()])
-        tokens: list[list[int]] = []
-        logprobs = None
-        if order and step.tokens_only:
-            tokens = [[step.tokens[request_id]] for request_id in order]
-        elif order:
-            logits = torch.stack([step.logits[request_id] for request_id in order]).float()
-            sampled = self._sampler.sample(logits, step.scheduled, grammar)
-            tokens = sampled.sampled_token_ids.tolist()
-            logprobs = None if sampled.logprobs_tensors is None else sampled.logprobs_tensors.tolists()
-        for request_id, (token,) in zip(order, tokens, strict=True):
-            sampling[request_id].take(token)
-        # In this order: vLLM finds the log-probabilities of a request by its place.
         others = [request_id for request_id in step.scheduled.num_scheduled_tokens if request_id not in sampling]
-        ids = [*order, *others]
+        ids = [*sampling, *others]
         output = ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-            sampled_token_ids=[*tokens, *([] for _ in others)],
-            logprobs=logprobs,
+            sampled_token_ids=[*(step.tokens[request_id] for request_id in sampling), *([] for _ in others)],
+            logprobs=_in_order([logprobs.get(request_id, []) for request_id in ids]),
             prompt_logprobs_dict={
                 request_id: gathered
                 for request_id, request in sampling.items()
@@ -112,6 +119,15 @@ class StepRunner:
             },
         )
         return StepOutput(output, self._new_failures(step.scheduled))
+
+    def drafts(self) -> DraftTokenIds:
+        """What is drafted for each request: of the step that was called last, if it is not sampled yet."""
+        rows = {
+            request_id: request.row
+            for request_id, request in self.rows.requests.items()
+            if request.row is not None and request.failure is None
+        }
+        return DraftTokenIds([*rows], [[*row.drafts] for row in rows.values()])
 
     def idle(self, scheduled: SchedulerOutput) -> StepOutput:
         """A step that schedules nothing, and tells which requests are finished."""
@@ -132,21 +148,80 @@ class StepRunner:
                 told[request_id] = request.state.block_ids
         return told
 
+    def _verify(self, step: _Step, decoding: Sequence[ScheduledRequest]) -> None:
+        """Decode with the drafts that the step has places for; a program of its own chooses for greedy requests alone.
+
+        vLLM counts a step's drafts from the places, and lets no row grow past max_model_len by them.
+        """
+        for request in decoding:
+            places = len(step.scheduled.scheduled_spec_decode_tokens.get(request.state.req_id, ()))
+            request.slot_row.drafts = request.slot_row.drafts[:places]
+        if self._sampler.on_device([request.state for request in decoding]):
+            self._call(self._runner.speculate, decoding, partial(_keep_chosen, step))
+        else:
+            self._call(self._runner.verify, decoding, partial(_keep_verified, step))
+
+    def _choose(self, step: _Step, grammar: GrammarOutput | None) -> dict[str, list[LogprobsTensors]]:
+        """Choose tokens from the logits of a step, of each request as many as its drafts foretold, and one more.
+
+        Returns:
+            The log-probabilities by request, one a token, where some are wanted.
+        """
+        rows = {r.state.req_id: r for r in step.sampling if r.failure is None and r.state.req_id in step.logits}
+        logprobs: dict[str, list[LogprobsTensors]] = {request_id: [] for request_id in rows}
+        if rows and grammar is not None:
+            self._constrain(step, rows, grammar)
+        place = 0
+        while rows:
+            # The batch holds the rows of this place alone, so that no other's generator moves on.
+            order = self._sampler.hold([request.state for request in rows.values()])
+            sampled = self._sampler.sample(torch.stack([step.logits[name][place] for name in order]).float())
+            for i, (request_id, tokens) in enumerate(zip(order, sampled.sampled_token_ids.tolist(), strict=True)):
+                rows[request_id].take(tokens)
+                step.tokens.setdefault(request_id, []).extend(tokens)
+                if (tensors := sampled.logprobs_tensors) is not None:
+                    logprobs[request_id].append(LogprobsTensors(*(tensor[i : i + 1] for tensor in tensors[:3])))
+            rows = {
+                name: request
+                for name, request in rows.items()
+                if foretold(request.slot_row.drafts, place, step.tokens[name][place])
+            }
+            place += 1
+        return logprobs
+
+    def _constrain(self, step: _Step, rows: Mapping[str, ScheduledRequest], grammar: GrammarOutput) -> None:
+        """Keep the tokens that the grammars allow after each row and each of its drafts, as far as these obey them."""
+        order = self._sampler.hold([request.state for request in rows.values()])
+        places = {name: step.scheduled.scheduled_spec_decode_tokens.get(name, ()) for name in order}
+        # A place without a logit of its own, because there was no such draft, is nobody's.
+        padded = [
+            torch.nn.functional.pad(own := step.logits[name], (0, 0, 0, len(places[name]) + 1 - len(own)))
+            for name in order
+        ]
+        logits = torch.cat(padded).float()
+        self._sampler.constrain(logits, step.scheduled, grammar)
+        for name, own in zip(order, logits.split([len(each) for each in padded]), strict=True):
+            step.logits[name] = own
+            if name in grammar.structured_output_request_ids:
+                # vLLM has checked those alone that it has in place of -1; after these the logits are not constrained.
+                checked = sum(1 for _ in itertools.takewhile(lambda token: token >= 0, places[name]))
+                rows[name].slot_row.drafts = rows[name].slot_row.drafts[:checked]
+
     def _call(
         self,
-        step: _Step,
-        run: Callable[[Sequence[Row], bool], RowOutputs],
+        run: Callable[[Sequence[Row]], _Outputs],
         requests: Sequence[ScheduledRequest],
+        keep: Callable[[ScheduledRequest, _Outputs, int], None],
     ) -> None:
-        """Run the rows of some requests, and keep what the step needs of the outputs."""
+        """Run the rows of some requests, and keep what the step needs of the outputs of the i-th."""
         try:
-            outputs = run([request.slot_row for request in requests], step.tokens_only)
+            outputs = run([request.slot_row for request in requests])
         except Exception as error:
             self._fail(requests, error)
             return
         for i, request in enumerate(requests):
             try:
-                self._keep(step, request, outputs, i)
+                keep(request, outputs, i)
             except Exception as error:
                 self._fail([request], error)
 
@@ -160,9 +235,9 @@ class StepRunner:
             return
         if step.tokens_only:
             assert outputs.tokens is not None, "a device that is greedy gives its tokens"
-            step.tokens[request.state.req_id] = int(outputs.tokens[i])
+            step.tokens[request.state.req_id] = [int(outputs.tokens[i])]
             return
-        step.logits[request.state.req_id] = outputs.all_logits()[i]
+        step.logits[request.state.req_id] = outputs.all_logits()[i : i + 1]
 
     def _prompt_logprobs(self, request: ScheduledRequest, outputs: RowOutputs, i: int) -> list[LogprobsTensors]:
         """Those of the tokens of a prompt that follow the tokens of a piece.
@@ -190,17 +265,57 @@ class _Step:
 
     Args:
         scheduled: what the scheduler decided.
-        sampling: the requests that get a token.
+        sampling: the requests that get tokens.
         tokens_only: whether the device's tokens are taken, and no logits read.
-        tokens: what the device chose, by request.
-        logits: [V] by request.
+        tokens: what the device chose, and what was chosen here since, by request.
+        logits: [n + 1, V] by request, after its last token and its n drafts.
     """
 
     scheduled: SchedulerOutput
     sampling: list[ScheduledRequest]
     tokens_only: bool
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _keep_chosen(step: _Step, request: ScheduledRequest, chosen: Sequence[list[int] | None], i: int) -> None:
+    """Keep the tokens that a program chose for its i-th row.
+
+    Raises:
+        ValueError: they were chosen from no finite numbers.
+    """
+    tokens = chosen[i]
+    if tokens is None:
+        raise ValueError(f"some {NOT_FINITE}")
+    step.tokens[request.state.req_id] = tokens
+
+
+def _keep_verified(step: _Step, request: ScheduledRequest, logits: Sequence[torch.Tensor], i: int) -> None:
+    """Keep the logits [n + 1, V] of the i-th row, up to those that are no finite numbers: they may not be needed.
+
+    Raises:
+        ValueError: the first are not finite.
+    """
+    own = logits[i]
+    require_finite(own[0])
+    finite = sum(1 for _ in itertools.takewhile(bool, own.isfinite().all(dim=1).tolist()))
+    request.slot_row.drafts = request.slot_row.drafts[: finite - 1]
+    step.logits[request.state.req_id] = own[:finite]
+
+
+def _in_order(logprobs: Sequence[Sequence[LogprobsTensors]]) -> LogprobsLists | None:
+    """Those of requests in this order, one a token; None where there are none."""
+    tokens = [tensors for own in logprobs for tensors in own]
+    if not tokens:
+        return None
+    # As wide as the widest: a later token's batch may have nobody left who wants as many.
+    width = max(tensors.logprobs.shape[1] for tensors in tokens)
+    pad = torch.nn.functional.pad
+    ids = torch.cat([pad(each.logprob_token_ids, (0, width - each.logprobs.shape[1])) for each in tokens])
+    values = [pad(each.logprobs, (0, width - each.logprobs.shape[1]), value=-torch.inf) for each in tokens]
+    ranks = torch.cat([each.selected_token_ranks for each in tokens])
+    counts = itertools.accumulate((len(own) for own in logprobs), initial=0)
+    return LogprobsTensors(ids, torch.cat(values), ranks).tolists([*counts])
 
 
 def _gathered_prompt_logprobs(request: ScheduledRequest) -> LogprobsTensors | None:

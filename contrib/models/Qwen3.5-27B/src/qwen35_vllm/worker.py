@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from .artifacts import load_model
@@ -94,6 +94,7 @@ class Qwen35Worker(WorkerBase):
         A step that schedules nothing still tells which requests are finished.
         """
         self._handed_over.add(scheduler_output)
+        _discount_padding(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return self._output(partial(self._runner.idle, scheduler_output))
         self._forward = self._thread.submit(partial(self._runner.forward, scheduler_output))
@@ -102,6 +103,10 @@ class Qwen35Worker(WorkerBase):
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput | ModelRunnerOutput:
         """Queue the choice of the tokens of the step that was queued last."""
         return self._output(partial(self._sample, self._forward, grammar_output))
+
+    def take_draft_token_ids(self) -> DraftTokenIds:
+        """What was drafted, once the steps that are queued are done: vLLM asks where grammars must obey it."""
+        return self._thread.run(self._runner.drafts)
 
     def _output(self, step: Callable[[], StepOutput]) -> AsyncModelRunnerOutput | ModelRunnerOutput:
         pending = PendingOutput(self._thread.submit(step), self._handed_over)
@@ -114,3 +119,15 @@ class Qwen35Worker(WorkerBase):
 
     def shutdown(self) -> None:
         self._thread.close()
+
+
+def _discount_padding(scheduled: SchedulerOutput) -> None:
+    """Let vLLM's metrics leave out places for drafts that nobody made: in the first step of a request.
+
+    vLLM gives one whose prompt is a single token such places, so that all requests of the step are of one length.
+    """
+    places = scheduled.scheduled_spec_decode_tokens
+    cached = scheduled.scheduled_cached_reqs
+    started = {new.req_id for new in scheduled.scheduled_new_reqs} | {*cached.resumed_req_ids}
+    if padded := {request_id: len(places[request_id]) for request_id in started & places.keys()}:
+        scheduled.num_invalid_spec_tokens = {**(scheduled.num_invalid_spec_tokens or {}), **padded}

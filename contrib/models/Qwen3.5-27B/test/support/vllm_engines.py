@@ -41,6 +41,17 @@ def save_served_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
     return path
 
 
+@contextmanager
+def engine_of(path: Path, qwen35: Mapping[str, Any] | None = None, **options: Any) -> Iterator[LLMEngine]:
+    """An engine as `make_engine` makes it, until the end of the block, where it must have nothing left."""
+    engine = make_engine(path, qwen35, **options)
+    try:
+        yield engine
+        require_no_row_left(engine)
+    finally:
+        close(engine)
+
+
 def make_engine(path: Path, qwen35: Mapping[str, Any] | None = None, **options: Any) -> LLMEngine:
     """An engine of token ids: requests have no text."""
     arguments: dict[str, Any] = {

@@ -26,7 +26,6 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
@@ -165,7 +164,7 @@ def test_a_request_gets_no_constraint_of_one_that_had_its_place_in_the_batch(eng
             sampler.hold(before)
             sampler.hold(after)
             order = sampler.hold([*after, *plain[2:6]])
-            tokens = sampler.sample(logits.repeat(len(order), 1), SchedulerOutput.make_empty(), None).sampled_token_ids
+            tokens = sampler.sample(logits.repeat(len(order), 1)).sampled_token_ids
             found = dict(zip(order, tokens[:, 0].tolist(), strict=True))
             assert all(found[each.req_id] == 9 for each in plain if each.req_id in found), other.req_id
 
@@ -180,9 +179,7 @@ def drawn(vllm_config: Any, logits: torch.Tensor, **options: Any) -> Counter[int
     counts: Counter[int] = Counter()
     for _ in range(DRAWS // rows):
         sampler.hold(states)
-        counts.update(
-            sampler.sample(logits.repeat(rows, 1), SchedulerOutput.make_empty(), None).sampled_token_ids[:, 0].tolist()
-        )
+        counts.update(sampler.sample(logits.repeat(rows, 1)).sampled_token_ids[:, 0].tolist())
     return counts
 
 

@@ -44,15 +44,34 @@ def refusal(path: Path, qwen35: dict[str, Any] | None = None, **arguments: Any) 
     ("arguments", "told"),
     [
         (
-            {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}},
-            "--speculative-config: not served yet",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "--speculative-config, method ngram of ngram: only the checkpoint's own head drafts; pass ",
         ),
-        ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization fp8: not served yet; use the bf16 checkpoint"),
+        (
+            {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}},
+            "num_speculative_tokens=2 needs the tensors mtp.*, which this checkpoint does not have; set num_spec",
+        ),
+        (
+            {"speculative_config": {"method": "mtp", "num_speculative_tokens": 8}},
+            "num_speculative_tokens=8 must be a whole number of 0..7",
+        ),
+        (
+            {
+                "speculative_config": {
+                    "method": "mtp",
+                    "num_speculative_tokens": 1,
+                    "rejection_sample_method": "synthetic",
+                    "synthetic_acceptance_rates": [0.5],
+                }
+            },
+            "--speculative-config, rejection_sample_method='synthetic': drafts change no token; leave it out",
+        ),
+        ({"quantization": "experts_int8", "dtype": "bfloat16"}, "--quantization experts_int8: only fp8 is served"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2: there is no Neuron device here"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 2: of one machine, only tensor"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size: a row has no blocks to move"),
         ({"dtype": "float16"}, "--dtype float16: gates and decays overflow it; pass bfloat16 or float32"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: keys and values are kept in --dtype or fp8"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds: the compiled programs take token ids"),
         ({"hf_overrides": {"text_config": {"rms_norm_eps": 1e-5}}}, "--hf-overrides: "),
         ({"load_format": "dummy"}, "--load-format dummy: safetensors are read"),

@@ -94,8 +94,8 @@ def test_a_prompt_has_a_piece_when_a_whole_chunk_or_its_end_is_granted() -> None
             request.slot_row.cached = min(request.slot_row.cached // CHUNK * CHUNK + CHUNK, 9)
     assert found == [(False, False), (True, False), (False, False), (True, True)]
     assert request.is_encoded
-    request.take(5)
-    assert not request.samples and request.state.output_token_ids == [5]
+    request.take([5, 6])
+    assert request.state.output_token_ids == [5, 6] and request.slot_row.tokens == [*range(9), 5, 6]
     rows.step({"a": 1})
     assert request.samples and not request.has_piece(CHUNK)
 
@@ -106,8 +106,7 @@ def test_a_preempted_request_leaves_its_slot_and_encodes_its_answer_when_it_is_r
     request = rows.rows.requests["a"]
     generator = request.state.generator
     request.slot_row.cached = 2
-    for token in (5, 6):
-        request.take(token)
+    request.take([5, 6])
     rows.step({"d": 1}, {"d": [8]}, preempted=["a"])
     assert rows.slots() == {"a": None, "b": 1, "c": 2, "d": 0}
     rows.step({"a": 3}, resumed={"a": 2}, finished=["b"])
@@ -123,8 +122,7 @@ def test_a_preempted_request_leaves_its_slot_and_encodes_its_answer_when_it_is_r
 def test_tokens_that_the_scheduler_threw_away_are_forgotten() -> None:
     rows = Rows()
     rows.step({"a": 1}, {"a": [1]})
-    for token in (5, 6):
-        rows.rows.requests["a"].take(token)
+    rows.rows.requests["a"].take([5, 6])
     rows.step({"a": 2}, resumed={"a": 1}, preempted=["a"])
     assert rows.rows.requests["a"].slot_row.tokens == [1, 5]
 
@@ -173,7 +171,7 @@ def test_a_seed_makes_a_generator_of_the_request(seed: int | None, others: int |
 def test_logprobs_of_a_prompt_are_wanted_until_an_answer_begins() -> None:
     rows = Rows()
     rows.step({"a": 1, "b": 1}, {"a": [1], "b": [2]}, prompt_logprobs=2)
-    rows.rows.requests["b"].take(4)
+    rows.rows.requests["b"].take([4])
     rows.step({}, preempted=["a", "b"])
     rows.step({"a": 1, "b": 2}, resumed={"a": 0, "b": 1})
     assert {name: request.prompt_logprobs for name, request in rows.rows.requests.items()} == {"a": [], "b": None}

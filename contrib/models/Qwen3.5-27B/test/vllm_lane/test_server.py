@@ -184,6 +184,23 @@ def test_two_hundred_at_once_over_four_rows(server: Server) -> None:
     server.require_idle()
 
 
+def test_a_server_with_drafts_gives_the_same_answers(server: Server, tmp_path: Path) -> None:
+    speculative = json.dumps({"method": "mtp", "num_speculative_tokens": 3})
+    with serve(tmp_path / "log", *ARGUMENTS, "--speculative-config", speculative) as drafting:
+        for options in ({"temperature": 0}, {"temperature": 1, "seed": 5}, {"temperature": 0, "stop": ["."]}):
+            for fact in FACTS[:4]:
+                asked = {"model": "mini", "prompt": fact["prompt"], "max_tokens": 32, **options}
+                plain = server.client.completions.create(**asked).choices[0]
+                streamed = [*drafting.client.completions.create(stream=True, **asked)]
+                assert "".join(chunk.choices[0].text for chunk in streamed) == plain.text
+                assert streamed[-1].choices[0].finish_reason == plain.finish_reason
+        drafted = drafting.metric("spec_decode_num_draft_tokens_total")
+        accepted = drafting.metric("spec_decode_num_accepted_tokens_total")
+        assert 0 < accepted < drafted
+        assert accepted == drafting.metric("spec_decode_num_accepted_tokens_per_pos_total")
+        drafting.require_idle()
+
+
 def test_two_replicas_share_the_requests(tmp_path: Path) -> None:
     with serve(tmp_path / "log", *ARGUMENTS, "--data-parallel-size", "2", "--api-server-count", "1") as server:
         for fact in FACTS[:6]:

@@ -15,6 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 
+def foretold(drafts: Sequence[int], place: int, token: int) -> bool:
+    """Whether the draft at this place (from 0) is the token that was chosen there: then the next one may be chosen."""
+    return [*drafts[place : place + 1]] == [token]
+
+
 def accept(
     drafts: Sequence[int], logits: torch.Tensor, choose: Callable[[torch.Tensor], int]
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -36,7 +41,7 @@ def accept(
     for i, own in enumerate(logits):
         token = choose(own)
         yield token, own
-        if [*drafts[i : i + 1]] != [token]:
+        if not foretold(drafts, i, token):
             return
 
 
