@@ -223,7 +223,9 @@ class Qwen35CacheManager(KVCacheManager):
         """
         state = self.layer_state(idx)
         if isinstance(state, KeyValue):
-            if self.attention.reads_cache(phase, seq_len) and self._kernel_finds_slots(phase, seq_ids):
+            of_decoder = idx < self.config.num_hidden_layers  # the MTP head attends without a kernel
+            reads = of_decoder and self.attention.reads_cache(phase, seq_len)
+            if reads and self._kernel_finds_slots(phase, seq_ids):
                 return state
             state = KeyValue(*(entry[:, :, :seq_len] for entry in state))
         return type(state)(*(self.rows_of(entry, seq_ids, phase) for entry in state))

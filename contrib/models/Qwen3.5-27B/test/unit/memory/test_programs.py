@@ -41,6 +41,17 @@ def test_the_largest_bucket_takes_the_most() -> None:
     assert layout_of(model).activations == max(bucket.bytes for bucket in walk_buckets(model))
 
 
+def test_drafts_are_walked_where_a_kernel_attends_to_the_cache() -> None:
+    """The decoder's layers get caches uncut for it; the MTP head, which has no kernel, gets its own by bucket."""
+    fields = {**SMALL, "head_dim": 64, "rope_parameters": {**SMALL["rope_parameters"], "mrope_section": [3, 3, 2]}}
+    for kernel in ("nki", "torch"):
+        model = application(
+            fields, seq_len=512, enable_bucketing=True, num_speculative_tokens=2, attention_kernel=kernel
+        )
+        buckets = [(wrapper.tag, bucket) for wrapper in model.models for bucket in wrapper.neuron_config.buckets]
+        assert [(found.submodel, found.bucket) for found in walk_buckets(model)] == buckets
+
+
 def test_what_is_alive_at_once_is_counted_and_views_are_not() -> None:
     kept = torch.zeros(100, device="meta")
     with _Run([kept]) as live:
