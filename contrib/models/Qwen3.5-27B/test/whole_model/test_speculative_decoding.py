@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen35.serving.runner import ModelRunner, Row
 from support import vl_cases
@@ -137,6 +138,24 @@ def test_drafts_end_where_the_slot_is_full(checkpoint: Path) -> None:
     decoded = decode_with_drafts(model, [row], 9, doctor)
     assert decoded.tokens == true
     assert decoded.accepted == [[7]] and row.cached == 48 and row.drafts == []
+
+
+def test_drafts_are_verified_on_keys_and_values_as_an_fp8_cache_rounds_them(checkpoint: Path) -> None:
+    (prompt, following), options = random_prompts([9, 8]), dict(kv_cache_dtype="fp8")
+    plain = ModelRunner(load_neuron(checkpoint, **options))
+    row, one_by_one = Row(0, [*prompt]), []
+    plain.encode([row])
+    for token in following:
+        row.tokens.append(token)
+        one_by_one.append(plain.decode([row]).all_logits()[0])
+    runner = ModelRunner(load_neuron(checkpoint, num_speculative_tokens=7, **options))
+    row = Row(0, [*prompt])
+    runner.encode([row])
+    row.tokens.append(following[0])
+    runner.draft([row])
+    row.drafts = following[1:]
+    # float32, logits of order one; without rounding what precedes a draft they are 0.006 apart.
+    torch.testing.assert_close(runner.verify([row])[0], torch.stack(one_by_one), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["CPU", "simulated device"])

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..configuration_qwen35 import Qwen35InferenceConfig
+from ..fp8_form import FP8
 from ..kernel_selection import select_attention
 from ..nxdi import FlashAttentionStrategy, NeuronAttentionBase
 from ..phase import Phase
-from .cache import KeyValue
+from .cache import KeyValue, as_kept
 from .linear import column_parallel
 from .norms import Qwen35RMSNorm
 from .rope import Qwen35RotaryEmbedding, apply_partial_rotary
@@ -85,6 +86,7 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         )
         self.gate_proj = column_parallel(config, config.hidden_size, self.num_heads * self.tp_degree * self.head_dim)
         self._gate: torch.Tensor | None = None
+        self.rounds_cache: bool = config.neuron_config.kv_cache_quant
         self.choice, self.cores = select_attention(config), config.neuron_config.logical_nc_config
         if self.choice.any_kernel:
             from . import kernel_launch  # loads NKI or its emulator
@@ -161,7 +163,14 @@ class NeuronQwen35Attention(NeuronAttentionBase):
         assert active_mask is not None, "the new tokens see each other through it"
         kv_heads, groups = K.shape[1], Q.shape[1] // K.shape[1]
         query = Q.unflatten(1, (kv_heads, groups)) * self.head_dim**-0.5  # [B, M, G, S, E]
-        state = _RunningSoftmax(query, K, V, active_mask.unsqueeze(2))
+        if self.rounds_cache and phase is Phase.VERIFICATION:
+            # A step of one token sees itself as it is, and what comes before it as it is kept.
+            own = torch.eye(Q.shape[2], dtype=torch.bool, device=Q.device)
+            state = _RunningSoftmax(query, K, V, (active_mask & own).unsqueeze(2))
+            kept = (as_kept(new, FP8).to(new.dtype) for new in (K, V))
+            state.add(*kept, (active_mask & ~own).unsqueeze(2))
+        else:
+            state = _RunningSoftmax(query, K, V, active_mask.unsqueeze(2))
         if recent is not None:
             state.add(*recent.key_value, recent.mask.unsqueeze(2))
         block = max(PRIOR_SCORES // Q.shape[2], 1)

@@ -29,8 +29,11 @@ RECORD_FILE = "depends_on.json"
 SOFTWARE = ("torch", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "neuronx-distributed-inference")
 """Distributions whose versions change what is compiled; beside them, the sources of this package."""
 
-COMPILER_ENVIRONMENT = ("NEURON_CC_FLAGS", "NEURON_PLATFORM_TARGET_OVERRIDE", "XLA_FLAGS")
-"""Variables that the compiler and its frameworks read."""
+COMPILER_ENVIRONMENT = (
+    "NEURON_CC_FLAGS", "NEURON_PLATFORM_TARGET_OVERRIDE", "XLA_FLAGS",
+    "XLA_HANDLE_SPECIAL_SCALAR", "UNSAFE_FP8FNCAST",
+)  # fmt: skip
+"""Variables that the compiler and its frameworks read; the last two change what becomes of fp8."""
 
 Progress = Callable[[str], None]
 """Told what is done now, a line at a time."""

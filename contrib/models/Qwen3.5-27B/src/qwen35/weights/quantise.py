@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ..fp8_form import CHANNEL_METHOD, FP8, Fp8Form, is_fp8_matrix
-from .checkpoint import INDEX_FILE, CheckpointReader, TensorSpec, lay_out
+from .checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointReader, TensorSpec, lay_out
 from .fp8 import channel_rows, row_pieces
 
 _FORM = Fp8Form(None, ())
@@ -35,7 +35,7 @@ class Quantised:
 
 
 def quantise_checkpoint(reader: CheckpointReader, directory: Path) -> Quantised:
-    """Write the tensors of a checkpoint to files of the same names in `directory`, which is there, and their index.
+    """Write the tensors of a checkpoint to files of the same names in `directory`, which is there; index those of shards.
 
     A matrix of a layer, as `is_fp8_matrix`, becomes X.weight in float8_e4m3fn and X.weight_scale [rows, 1] float32, as
     `quantise_per_channel` rounds it. All other tensors are copied.
@@ -56,7 +56,7 @@ def quantise_checkpoint(reader: CheckpointReader, directory: Path) -> Quantised:
     with closing(reader), tqdm(total=nbytes, desc="Quantising", unit="B", unit_scale=True, delay=1) as bar:
         for file, specs in files.items():
             _write_file(reader, directory / file, specs, bar)
-    if len(files) > 1:
+    if files.keys() != {SINGLE_FILE}:
         weight_map = {name: file for file, specs in files.items() for name in specs}
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -132,11 +132,12 @@ def test_a_changed_checkpoint_changes_the_name(
     assert place_of(application(tmp_path / "copy"), tmp_path) != before
 
 
-def test_the_compiler_s_flags_change_the_name(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["NEURON_CC_FLAGS", "XLA_HANDLE_SPECIAL_SCALAR", "UNSAFE_FP8FNCAST"])
+def test_what_the_compiler_reads_of_the_environment_changes_the_name(
+    name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = place_of(application(checkpoint), tmp_path)
-    monkeypatch.setenv("NEURON_CC_FLAGS", "-O3")
+    monkeypatch.setenv(name, "1")
     assert place_of(application(checkpoint), tmp_path) != before
 
 

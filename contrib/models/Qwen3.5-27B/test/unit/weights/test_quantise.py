@@ -75,6 +75,18 @@ def test_shards_keep_their_names_and_get_an_index(tmp_path: Path) -> None:
     assert index["weight_map"] == {name: file for file in files for name in load_file(output / file)}
 
 
+def test_a_lone_shard_keeps_its_index_without_which_it_is_not_found(tmp_path: Path) -> None:
+    weights, source, file = source_weights(), tmp_path / "source", "model-00001-of-00002.safetensors"
+    source.mkdir()
+    save_file({name: tensor for name, tensor in weights.items() if name not in MTP}, source / file)
+    weight_map = {name: "mtp.safetensors" if name in MTP else file for name in weights}  # which was not fetched
+    (source / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    (output := tmp_path / "output").mkdir()
+    quantise_checkpoint(CheckpointReader(source), output)
+    found = CheckpointReader(output)
+    assert found.keys() == load_file(output / file).keys() and found.listed_only == {}
+
+
 def test_what_is_said_of_the_form_is_what_is_read_and_lists_what_is_kept(tmp_path: Path) -> None:
     _, report = quantised(tmp_path, source_weights())
     form = parse_fp8(report.quantization_config)
