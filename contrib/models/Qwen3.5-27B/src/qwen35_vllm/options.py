@@ -125,7 +125,7 @@ def serve_options(vllm_config: VllmConfig) -> ServeOptions:
     """The options in `vllm_config.additional_config`; null stands for an option that is not given.
 
     Raises:
-        ConfigurationRefused: one is unknown or of a wrong kind; all such are named.
+        ConfigurationRefused: one is unknown, of a wrong kind, or outside our section; all such are named.
     """
     return options_in(vllm_config.additional_config)
 
@@ -138,6 +138,11 @@ def options_in(additional_config: Any) -> ServeOptions:
     """
     # Of another class than a dictionary it is another plugin's.
     given = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+    if isinstance(additional_config, Mapping) and (beside := sorted({*_RULES} & {*additional_config})):
+        raise ConfigurationRefused(
+            f'--additional-config: {", ".join(beside)} stand beside "{SECTION}": '
+            f"""write '{{"{SECTION}": {{"{beside[0]}": ...}}}}'"""
+        )
     if isinstance(given, Mapping):
         problems = [f"{shown(name)} is unknown" for name in given if name not in _RULES] + wrong_fields(given, _RULES)
     else:
