@@ -44,6 +44,7 @@ def check_model(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35Inferen
     if directory is not None and not is_compiled(directory):
         if options.compile == "never":
             raise ConfigurationRefused(_not_there(directory))
+        _require_place(directory, "cache_dir" if options.compiled_path is None else "compiled_path")
         require_fits(model)
     if directory is None or not is_compiled(directory):
         model.checkpoint_loader_fn()  # reads no tensor: only the names, shapes and dtypes
@@ -109,6 +110,18 @@ def _not_there(directory: Path) -> str:
         f'compile=never, and there is no compiled model in {directory}: start once with "compile": "auto", or name '
         "what 'qwen35 compile' wrote as compiled_path"
     )
+
+
+def _require_place(directory: Path, option: str) -> None:
+    """Refuse to compile to where a directory cannot be made."""
+    if directory.exists():
+        raise ConfigurationRefused(
+            f"{option}={directory} is there already, and is no compiled model: name a new directory, or what "
+            "'qwen35 compile' wrote"
+        )
+    parent = next(path for path in directory.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigurationRefused(f"{option}: {directory} cannot be made: {parent} cannot be written to; name another")
 
 
 def _mismatches(

@@ -70,9 +70,10 @@ class BatchSampler:
 
     def hold(self, states: Sequence[CachedRequestState]) -> list[str]:
         """Let the batch hold these requests and no other; returns their ids in its order."""
-        batch, wanted = self._batch, {state.req_id for state in states}
-        for request_id in [*batch.req_id_to_index]:
-            if request_id not in wanted:
+        batch, wanted = self._batch, {state.req_id: state.output_token_ids for state in states}
+        for request_id, index in [*batch.req_id_to_index.items()]:
+            # Told apart by its answer: one that begins anew keeps its id, and may have other options.
+            if wanted.get(request_id) is not batch.req_output_token_ids[index]:
                 batch.remove_request(request_id)
         for state in states:
             if state.req_id not in batch.req_id_to_index:

@@ -138,7 +138,7 @@ def serve_options(vllm_config: VllmConfig) -> ServeOptions:
     checkpoint that is in bf16. Of one that is in fp8, vLLM has the same value without being asked.
 
     Raises:
-        ConfigurationRefused: one is unknown or of a wrong kind; all such are named.
+        ConfigurationRefused: one is unknown, of a wrong kind, or outside our section; all such are named.
     """
     options, model = options_in(vllm_config.additional_config), vllm_config.model_config
     if model.quantization == FP8_NAME and getattr(model.hf_config, "quantization_config", None) is None:
@@ -156,6 +156,11 @@ def options_in(additional_config: Any) -> ServeOptions:
     """
     # Of another class than a dictionary it is another plugin's.
     given = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+    if isinstance(additional_config, Mapping) and (beside := sorted({*_RULES} & {*additional_config})):
+        raise ConfigurationRefused(
+            f'--additional-config: {", ".join(beside)} stand beside "{SECTION}": '
+            f"""write '{{"{SECTION}": {{"{beside[0]}": ...}}}}'"""
+        )
     if isinstance(given, Mapping):
         problems = [f"{shown(name)} is unknown" for name in given if name not in _RULES] + wrong_fields(given, _RULES)
     else:

@@ -152,6 +152,40 @@ def test_never_compiles_nothing(served_checkpoint: Path, tmp_path: Path) -> None
     assert not [*tmp_path.iterdir()]
 
 
+def _something_else(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _below_a_file(path: Path) -> Path:
+    path.touch()
+    return path / "compiled"
+
+
+def _read_only(path: Path) -> Path:
+    if os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    path.mkdir(mode=0o500)
+    return path / "compiled"
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (_something_else, r"place is there already, and is no compiled model: name a new directory, or"),
+        (_below_a_file, r"compiled cannot be made: .*place cannot be written to; name another"),
+        (_read_only, r"compiled cannot be made: .*place cannot be written to; name another"),
+    ],
+)
+def test_a_place_where_nothing_can_be_compiled_is_refused_before_anything_is_started(
+    make: Callable[[Path], Path], told: str, served_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "place")
+    with pytest.raises(ConfigurationRefused, match=f"^compiled_path.*{told}"):
+        configured(served_checkpoint, {"compiled_path": str(path)})
+    assert [*tmp_path.iterdir()] == [tmp_path / "place"]
+
+
 def test_vllm_serve_ends_in_seconds_where_nothing_may_be_compiled(served_checkpoint: Path, tmp_path: Path) -> None:
     given = f'{{"qwen35": {{"compiled_path": "{tmp_path}/compiled", "compile": "never"}}}}'
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(served_checkpoint)]
@@ -209,3 +243,12 @@ def test_the_plan_is_checked_before_anything_is_compiled(
     with pytest.raises(ValueError, match=r"trn2\.3xlarge is too small"):
         check_model(config, options_in({"qwen35": {"instance": "trn2.3xlarge"}}))
     assert not with_neuron_devices.exists()
+
+
+def test_a_cache_that_cannot_be_written_to_is_refused_before_anything_is_started(
+    served_checkpoint: Path, with_neuron_devices: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    told = r"^cache_dir: .*/file/served.* cannot be made: .*/file cannot be written to; name another"
+    with pytest.raises(ConfigurationRefused, match=told):
+        configured(served_checkpoint, {"cache_dir": str(tmp_path / "file")})

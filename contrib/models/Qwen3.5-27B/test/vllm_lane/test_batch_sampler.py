@@ -169,6 +169,15 @@ def test_a_request_gets_no_constraint_of_one_that_had_its_place_in_the_batch(eng
             assert all(found[each.req_id] == 9 for each in plain if each.req_id in found), other.req_id
 
 
+def test_a_request_that_begins_anew_is_held_as_it_is_now(engine: LLMEngine) -> None:
+    sampler, logits = BatchSampler(engine.vllm_config), torch.zeros(V)
+    logits[9] = 10.0
+    for params, expected in ((greedy(), 9), (greedy(allowed_token_ids=[3]), 3), (greedy(repetition_penalty=1.1), 9)):
+        assert sampler.hold([state("before", greedy()), state("same", params)]) == ["before", "same"]
+        tokens = sampler.sample(logits.repeat(2, 1), SchedulerOutput.make_empty(), None).sampled_token_ids
+        assert tokens[:, 0].tolist() == [9, expected]
+
+
 def drawn(vllm_config: Any, logits: torch.Tensor, **options: Any) -> Counter[int]:
     """How often each token was drawn from the same logits [V], by all rows of a batch."""
     sampler, rows = BatchSampler(vllm_config), 8
