@@ -33,7 +33,8 @@ def provide_nki() -> None:
 def of_others(kernel: Any) -> Any:
     """A kernel that another package decorated, to launch; in the emulator it is not held to NKI's documents.
 
-    nki-library 2.29 names `dge_mode` by integers, which NKI 0.3.0 says it refuses, and runs on devices.
+    nki-library 2.29 names `dge_mode` by integers, which NKI's update guide says are refused; yet its tests publish
+    times of devices.
     """
     if not EMULATED:
         return kernel

@@ -26,7 +26,9 @@ from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 RECORD_FILE = "depends_on.json"
 """Beside the programs of a compiled model: what they were made of."""
 
-SOFTWARE = ("torch", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "neuronx-distributed-inference")
+SOFTWARE = (
+    "torch", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "neuronx-distributed-inference", "nki-library",
+)  # fmt: skip
 """Distributions whose versions change what is compiled; beside them, the sources of this package."""
 
 COMPILER_ENVIRONMENT = (
