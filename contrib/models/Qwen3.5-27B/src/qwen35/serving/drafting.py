@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,8 @@ class _Sequence:
     """Logits [V] that it was given last."""
     begun: bool = False
     """Whether tokens were drafted since its prompt."""
+    ends: bool = False
+    """Whether the loop ends it with the token that it chose last."""
     ended: bool = False
 
 
@@ -60,17 +62,22 @@ class DraftedForward:
     def __init__(self, model: NeuronQwen35ForCausalLM) -> None:
         self._model, self._runner = model, ModelRunner(model)
         self._sequences: list[_Sequence] = []
-        self._takes_largest, self._ends = False, frozenset[int]()
+        self._takes_largest = False
         self.acceptance = Acceptance()
         self.__signature__ = inspect.signature(model.forward)  # transformers refuses arguments that it does not have
 
-    def begin(self, ends: Collection[int]) -> None:
-        """Before a new answer of all rows: `ends` are the tokens that end one."""
-        self._ends, self.acceptance = frozenset(ends), Acceptance()
+    def begin(self) -> None:
+        """Before a new answer of all rows."""
+        self.acceptance = Acceptance()
 
     def expect(self, takes_largest: bool) -> None:
         """Whether the loop takes the largest logit of every step and looks at no other: steps are then one program."""
         self._takes_largest = takes_largest
+
+    def end(self, rows: Sequence[bool]) -> None:
+        """Once the loop has chosen a token for each row: which of them it ended; it pads these from then on."""
+        for sequence, ends in zip(self._sequences, rows, strict=True):
+            sequence.ends = sequence.ends or ends
 
     def finish(self, tokens: Sequence[int]) -> None:
         """After a batch: the last token of each row, which no step gets; it counts for the drafts of the last step."""
@@ -124,7 +131,7 @@ class DraftedForward:
             return
         if not sequence.steps:  # after the prompt
             sequence.row.tokens.append(token)
-            sequence.ended = token in self._ends
+            sequence.ended = sequence.ends
             return
         step = sequence.steps[0]
         if step.logits is not None:
@@ -133,7 +140,7 @@ class DraftedForward:
             self._end(sequence)
             return
         sequence.taken.append(token)
-        if token in self._ends:
+        if sequence.ends:
             self._end(sequence)
         elif len(sequence.taken) > len(step.drafts) or token != step.drafts[len(sequence.taken) - 1]:
             self._count(sequence)

@@ -82,8 +82,7 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
         if problems:
             raise ValueError("generate cannot run this: " + "; ".join(problems))
         if self._drafted is not None:
-            ends = config.eos_token_id
-            self._drafted.begin(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+            self._drafted.begin()
         if (streamer := kwargs.pop("streamer", None)) is not None:
             streamer.put(ids.cpu())
             criteria = [*(kwargs.get("stopping_criteria") or []), _Streaming(streamer)]
@@ -209,6 +208,13 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
             self._drafted.expect(takes_largest=not (processors or config.do_sample or shown))
         return LogitsProcessorList([_RequireFinite(self._prompts), *processors])
 
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """transformers' criteria; without an end token, its loop goes on with rows that have ended."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        if self._drafted is None or not any(hasattr(each, "eos_token_id") for each in criteria):
+            return criteria
+        return _TellingCriteria(criteria, self._drafted)
+
     def _require_media(self, inputs: Mapping[str, Any]) -> None:
         for names in _MEDIA:
             given = [name for name in names if inputs.get(name) is not None]
@@ -245,6 +251,19 @@ class HuggingFaceGenerationAdapter(NxDIGenerationAdapter):
                 chosen[pixels_name] = torch.cat([media[i] for i in index]) if index else None
                 chosen[grids_name] = inputs[grids_name][index] if index else None
         return chosen
+
+
+class _TellingCriteria(StoppingCriteriaList):
+    """Criteria that tell what drafts tokens which rows they end."""
+
+    def __init__(self, criteria: StoppingCriteriaList, drafted: DraftedForward) -> None:
+        super().__init__(criteria)
+        self._drafted = drafted
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        ended: Any = super().__call__(input_ids, scores, **kwargs)
+        self._drafted.end(ended.tolist())
+        return ended
 
 
 def _is_integer(tensor: torch.Tensor) -> bool:

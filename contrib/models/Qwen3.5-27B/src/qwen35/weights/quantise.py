@@ -35,7 +35,7 @@ class Quantised:
 
 
 def quantise_checkpoint(reader: CheckpointReader, directory: Path) -> Quantised:
-    """Write the tensors of a checkpoint to files of the same names in `directory`, which is there, and index shards.
+    """Write the tensors of a checkpoint to files of the same names in `directory`, which is there; index any shards.
 
     A matrix of a layer, as `is_fp8_matrix`, becomes X.weight in float8_e4m3fn and X.weight_scale [rows, 1] float32, as
     `quantise_per_channel` rounds it. All other tensors are copied.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 from qwen35 import HuggingFaceGenerationAdapter, NeuronQwen35ForCausalLM
 from qwen35.nxdi import NXDI_AVAILABLE
@@ -51,9 +51,11 @@ def generate(model: NeuronQwen35ForCausalLM, eos: list[int] | None = None, **opt
     adapter = HuggingFaceGenerationAdapter(model)
     adapter.generation_config.eos_token_id = None
     torch.manual_seed(7)
-    processors = options.pop("logits_processor", [])
+    processors, criteria = options.pop("logits_processor", []), options.pop("stopping_criteria", [])
     config = GenerationConfig(max_new_tokens=NEW, pad_token_id=0, eos_token_id=eos, **options)
-    output = adapter.generate(IDS, attention_mask=MASK, generation_config=config, logits_processor=processors)
+    output = adapter.generate(
+        IDS, attention_mask=MASK, generation_config=config, logits_processor=processors, stopping_criteria=criteria
+    )
     return adapter, output
 
 
@@ -78,6 +80,33 @@ def test_tokens_are_those_without_drafts(models: Any, options: dict[str, Any], e
     new = expected[:, IDS.shape[1] :]
     given = sum(len(row) - 1 - row.flip(0).tolist().index(next(t for t in row.flip(0).tolist() if t)) for row in new)
     assert adapter.acceptance.tokens == given, "the first token is no step's, and nothing comes after an end"
+
+
+class EndsRows(StoppingCriteria):
+    """Ends each row after so many tokens, whatever they are."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return self.lengths <= input_ids.shape[1] - IDS.shape[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}], ids=["greedy", "penalised"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "not padded"])
+def test_nothing_is_counted_after_the_end_of_a_row_that_a_criterion_ends(
+    models: Any, options: dict[str, Any], padded: bool
+) -> None:
+    lengths = [3, 9, 14]
+    every, unseen = generate(models[0], **options)[1], 159
+    assert not (every == unseen).any()
+    expected, (adapter, tokens) = (
+        generate(model, [unseen] if padded else None, stopping_criteria=[EndsRows(lengths)], **options)
+        for model in models
+    )
+    assert torch.equal(tokens, expected[1]), "transformers pads rows that have ended where there is an end token"
+    given = sum(lengths) if padded else 3 * max(lengths)
+    assert adapter.acceptance is not None and adapter.acceptance.tokens == given - 3, "the first token is no step's"
 
 
 def test_a_greedy_batch_takes_one_program_a_step_and_rows_go_ahead(models: Any) -> None:
