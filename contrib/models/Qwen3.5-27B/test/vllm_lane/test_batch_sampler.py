@@ -174,7 +174,7 @@ def test_a_request_that_begins_anew_is_held_as_it_is_now(engine: LLMEngine) -> N
     logits[9] = 10.0
     for params, expected in ((greedy(), 9), (greedy(allowed_token_ids=[3]), 3), (greedy(repetition_penalty=1.1), 9)):
         assert sampler.hold([state("before", greedy()), state("same", params)]) == ["before", "same"]
-        tokens = sampler.sample(logits.repeat(2, 1), SchedulerOutput.make_empty(), None).sampled_token_ids
+        tokens = sampler.sample(logits.repeat(2, 1)).sampled_token_ids
         assert tokens[:, 0].tolist() == [9, expected]
 
 
