@@ -21,8 +21,15 @@ constraints=$tools/constraints_vllm_$version.txt
     exit 1
 }
 
+python=${PYTHON:-python3}
+[[ ! -x $environment/bin/python ]] || python=$environment/bin/python
+found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+[[ $found =~ ^3\.1[123]$ ]] || {
+    echo "$python is Python $found: it must be 3.11 to 3.13; name one, as PYTHON=python3.12, and a new DIRECTORY" >&2
+    exit 1
+}
 if [[ ! -x $environment/bin/python ]]; then
-    "${PYTHON:-python3}" -m venv "$environment"
+    "$python" -m venv "$environment"
 fi
 pip=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
     --constraint "$constraints")

@@ -114,7 +114,7 @@ def _not_there(directory: Path) -> str:
 
 def _require_place(directory: Path, option: str) -> None:
     """Refuse to compile to where a directory cannot be made."""
-    if directory.exists():
+    if directory.exists() and not is_compiled(directory):  # another process may have just compiled it
         raise ConfigurationRefused(
             f"{option}={directory} is there already, and is no compiled model: name a new directory, or what "
             "'qwen35 compile' wrote"

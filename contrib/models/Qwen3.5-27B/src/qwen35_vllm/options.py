@@ -158,7 +158,7 @@ def options_in(additional_config: Any) -> ServeOptions:
     given = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
     if isinstance(additional_config, Mapping) and (beside := sorted({*_RULES} & {*additional_config})):
         raise ConfigurationRefused(
-            f'--additional-config: {", ".join(beside)} stand beside "{SECTION}": '
+            f'--additional-config: {", ".join(beside)} must be inside "{SECTION}": '
             f"""write '{{"{SECTION}": {{"{beside[0]}": ...}}}}'"""
         )
     if isinstance(given, Mapping):

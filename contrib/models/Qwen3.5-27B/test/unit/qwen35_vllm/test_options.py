@@ -25,7 +25,7 @@ def test_nothing_given_is_the_defaults(config: Any) -> None:
 
 
 def test_an_option_beside_the_section_is_refused() -> None:
-    told = """--additional-config: cache_dir, compile stand beside "qwen35": write '{"qwen35": {"cache_dir": ...}}'"""
+    told = """--additional-config: cache_dir, compile must be inside "qwen35": write '{"qwen35": {"cache_dir": ...}}'"""
     with pytest.raises(ConfigurationRefused, match=re.escape(told)):
         options_in({"cache_dir": "cache", "compile": "never", "other": 1})
 
