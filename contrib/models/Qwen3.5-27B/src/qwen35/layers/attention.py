@@ -167,8 +167,8 @@ class NeuronQwen35Attention(NeuronAttentionBase):
             # A step of one token sees itself as it is, and what comes before it as it is kept.
             own = torch.eye(Q.shape[2], dtype=torch.bool, device=Q.device)
             state = _RunningSoftmax(query, K, V, (active_mask & own).unsqueeze(2))
-            kept = (as_kept(new, FP8).to(new.dtype) for new in (K, V))
-            state.add(*kept, (active_mask & ~own).unsqueeze(2))
+            keys, values = (as_kept(new, FP8).to(new.dtype) for new in (K, V))
+            state.add(keys, values, (active_mask & ~own).unsqueeze(2))
         else:
             state = _RunningSoftmax(query, K, V, active_mask.unsqueeze(2))
         if recent is not None:
