@@ -140,7 +140,7 @@ def test_drafts_end_where_the_slot_is_full(checkpoint: Path) -> None:
     assert decoded.accepted == [[7]] and row.cached == 48 and row.drafts == []
 
 
-def test_drafts_are_verified_on_keys_and_values_as_an_fp8_cache_rounds_them(checkpoint: Path) -> None:
+def test_drafts_are_verified_on_keys_and_values_as_an_fp8_cache_rounds_them(checkpoint: Path, backend: str) -> None:
     (prompt, following), options = random_prompts([9, 8]), dict(kv_cache_dtype="fp8")
     plain = ModelRunner(load_neuron(checkpoint, **options))
     row, one_by_one = Row(0, [*prompt]), []
