@@ -32,6 +32,8 @@ def test_what_is_given_is_taken() -> None:
         "token_generation_buckets": [64],
         "deltanet_kernel": "torch",
         "deltanet_inverse": "plain",
+        "weights_dtype": "fp8",
+        "kv_cache_dtype": "fp8",
         "instance": "trn2.3xlarge",
         "on_device_sampling": True,
         "prompt_logprobs": False,
@@ -42,7 +44,7 @@ def test_what_is_given_is_taken() -> None:
     assert [*given] == NAMES
     options = options_in({"qwen35": given, "other": 1})
     assert options == ServeOptions(
-        16, 2, (8, 16), (64,), "torch", "plain", "trn2.3xlarge", True, False,
+        16, 2, (8, 16), (64,), "torch", "plain", "fp8", "fp8", "trn2.3xlarge", True, False,
         Path.home() / "compiled", Path.cwd() / "cache", "never",
     )  # fmt: skip
 
@@ -64,7 +66,10 @@ def test_options_that_are_given_are_fields_of_the_model_s_configuration() -> Non
         ({"prefill_chunk_size": True}, "prefill_chunk_size=True must be"),
         ({"context_encoding_buckets": [16, 8]}, "context_encoding_buckets=[16, 8] must be a list of positive whole"),
         ({"token_generation_buckets": []}, "token_generation_buckets=[] must be a list"),
-        ({"deltanet_kernel": "fast"}, "deltanet_kernel='fast' must be one of auto, fused, chunked, recurrent, torch"),
+        (
+            {"deltanet_kernel": "fast"},
+            "deltanet_kernel='fast' must be one of auto, fused, looped, chunked, recurrent, torch",
+        ),
         ({"instance": "trn1.2xlarge"}, "instance='trn1.2xlarge' must be one of trn2.3xlarge, trn2.48xlarge"),
         ({"compile": "always"}, "compile='always' must be one of auto, never"),
         ({"on_device_sampling": "yes"}, "on_device_sampling='yes' must be true or false"),
