@@ -4,10 +4,10 @@
 
 - `plugin`: the entry points that vLLM calls in each of its processes;
 - `platform`: what vLLM asks of the device, and which of its options are taken or refused;
-- `quantization`: the name of `qwen35 quantize`'s checkpoints, which vLLM must know;
 - `options`: `--additional-config '{"qwen35": {...}}'`, and the configuration of the model from that and vLLM's;
 - `artifacts`: the compiled model, found again or made, and loaded;
 - `worker`: rows and tokens of each step;
+- `quantization`: what `qwen35 quantize` names in a checkpoint, which vLLM must know;
 - `versions`: what vLLM 0.23 and 0.33 differ in.
 
 This module imports nothing: vLLM loads it wherever the package is installed.

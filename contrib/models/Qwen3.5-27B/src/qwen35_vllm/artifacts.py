@@ -148,10 +148,14 @@ def _mismatches(
     for flag, here, there in (
         ("--tensor-parallel-size", vllm_config.parallel_config.tensor_parallel_size, neuron.tp_degree),
         ("--dtype", dtype_name(wanted.neuron_config.torch_dtype), dtype_name(neuron.torch_dtype)),
-        ("num_speculative_tokens", wanted.num_speculative_tokens, compiled.num_speculative_tokens),
     ):
         if here != there:
             yield f"it was compiled for {flag} {there}, not {here}: pass {flag} {there}"
+    drafts = compiled.num_speculative_tokens
+    if wanted.num_speculative_tokens != drafts:
+        remedy = f"set its num_speculative_tokens to {drafts}" if drafts else "leave it out"
+        asked = f"{wanted.num_speculative_tokens} as --speculative-config asks"
+        yield f"it was compiled to draft {drafts} tokens, not {asked}: {remedy}"
     for name, value in options.neuron_fields().items():
         kept = getattr(neuron, name, None)
         if (kept is None) != (value is None) if name == "on_device_sampling_config" else kept != value:

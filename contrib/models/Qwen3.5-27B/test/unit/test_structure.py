@@ -64,8 +64,8 @@ IMPORTERS_OF_VLLM = "qwen35_vllm"
 """The package that may import vLLM; nothing imports that package."""
 
 ROOMS_FOR_VLLM = {
-    "configuration_qwen35", "configuration_qwen35_vl", "error_text", "hardware", "json_files", "kernel_selection",
-    "memory", "modeling_qwen35", "nxdi", "planning", "serving",
+    "configuration_qwen35", "configuration_qwen35_vl", "error_text", "fp8_form", "hardware", "json_files",
+    "kernel_selection", "memory", "modeling_qwen35", "nxdi", "planning", "serving",
 }  # fmt: skip
 """What qwen35_vllm may import of qwen35: what configures, plans, loads and runs a model, not what it is made of."""
 
