@@ -15,7 +15,7 @@ from qwen35.configuration_qwen35 import DTYPES, FP8_NAME, Qwen35InferenceConfig,
 from qwen35.error_text import one_line, shown
 from qwen35.hardware import INSTANCES
 from qwen35.json_files import Rule, wrong_fields
-from qwen35.kernel_selection import DeltaNetInverse, DeltaNetKernel
+from qwen35.kernel_selection import AttentionKernel, DeltaNetInverse, DeltaNetKernel, MLPKernel
 from qwen35.nxdi import NXDI_AVAILABLE, OnDeviceSamplingConfig
 from qwen35.planning.recommended import device_neuron_config
 from qwen35.serving.loading import resolve_checkpoint
@@ -52,7 +52,7 @@ class ServeOptions:
         prefill_chunk_size: tokens of a prompt that are encoded at a time.
         ctx_batch_size: prompts that are encoded in one call.
         context_encoding_buckets, token_generation_buckets: lengths that are compiled, ascending.
-        deltanet_kernel, deltanet_inverse: which kernel runs, see `kernel_selection`.
+        deltanet_kernel, deltanet_inverse, attention_kernel, mlp_kernel: which kernel runs, see `kernel_selection`.
         weights_dtype, kv_cache_dtype: "fp8", in place of vLLM's dtype, see `Qwen35NeuronConfig`.
         instance: a key of `hardware.INSTANCES`: that the model fits there is checked before it is compiled.
         on_device_sampling: let the device choose the tokens of steps in which every row is greedy.
@@ -69,6 +69,8 @@ class ServeOptions:
     token_generation_buckets: tuple[int, ...] | None = None
     deltanet_kernel: str | None = None
     deltanet_inverse: str | None = None
+    attention_kernel: str | None = None
+    mlp_kernel: str | None = None
     weights_dtype: str | None = None
     kv_cache_dtype: str | None = None
     instance: str | None = None
@@ -87,6 +89,8 @@ class ServeOptions:
             "token_generation_buckets",
             "deltanet_kernel",
             "deltanet_inverse",
+            "attention_kernel",
+            "mlp_kernel",
             "weights_dtype",
             "kv_cache_dtype",
             "instance",
@@ -120,6 +124,8 @@ _RULES: dict[str, Rule] = {
     "token_generation_buckets": _SIZES,
     "deltanet_kernel": _one_of(*(kernel.value for kernel in DeltaNetKernel)),
     "deltanet_inverse": _one_of(*(inverse.value for inverse in DeltaNetInverse)),
+    "attention_kernel": _one_of(*(kernel.value for kernel in AttentionKernel)),
+    "mlp_kernel": _one_of(*(kernel.value for kernel in MLPKernel)),
     "weights_dtype": _one_of(FP8_NAME),
     "kv_cache_dtype": _one_of(FP8_NAME),
     "instance": _one_of(*INSTANCES),

@@ -38,6 +38,8 @@ def test_what_is_given_is_taken() -> None:
         "token_generation_buckets": [64],
         "deltanet_kernel": "torch",
         "deltanet_inverse": "plain",
+        "attention_kernel": "auto",
+        "mlp_kernel": "torch",
         "weights_dtype": "fp8",
         "kv_cache_dtype": "fp8",
         "instance": "trn2.3xlarge",
@@ -50,7 +52,7 @@ def test_what_is_given_is_taken() -> None:
     assert [*given] == NAMES
     options = options_in({"qwen35": given, "other": 1})
     assert options == ServeOptions(
-        16, 2, (8, 16), (64,), "torch", "plain", "fp8", "fp8", "trn2.3xlarge", True, False,
+        16, 2, (8, 16), (64,), "torch", "plain", "auto", "torch", "fp8", "fp8", "trn2.3xlarge", True, False,
         Path.home() / "compiled", Path.cwd() / "cache", "never",
     )  # fmt: skip
 
