@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 from vllm import EngineArgs, SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from qwen35_vllm import worker
-from support.models import TINY, random_weights
+from support.models import save_checkpoint
 from support.simulated_device import put_on_simulated_device
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -28,8 +27,15 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 def save_served_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
     """A random checkpoint that vLLM takes for a Qwen3.5: its text configuration nested, as published ones have it."""
-    path.mkdir(parents=True, exist_ok=True)
-    text = {"model_type": "qwen3_5_text", "dtype": "float32", **TINY, **overrides}
+    save_checkpoint(path, seed, **overrides)
+    nest_config(path)
+    return path
+
+
+def nest_config(path: Path) -> None:
+    """Let a checkpoint of text alone have the config.json of published ones. vLLM 0.23 drafts for no other."""
+    text = json.loads((path / "config.json").read_text())
+    text.pop("architectures")
     config = {
         "model_type": "qwen3_5",
         "architectures": ["Qwen3_5ForConditionalGeneration"],
@@ -37,8 +43,6 @@ def save_served_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
         "text_config": text,
     }
     (path / "config.json").write_text(json.dumps(config))
-    save_file(random_weights(seed, **overrides), path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 @contextmanager
