@@ -124,9 +124,8 @@ def test_each_request_gets_the_tokens_it_gets_alone_without_drafts(
     engines: tuple[LLMEngine, LLMEngine], number: int
 ) -> None:
     drafting, plain = engines
-    schedule = random_schedule(
-        number + SCHEDULES * drafting.vllm_config.scheduler_config.max_num_seqs, drafted=True, most=8
-    )
+    seed = number + SCHEDULES * drafting.vllm_config.scheduler_config.max_num_seqs
+    schedule = random_schedule(seed, drafted=True, most=5 if number < 8 else 12)
     tokens = run(drafting, schedule)
     require_no_row_left(drafting)
     parted = [found for asked in schedule if (found := parting(plain, asked, tokens[asked.id])) is not None]
