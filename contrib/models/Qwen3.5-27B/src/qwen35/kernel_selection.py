@@ -71,7 +71,13 @@ ATTENTION_TOKENS = {Phase.CONTEXT_ENCODING: 4096, Phase.CONTINUATION: 2048}
 """New tokens of a row that the kernels of these phases take at most in bfloat16; half as many in float32."""
 
 ATTENTION_QUERIES = 512
-"""Queries of a decoding step, rows times heads of a rank, that its kernel takes at most."""
+"""Queries of a decoding step, rows times heads of a rank times tokens, that its kernel takes at most."""
+
+ATTENTION_GROUP_QUERIES = 48
+"""Of them, those of one row that share a key-value head."""
+
+ATTENTION_NEW_KEYS = 128
+"""New keys of a decoding step, rows times key-value heads of a rank times tokens, that its kernel takes at most."""
 
 ATTENTION_WINS_FROM = {Phase.CONTEXT_ENCODING: 512, Phase.CONTINUATION: 512, Phase.TOKEN_GENERATION: 8192}
 """New tokens, for decoding cached positions, from which AUTO takes the kernel.
@@ -92,7 +98,8 @@ class AttentionChoice:
         kernels: NKI, TORCH or AUTO on a device, for each phase that has a kernel.
         prompt_tokens: most tokens that the kernel of prompts takes, 0 for none.
         chunk_tokens: of a continued prompt; 0 where the kernel does not take them.
-        queries: rows times heads of a rank in a decoding step.
+        rows: of a decoding step.
+        heads, kv_heads: of a rank.
         verified_tokens: of a row in verification; 0 without drafts.
         head_dim: of the attention layers.
     """
@@ -100,7 +107,9 @@ class AttentionChoice:
     kernels: Mapping[Phase, AttentionKernel]
     prompt_tokens: int
     chunk_tokens: int
-    queries: int
+    rows: int
+    heads: int
+    kv_heads: int
     verified_tokens: int
     head_dim: int
 
@@ -119,8 +128,16 @@ class AttentionChoice:
             return False
         if phase is Phase.CONTINUATION:
             return self.chunk_tokens > 0 and self._takes(phase, self.chunk_tokens)
-        queries = self.queries * (self.verified_tokens if phase is Phase.VERIFICATION else 1)
-        return queries <= ATTENTION_QUERIES and self._takes(Phase.TOKEN_GENERATION, bucket)
+        tokens = self.verified_tokens if phase is Phase.VERIFICATION else 1
+        return self._decodes(tokens) and self._takes(Phase.TOKEN_GENERATION, bucket)
+
+    def _decodes(self, tokens: int) -> bool:
+        """Whether the kernel of decoding takes that many tokens of every row at once."""
+        return (
+            self.rows * self.heads * tokens <= ATTENTION_QUERIES
+            and self.rows * self.kv_heads * tokens <= ATTENTION_NEW_KEYS
+            and self.heads // self.kv_heads * tokens <= ATTENTION_GROUP_QUERIES
+        )
 
     def _takes(self, phase: Phase, size: int) -> bool:
         kernel = self.kernels[phase]
@@ -141,7 +158,9 @@ def select_attention(config: Any) -> AttentionChoice:
         kernels=kernels,
         prompt_tokens=_most_tokens(config, Phase.CONTEXT_ENCODING),
         chunk_tokens=chunk if chunk <= _most_tokens(config, Phase.CONTINUATION) else 0,
-        queries=neuron.tkg_batch_size * -(-config.num_attention_heads // neuron.tp_degree),
+        rows=neuron.tkg_batch_size,
+        heads=-(-config.num_attention_heads // neuron.tp_degree),
+        kv_heads=max(1, config.num_key_value_heads // neuron.tp_degree),
         verified_tokens=config.num_speculative_tokens + 1 if config.num_speculative_tokens else 0,
         head_dim=config.head_dim,
     )
