@@ -193,6 +193,16 @@ def test_a_kernel_may_be_named_for_one_phase_and_the_others_are_auto(tmp_path: P
             {"seq_len": 8192, "prefill_chunk_size": 3072},
             "chunks of at most 2048 tokens, not prefill_chunk_size=3072",
         ),
+        (
+            {"token_generation": "nki"},
+            {"seq_len": 8192, "tp_degree": 4, "batch_size": 100},
+            "at most 512 queries, 48 of .* and 128 new keys on a rank, not 600, 6 and 100; lower tkg_batch_size=100",
+        ),
+        (
+            {"token_generation": "nki"},
+            {"seq_len": 8192, "tp_degree": 8, "batch_size": 40, "num_speculative_tokens": 3},
+            "not 480, 12 and 160; lower tkg_batch_size=40 or num_speculative_tokens=3, or use 'auto'",
+        ),
     ],
 )
 def test_what_the_attention_kernels_cannot_do_is_an_error(given: object, options: dict[str, int], message: str) -> None:
