@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,7 +71,13 @@ ATTENTION_TOKENS = {Phase.CONTEXT_ENCODING: 4096, Phase.CONTINUATION: 2048}
 """New tokens of a row that the kernels of these phases take at most in bfloat16; half as many in float32."""
 
 ATTENTION_QUERIES = 512
-"""Queries of a decoding step, rows times heads of a rank, that its kernel takes at most."""
+"""Queries of a decoding step, rows times heads of a rank times tokens, that its kernel takes at most."""
+
+ATTENTION_GROUP_QUERIES = 48
+"""Of them, those of one row that share a key-value head."""
+
+ATTENTION_NEW_KEYS = 128
+"""New keys of a decoding step, rows times key-value heads of a rank times tokens, that its kernel takes at most."""
 
 ATTENTION_WINS_FROM = {Phase.CONTEXT_ENCODING: 512, Phase.CONTINUATION: 512, Phase.TOKEN_GENERATION: 8192}
 """New tokens, for decoding cached positions, from which AUTO takes the kernel.
@@ -84,6 +90,23 @@ position: 17 us at 4,096 and 34 us at 8,192, where the kernel takes 20 and 22 us
 """
 
 
+class DecodingStep(NamedTuple):
+    """Rows of a decoding step, query heads and KV heads of a rank."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+
+    def sizes(self, tokens: int) -> tuple[int, int, int]:
+        """Queries, those of a row that share a KV head, and new keys, with so many tokens of every row."""
+        return self.rows * self.heads * tokens, self.heads // self.kv_heads * tokens, self.rows * self.kv_heads * tokens
+
+    def fits(self, tokens: int) -> bool:
+        """Whether the kernel of decoding takes that many tokens of every row at once."""
+        limits = (ATTENTION_QUERIES, ATTENTION_GROUP_QUERIES, ATTENTION_NEW_KEYS)
+        return all(size <= limit for size, limit in zip(self.sizes(tokens), limits, strict=True))
+
+
 @dataclass(frozen=True)
 class AttentionChoice:
     """Which attention kernels a model runs.
@@ -92,7 +115,7 @@ class AttentionChoice:
         kernels: NKI, TORCH or AUTO on a device, for each phase that has a kernel.
         prompt_tokens: most tokens that the kernel of prompts takes, 0 for none.
         chunk_tokens: of a continued prompt; 0 where the kernel does not take them.
-        queries: rows times heads of a rank in a decoding step.
+        step: a decoding step of one token a row.
         verified_tokens: of a row in verification; 0 without drafts.
         head_dim: of the attention layers.
     """
@@ -100,7 +123,7 @@ class AttentionChoice:
     kernels: Mapping[Phase, AttentionKernel]
     prompt_tokens: int
     chunk_tokens: int
-    queries: int
+    step: DecodingStep
     verified_tokens: int
     head_dim: int
 
@@ -119,8 +142,8 @@ class AttentionChoice:
             return False
         if phase is Phase.CONTINUATION:
             return self.chunk_tokens > 0 and self._takes(phase, self.chunk_tokens)
-        queries = self.queries * (self.verified_tokens if phase is Phase.VERIFICATION else 1)
-        return queries <= ATTENTION_QUERIES and self._takes(Phase.TOKEN_GENERATION, bucket)
+        tokens = self.verified_tokens if phase is Phase.VERIFICATION else 1
+        return self.step.fits(tokens) and self._takes(Phase.TOKEN_GENERATION, bucket)
 
     def _takes(self, phase: Phase, size: int) -> bool:
         kernel = self.kernels[phase]
@@ -141,7 +164,7 @@ def select_attention(config: Any) -> AttentionChoice:
         kernels=kernels,
         prompt_tokens=_most_tokens(config, Phase.CONTEXT_ENCODING),
         chunk_tokens=chunk if chunk <= _most_tokens(config, Phase.CONTINUATION) else 0,
-        queries=neuron.tkg_batch_size * -(-config.num_attention_heads // neuron.tp_degree),
+        step=_decoding_step(config),
         verified_tokens=config.num_speculative_tokens + 1 if config.num_speculative_tokens else 0,
         head_dim=config.head_dim,
     )
@@ -173,6 +196,16 @@ def _nki_problems(config: Any, phases: Collection[Phase], malformed: Collection[
     chunk, most = getattr(neuron, "prefill_chunk_size", None), _most_tokens(config, Phase.CONTINUATION)
     if Phase.CONTINUATION in phases and chunk is not None and chunk > most:
         yield f"takes chunks of at most {most} tokens, not prefill_chunk_size={chunk}; lower it, or use 'auto'"
+    drafts = config.num_speculative_tokens if isinstance(config.num_speculative_tokens, int) else 0
+    if Phase.TOKEN_GENERATION in phases and not {"num_attention_heads", "num_key_value_heads"} & {*malformed}:
+        step = _decoding_step(config)
+        if not step.fits(drafts + 1):
+            queries, of_head, keys = step.sizes(drafts + 1)
+            yield (
+                f"takes steps of at most {ATTENTION_QUERIES} queries, {ATTENTION_GROUP_QUERIES} of a row that share a "
+                f"KV head, and {ATTENTION_NEW_KEYS} new keys on a rank, not {queries}, {of_head} and {keys}; lower "
+                f"tkg_batch_size={neuron.tkg_batch_size} or num_speculative_tokens={drafts}, or use 'auto'"
+            )
     buckets = [neuron.max_length, *(getattr(neuron, "token_generation_buckets", None) or ())]
     if _fp8_cache(config) and any(phase.reads_cache for phase in phases):
         yield "reads keys and values of torch_dtype, not kv_cache_dtype='fp8'; use 'auto', or leave kv_cache_dtype out"
@@ -182,6 +215,13 @@ def _nki_problems(config: Any, phases: Collection[Phase], malformed: Collection[
             f"reads the cache in multiples of {ATTENTION_TILE} positions, not {odd[0]}; make seq_len and the buckets "
             "of token generation multiples of it, or use 'auto'"
         )
+
+
+def _decoding_step(config: Any) -> DecodingStep:
+    """Heads as NxDI deals them: query heads are padded, KV heads repeated, to fill all ranks."""
+    neuron = config.neuron_config
+    heads = -(-config.num_attention_heads // neuron.tp_degree)
+    return DecodingStep(neuron.tkg_batch_size, heads, max(1, config.num_key_value_heads // neuron.tp_degree))
 
 
 def _fp8_cache(config: Any) -> bool:

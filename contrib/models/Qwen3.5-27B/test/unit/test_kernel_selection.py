@@ -13,7 +13,9 @@ import torch
 from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.configuration_qwen35 import QWEN35_PRESETS
 from qwen35.kernel_selection import (
+    ATTENTION_GROUP_QUERIES,
     ATTENTION_HEAD_DIMS,
+    ATTENTION_NEW_KEYS,
     ATTENTION_QUERIES,
     ATTENTION_TILE,
     ATTENTION_TOKENS,
@@ -130,11 +132,30 @@ def test_chunks_too_short_to_win_and_rows_too_many_are_left_to_torch() -> None:
         assert choice.reads_cache(Phase.TOKEN_GENERATION, 8192) is taken
 
 
+@pytest.mark.parametrize(
+    ("drafts", "batch", "taken"),
+    [(0, 128, True), (0, 129, False), (3, 32, True), (3, 33, False), (7, 16, True), (7, 17, False)],
+)
+def test_new_keys_too_many_are_left_to_torch(drafts: int, batch: int, taken: bool) -> None:
+    # Three query heads on a rank share a KV head: 512 queries would be 170 new keys.
+    choice = select_attention(config(seq_len=8192, tp_degree=8, batch_size=batch, num_speculative_tokens=drafts))
+    assert choice.reads_cache(Phase.VERIFICATION if drafts else Phase.TOKEN_GENERATION, 8192) is taken
+
+
+@pytest.mark.parametrize(("drafts", "taken"), [(5, True), (6, False)])
+def test_queries_of_a_kv_head_too_many_are_left_to_torch(drafts: int, taken: bool) -> None:
+    eight = {**QWEN35_PRESETS["27B"], "num_attention_heads": 32}  # on each of four KV heads
+    neuron = Qwen35NeuronConfig(seq_len=8192, tp_degree=4, num_speculative_tokens=drafts)
+    assert select_attention(Qwen35InferenceConfig(neuron, **eight)).reads_cache(Phase.VERIFICATION, 8192) is taken
+
+
 def test_the_limits_are_those_of_the_kernels() -> None:
     assert ATTENTION_HEAD_DIMS == attention_pieces.HEAD_DIMS and ATTENTION_TILE == attention_pieces.TILE
     assert ATTENTION_TOKENS[Phase.CONTEXT_ENCODING] == attention_prefill.MAX_TOKENS
     assert ATTENTION_TOKENS[Phase.CONTINUATION] == attention_continuation.MAX_TOKENS
     assert ATTENTION_QUERIES == attention_decode.MAX_COLUMNS
+    assert ATTENTION_GROUP_QUERIES == attention_decode.MAX_QUERIES
+    assert ATTENTION_NEW_KEYS == attention_pieces.TILE
 
 
 @pytest.mark.parametrize("kernel", AttentionKernel)
@@ -171,6 +192,16 @@ def test_a_kernel_may_be_named_for_one_phase_and_the_others_are_auto(tmp_path: P
             "nki",
             {"seq_len": 8192, "prefill_chunk_size": 3072},
             "chunks of at most 2048 tokens, not prefill_chunk_size=3072",
+        ),
+        (
+            {"token_generation": "nki"},
+            {"seq_len": 8192, "tp_degree": 4, "batch_size": 100},
+            "at most 512 queries, 48 of .* and 128 new keys on a rank, not 600, 6 and 100; lower tkg_batch_size=100",
+        ),
+        (
+            {"token_generation": "nki"},
+            {"seq_len": 8192, "tp_degree": 8, "batch_size": 40, "num_speculative_tokens": 3},
+            "not 480, 12 and 160; lower tkg_batch_size=40 or num_speculative_tokens=3, or use 'auto'",
         ),
     ],
 )

@@ -100,6 +100,10 @@ def test_any_grid_covers_all_rows_and_heads(grid: int | None) -> None:
     make_case([200, 0, 3], 256, M=2, G=3).check(grid)
 
 
+def test_a_launch_of_one_row_leaves_the_second_core_nothing_to_do() -> None:
+    make_case([200, 0], 256, G=1, E=64).check(grid=2)
+
+
 @settings(max_examples=5, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 2 * STEP + 128), min_size=1, max_size=2),
