@@ -100,9 +100,14 @@ class DecodingStep(NamedTuple):
     heads: int
     kv_heads: int
 
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head; 1 where a malformed configuration has fewer than KV heads."""
+        return max(1, self.heads // self.kv_heads)
+
     def sizes(self, tokens: int) -> tuple[int, int, int]:
         """Queries, those of a row that share a KV head, and new keys, with so many tokens of every row."""
-        return self.rows * self.heads * tokens, self.heads // self.kv_heads * tokens, self.rows * self.kv_heads * tokens
+        return self.rows * self.heads * tokens, self.group * tokens, self.rows * self.kv_heads * tokens
 
     def fits(self, tokens: int) -> bool:
         """Whether the kernel of decoding takes that many tokens of every row at once."""
@@ -241,8 +246,7 @@ def _most_tokens(config: Any, phase: Phase) -> int:
     """New tokens of a row that the kernel of a phase takes at most."""
     neuron, most = config.neuron_config, ATTENTION_TOKENS[phase]
     if phase is Phase.CONTINUATION:
-        step = _decoding_step(config)
-        tokens = ATTENTION_CHUNK_QUERIES * neuron.logical_nc_config // (step.heads // step.kv_heads)
+        tokens = ATTENTION_CHUNK_QUERIES * neuron.logical_nc_config // _decoding_step(config).group
         most = min(most, tokens // (2 * ATTENTION_TILE) * 2 * ATTENTION_TILE)  # half of it is whole tiles, too
     return most // (2 if neuron.torch_dtype == torch.float32 else 1)
 

@@ -234,6 +234,13 @@ def test_what_the_attention_kernels_cannot_do_is_an_error(given: object, options
         config(attention_kernel=given, **options)
 
 
+def test_fewer_query_heads_than_kv_heads_are_an_error_of_their_own() -> None:
+    neuron = Qwen35NeuronConfig(seq_len=2048, prefill_chunk_size=1024, attention_kernel="nki")
+    fields = {**QWEN35_PRESETS["27B"], "num_attention_heads": 2}
+    with pytest.raises(Qwen35ConfigError, match="num_attention_heads=2 is not a multiple of num_key_value_heads=4"):
+        Qwen35InferenceConfig(neuron, **fields)
+
+
 def test_attention_kernels_for_other_head_dims_are_an_error(tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
     with pytest.raises(Qwen35ConfigError, match="has heads of 64, 128 or 256 dims, not 32; use 'torch'"):
