@@ -70,6 +70,9 @@ ATTENTION_TILE = 128
 ATTENTION_TOKENS = {Phase.CONTEXT_ENCODING: 4096, Phase.CONTINUATION: 2048}
 """New tokens of a row that the kernels of these phases take at most in bfloat16; half as many in float32."""
 
+ATTENTION_CHUNK_QUERIES = 12288
+"""Queries of a chunk that share a KV head which a core takes at most in bfloat16; half as many in float32."""
+
 ATTENTION_QUERIES = 512
 """Queries of a decoding step, rows times heads of a rank times tokens, that its kernel takes at most."""
 
@@ -97,9 +100,14 @@ class DecodingStep(NamedTuple):
     heads: int
     kv_heads: int
 
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head; 1 where a malformed configuration has fewer than KV heads."""
+        return max(1, self.heads // self.kv_heads)
+
     def sizes(self, tokens: int) -> tuple[int, int, int]:
         """Queries, those of a row that share a KV head, and new keys, with so many tokens of every row."""
-        return self.rows * self.heads * tokens, self.heads // self.kv_heads * tokens, self.rows * self.kv_heads * tokens
+        return self.rows * self.heads * tokens, self.group * tokens, self.rows * self.kv_heads * tokens
 
     def fits(self, tokens: int) -> bool:
         """Whether the kernel of decoding takes that many tokens of every row at once."""
@@ -185,6 +193,9 @@ def attention_problems(config: Any, malformed: Collection[str]) -> Iterator[str]
             yield from (f"{field}='nki' {problem}" for problem in _nki_problems(config, asked, malformed))
 
 
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
 def _nki_problems(config: Any, phases: Collection[Phase], malformed: Collection[str]) -> Iterator[str]:
     """Why the attention kernels that were asked for cannot run: what AUTO would leave to TORCH."""
     neuron = config.neuron_config
@@ -193,11 +204,13 @@ def _nki_problems(config: Any, phases: Collection[Phase], malformed: Collection[
     most = _most_tokens(config, Phase.CONTEXT_ENCODING)
     if Phase.CONTEXT_ENCODING in phases and neuron.max_context_length > most:
         yield f"takes prompts of at most {most} tokens, not max_context_length={neuron.max_context_length}; use 'auto'"
-    chunk, most = getattr(neuron, "prefill_chunk_size", None), _most_tokens(config, Phase.CONTINUATION)
-    if Phase.CONTINUATION in phases and chunk is not None and chunk > most:
-        yield f"takes chunks of at most {most} tokens, not prefill_chunk_size={chunk}; lower it, or use 'auto'"
+    chunk, has_heads = getattr(neuron, "prefill_chunk_size", None), {*_HEADS}.isdisjoint(malformed)
+    if Phase.CONTINUATION in phases and chunk is not None and has_heads:
+        most = _most_tokens(config, Phase.CONTINUATION)
+        if chunk > most:
+            yield f"takes chunks of at most {most} tokens, not prefill_chunk_size={chunk}; lower it, or use 'auto'"
     drafts = config.num_speculative_tokens if isinstance(config.num_speculative_tokens, int) else 0
-    if Phase.TOKEN_GENERATION in phases and not {"num_attention_heads", "num_key_value_heads"} & {*malformed}:
+    if Phase.TOKEN_GENERATION in phases and has_heads:
         step = _decoding_step(config)
         if not step.fits(drafts + 1):
             queries, of_head, keys = step.sizes(drafts + 1)
@@ -230,7 +243,12 @@ def _fp8_cache(config: Any) -> bool:
 
 
 def _most_tokens(config: Any, phase: Phase) -> int:
-    return ATTENTION_TOKENS[phase] // (2 if config.neuron_config.torch_dtype == torch.float32 else 1)
+    """New tokens of a row that the kernel of a phase takes at most."""
+    neuron, most = config.neuron_config, ATTENTION_TOKENS[phase]
+    if phase is Phase.CONTINUATION:
+        tokens = ATTENTION_CHUNK_QUERIES * neuron.logical_nc_config // _decoding_step(config).group
+        most = min(most, tokens // (2 * ATTENTION_TILE) * 2 * ATTENTION_TILE)  # half of it is whole tiles, too
+    return most // (2 if neuron.torch_dtype == torch.float32 else 1)
 
 
 def _configured_attention(config: Any) -> dict[Phase, str]:

@@ -13,6 +13,7 @@ import torch
 from qwen35 import Qwen35ConfigError, Qwen35InferenceConfig, Qwen35NeuronConfig
 from qwen35.configuration_qwen35 import QWEN35_PRESETS
 from qwen35.kernel_selection import (
+    ATTENTION_CHUNK_QUERIES,
     ATTENTION_GROUP_QUERIES,
     ATTENTION_HEAD_DIMS,
     ATTENTION_NEW_KEYS,
@@ -149,11 +150,34 @@ def test_queries_of_a_kv_head_too_many_are_left_to_torch(drafts: int, taken: boo
     assert select_attention(Qwen35InferenceConfig(neuron, **eight)).reads_cache(Phase.VERIFICATION, 8192) is taken
 
 
+@pytest.mark.parametrize(
+    ("heads", "cores", "dtype", "chunk", "taken"),
+    [
+        (24, 1, torch.bfloat16, 2048, True),
+        (32, 1, torch.bfloat16, 1536, True),
+        (32, 1, torch.bfloat16, 2048, False),
+        (32, 2, torch.bfloat16, 2048, True),
+        (32, 1, torch.float32, 768, True),
+        (32, 1, torch.float32, 1024, False),
+    ],
+)
+def test_chunks_of_more_queries_than_fit_a_core_are_left_to_torch(
+    heads: int, cores: int, dtype: torch.dtype, chunk: int, taken: bool
+) -> None:
+    neuron = Qwen35NeuronConfig(
+        seq_len=8192, tp_degree=4, logical_nc_config=cores, torch_dtype=dtype, prefill_chunk_size=chunk
+    )
+    fields = {**QWEN35_PRESETS["27B"], "num_attention_heads": heads}  # on four KV heads
+    choice = select_attention(Qwen35InferenceConfig(neuron, **fields))
+    assert choice.reads_cache(Phase.CONTINUATION, 8192) is taken
+
+
 def test_the_limits_are_those_of_the_kernels() -> None:
     assert ATTENTION_HEAD_DIMS == attention_pieces.HEAD_DIMS and ATTENTION_TILE == attention_pieces.TILE
     assert ATTENTION_TOKENS[Phase.CONTEXT_ENCODING] == attention_prefill.MAX_TOKENS
     assert ATTENTION_TOKENS[Phase.CONTINUATION] == attention_continuation.MAX_TOKENS
     assert ATTENTION_QUERIES == attention_decode.MAX_COLUMNS
+    assert ATTENTION_CHUNK_QUERIES == attention_continuation.MAX_QUERIES
     assert ATTENTION_GROUP_QUERIES == attention_decode.MAX_QUERIES
     assert ATTENTION_NEW_KEYS == attention_pieces.TILE
 
@@ -208,6 +232,13 @@ def test_a_kernel_may_be_named_for_one_phase_and_the_others_are_auto(tmp_path: P
 def test_what_the_attention_kernels_cannot_do_is_an_error(given: object, options: dict[str, int], message: str) -> None:
     with pytest.raises(Qwen35ConfigError, match=message):
         config(attention_kernel=given, **options)
+
+
+def test_fewer_query_heads_than_kv_heads_are_an_error_of_their_own() -> None:
+    neuron = Qwen35NeuronConfig(seq_len=2048, prefill_chunk_size=1024, attention_kernel="nki")
+    fields = {**QWEN35_PRESETS["27B"], "num_attention_heads": 2}
+    with pytest.raises(Qwen35ConfigError, match="num_attention_heads=2 is not a multiple of num_key_value_heads=4"):
+        Qwen35InferenceConfig(neuron, **fields)
 
 
 def test_attention_kernels_for_other_head_dims_are_an_error(tmp_path: Path) -> None:

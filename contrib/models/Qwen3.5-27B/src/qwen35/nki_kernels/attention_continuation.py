@@ -37,6 +37,9 @@ LOOKAHEAD = 2
 MAX_TOKENS = 2048
 """Longest chunk in bfloat16; half of it in float32. SBUF then holds Q^T and O of all rows of a core."""
 
+MAX_QUERIES = 12288
+"""Most queries of a core that share a key-value head in bfloat16; half of them in float32: 6 heads of MAX_TOKENS."""
+
 LOWEST = -1e30
 """The maximum before any key, negated and scaled below: what is summed so far, nothing, gets the weight exp(-1e30)."""
 
@@ -179,6 +182,7 @@ def attention_continuation(
         Launch grid: none, 1, or 2 for LNC=2, which deals the rows to the cores in turn; each core transposes all keys,
         both make the same steps, and they exchange nothing.
         E is 64, 128 or 256; S is a multiple of 128, at most 2048 (1024 in float32). Pad on the right.
+        S G queries are dealt to the cores, at most 12288 to one (6144 in float32).
         Cached values that are hidden must be finite: a probability of zero times an infinite value is not zero.
         Scores, maximum, sum and accumulation are float32; with bfloat16 inputs p is rounded once.
         Time, modelled by nki_emulator and not measured on a device: benchmarks/bench_kernels.py. The emulator lets a
@@ -240,8 +244,12 @@ def _check(
     check_cache(q, k, v, k_cache, v_cache, lengths, bucket)
     assert slots.shape == (B,), f"slots has shape {slots.shape}, expected {(B,)} from q"
     assert all_slots * M * P < MAX_ROWS, f"the cache has {all_slots * M * P} rows: less than {MAX_ROWS} are possible"
-    limit = MAX_TOKENS if q.dtype == nl.bfloat16 else MAX_TOKENS // 2
+    halving = 1 if q.dtype == nl.bfloat16 else 2
+    limit = MAX_TOKENS // halving
     assert S % TILE == 0 and S <= limit, f"S={S}: a multiple of {TILE} up to {limit} is needed"
+    cores = nl.num_programs(0)
+    queries, limit = (S // TILE * (N // M) + cores - 1) // cores * TILE, MAX_QUERIES // halving
+    assert queries <= limit, f"{queries} queries of a key-value head on a core: at most {limit} are possible"
 
 
 # --- Buffers ----------------------------------------------------------------------------------------------------------

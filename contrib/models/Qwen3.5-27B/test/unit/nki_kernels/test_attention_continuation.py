@@ -178,6 +178,7 @@ def test_is_written_in_nki() -> None:
     [
         ({"S": 200}, "S=200: a multiple of 128 up to 2048"),
         ({"S": 1152, "dtype": torch.float32}, "S=1152: a multiple of 128 up to 1024"),
+        ({"S": 2048, "G": 13}, "13312 queries of a key-value head on a core: at most 12288"),
         ({"E": 96}, "head_dim is 96"),
         ({"bucket": 200}, "bucket=200: a multiple of 128"),
     ],
