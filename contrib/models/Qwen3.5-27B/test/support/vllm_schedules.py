@@ -90,6 +90,7 @@ def parting(engine: LLMEngine, asked: Asked, found: list[int]) -> str | None:
     """Where a request got other tokens than alone; None if nowhere. A near tie of a greedy one is printed instead."""
     params = asked.params.clone()
     params.logprobs = 2
+    params.skip_reading_prefix_cache = True  # cold
     add(engine, "alone", asked.prompt, params)
     answer = finish(engine)["alone"].outputs[0]
     alone = list(answer.token_ids)
