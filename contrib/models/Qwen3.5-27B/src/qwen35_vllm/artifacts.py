@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def check_model(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35InferenceConfig:
+def check_model(vllm_config: VllmConfig, options: ServeOptions) -> NeuronQwen35ForCausalLM:
     """Find out, before anything is started, what `load_model` would find out after that: in seconds.
 
     That is whether the checkpoint and the configuration do, whether a compiled model is the one that is wanted, and
-    whether one that is not there may be compiled, and fits its instance. Returns the configuration that it will have.
+    whether one that is not there may be compiled, and fits its instance. Returns the model, not loaded.
 
     Raises:
         ConfigurationRefused: the model cannot be served so.
@@ -50,7 +50,7 @@ def check_model(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35Inferen
         require_fits(model)
     if directory is None or not is_compiled(directory):
         model.checkpoint_loader_fn()  # reads no tensor: only the names, shapes and dtypes
-    return model.config
+    return model
 
 
 def load_model(vllm_config: VllmConfig, options: ServeOptions, progress: Progress) -> NeuronQwen35ForCausalLM:

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
-from .connector import failed_blocks
+from .connector import connector_output
 
 Result = TypeVar("Result")
 Failures: TypeAlias = "dict[str, tuple[list[int], ...]]"
@@ -25,10 +25,11 @@ Failures: TypeAlias = "dict[str, tuple[list[int], ...]]"
 
 
 class StepOutput(NamedTuple):
-    """What a step gives vLLM, and which requests it is told of as failed."""
+    """What a step gives vLLM, which requests it is told of as failed, and which blocks of prompts were not stored."""
 
     output: ModelRunnerOutput
     failures: Failures
+    lost: list[bytes]
 
 
 class DeviceThread:
@@ -79,9 +80,10 @@ class PendingOutput(AsyncModelRunnerOutput):
         self._step, self._handed_over = step, handed_over
 
     def get_output(self) -> ModelRunnerOutput:
-        output, failures = self._step.result()
-        if failures := self._handed_over.still_running(failures):
-            output.kv_connector_output = failed_blocks(failures.values())
+        output, failures, lost = self._step.result()
+        failures = self._handed_over.still_running(failures)
+        if failures or lost:
+            output.kv_connector_output = connector_output(failures.values(), lost)
         return output
 
     def get_kv_connector_output(self) -> KVConnectorOutput | None:

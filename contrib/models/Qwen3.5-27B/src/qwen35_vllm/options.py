@@ -16,6 +16,7 @@ from qwen35.configuration_qwen35 import (
     FP8_NAME,
     Qwen35InferenceConfig,
     Qwen35NeuronConfig,
+    is_count,
     is_size,
     read_config,
 )
@@ -76,6 +77,8 @@ class ServeOptions:
         instance: a key of `hardware.INSTANCES`: that the model fits there is checked before it is compiled.
         on_device_sampling: let the device choose the tokens of steps in which every row is greedy.
         prompt_logprobs: compile what the log-probabilities of prompts need.
+        prefix_cache_bytes: host memory of a replica for beginnings of prompts; 0 keeps none. See `prefixes`.
+        prefix_block_tokens: what they are kept in, a multiple of prefill_chunk_size, which is the default.
         compiled_path: where the model is, or is to be, compiled; what `qwen35 compile` wrote, for one. Without it, in
             `cache_dir` and below a name made of all that it depends on.
         cache_dir: by default ~/.cache/vllm/qwen35, beside what vLLM keeps itself.
@@ -96,6 +99,8 @@ class ServeOptions:
     instance: str | None = None
     on_device_sampling: bool | None = None
     prompt_logprobs: bool | None = None
+    prefix_cache_bytes: int | None = None
+    prefix_block_tokens: int | None = None
     compiled_path: Path | None = None
     cache_dir: Path | None = None
     compile: Literal["auto", "never"] = "auto"
@@ -150,6 +155,8 @@ _RULES: dict[str, Rule] = {
     "instance": _one_of(*INSTANCES),
     "on_device_sampling": _FLAG,
     "prompt_logprobs": _FLAG,
+    "prefix_cache_bytes": (is_count, "a whole number of at least 0"),
+    "prefix_block_tokens": _SIZE,
     "compiled_path": _PATH,
     "cache_dir": _PATH,
     "compile": _one_of("auto", "never"),

@@ -15,6 +15,8 @@ from vllm.platforms.interface import Platform, PlatformEnum
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from .prefixes import PrefixBudget
+
 WORKER = "qwen35_vllm.worker.Qwen35Worker"
 DEFAULT_MAX_NUM_SEQS = 8
 """Rows of `vllm serve` when it is not told: vLLM's own default is for devices that batch hundreds."""
@@ -76,9 +78,10 @@ class Qwen35Platform(Platform):
             return
         # Here, because vLLM's configuration classes ask the platform while they are imported.
         from .artifacts import check_model
-        from .connector import use_connector
+        from .connector import reuses_prefixes, use_connector
         from .cores import check_cores
         from .options import ConfigurationRefused, serve_options
+        from .prefixes import prefix_budget
         from .refusals import refusals
 
         options = serve_options(vllm_config)
@@ -86,12 +89,15 @@ class Qwen35Platform(Platform):
             raise ConfigurationRefused(f"not served: {'; '.join(problems)}")
         check_cores(vllm_config.parallel_config, options)
         try:
-            config = check_model(vllm_config, options)
+            model = check_model(vllm_config, options)
         except ValueError as error:
             raise ConfigurationRefused(str(error)) from error
-        use_connector(vllm_config)
+        replicas = vllm_config.parallel_config.data_parallel_size_local
+        budget = prefix_budget(model, options, replicas) if reuses_prefixes(vllm_config) else None
+        use_connector(vllm_config, budget)
+        _log_prefixes(budget)
         _leave_videos_undecoded(vllm_config)
-        cls.prompt_logprobs = config.output_prompt_logits
+        cls.prompt_logprobs = model.config.output_prompt_logits
         # NxDI drives all ranks from one process.
         vllm_config.parallel_config.distributed_executor_backend = "uni"
         _plan_rows(vllm_config)
@@ -123,12 +129,23 @@ def _leave_videos_undecoded(vllm_config: VllmConfig) -> None:
         media.media_io_kwargs.setdefault("video", {}).setdefault("video_backend", VIDEO_LOADER)
 
 
+def _log_prefixes(budget: PrefixBudget | None) -> None:
+    if budget is None:
+        logger.info("no prefixes of prompts are reused")
+        return
+    logger.info(
+        "prefixes of prompts are reused: up to %d blocks of %d tokens, %.1f MB each, in host memory",
+        budget.blocks,
+        budget.block_tokens,
+        budget.block_nbytes / 1e6,
+    )
+
+
 def _plan_rows(vllm_config: VllmConfig) -> None:
     """Let vLLM's scheduler plan with as many sequences as there are rows: a block is a row, unless the user says."""
     cache, length = vllm_config.cache_config, vllm_config.model_config.max_model_len
-    if cache.enable_prefix_caching:
-        logger.info("vLLM's prefix caching is off: a row has its state to itself, and no block of it is another row's")
-        cache.enable_prefix_caching = False
+    # vLLM's own is by blocks that several requests have: a row has its state to itself. See `connector`.
+    cache.enable_prefix_caching = False
     if not cache.user_specified_block_size:
         cache.block_size = length
     if cache.num_gpu_blocks_override is None:

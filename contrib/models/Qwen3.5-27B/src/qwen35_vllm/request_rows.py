@@ -10,8 +10,9 @@ them its tokens, do not depend on the budget or on the other requests in a step.
 A request that the scheduler preempts loses its row. When it is resumed, it gets another, and its prompt and what it
 answered so far are encoded as one prompt.
 
-Images and videos (`CachedRequestState.mm_features`) come to a row with `row_media`. Not here yet, but with a place in
-`_start`: rows that are restored from earlier prompts (`num_computed_tokens` of a new row to `Row.cached`).
+A row that begins like an earlier prompt is restored by the runner. What the scheduler then counts as computed is only
+granted here: the row may have less of it, and encodes the rest. Images and videos (`CachedRequestState.mm_features`)
+come to a row with `row_media`.
 """
 
 from __future__ import annotations

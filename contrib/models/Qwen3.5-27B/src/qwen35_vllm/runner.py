@@ -15,6 +15,10 @@ are the worker's own: the scheduler has places for them, and learns from the tok
 want the most likely token and nothing more, one program verifies, chooses and drafts. Else `forward` verifies, `sample`
 has vLLM's sampler choose each token as if there were no drafts, with those before it said, and drafts what follows.
 
+Rows that begin are restored, and blocks of prompts stored, as the step's plan says (see `prefixes`). What is stored
+must be known to be finite: in a step that stores, the logits of pieces are read. A block whose copy fails is not
+stored; a row that cannot be written ends as one whose work fails.
+
 A call of the model that fails takes the requests with it that were in the call, because nobody knows what their slots
 hold then; the others go on. See `connector` for how vLLM is told.
 """
@@ -34,12 +38,15 @@ from vllm.v1.outputs import DraftTokenIds, LogprobsLists, LogprobsTensors, Model
 from qwen35.error_text import one_line
 from qwen35.modeling_qwen35 import NeuronQwen35ForCausalLM
 from qwen35.modeling_qwen35_vl import NeuronQwen35VLForCausalLM
+from qwen35.serving.prefix_cache import BlockStore
 from qwen35.serving.runner import ModelRunner, Row, RowOutputs
 from qwen35.serving.sampling import NOT_FINITE, require_finite
 from qwen35.serving.speculation import foretold
 
 from .batch_sampler import BatchSampler
+from .connector import budget_of, plan_of
 from .device_thread import Failures, StepOutput
+from .prefixes import StepPlan
 from .request_rows import RequestRows, ScheduledRequest
 from .request_rules import NO_PROMPT_LOGPROBS
 from .row_media import MediaEncoder
@@ -79,25 +86,29 @@ class StepRunner:
         self._drafts_tokens = model.config.num_speculative_tokens > 0
         self.rows = RequestRows(slots, self._runner.clear_slot)
         self._media = MediaEncoder(model) if isinstance(model, NeuronQwen35VLForCausalLM) else None
+        budget = budget_of(vllm_config)
+        self.prefixes = None if budget is None else BlockStore(model, budget.block_tokens)
         self._step: _Step | None = None
 
     def forward(self, scheduled: SchedulerOutput) -> None:
         """Call the model for what a step schedules; `sample` goes on from there."""
+        plan = plan_of(scheduled)
         requests = self.rows.update(scheduled)
+        self._restore(plan, requests)
         self._place_media(scheduled, requests)
         requests = [request for request in requests if request.failure is None]
         sampling = [request for request in requests if request.samples]
         on_device = self._runner.device_is_greedy and self._sampler.on_device([r.state for r in sampling])
-        step = self._step = _Step(scheduled, sampling, on_device)
+        step = self._step = _Step(scheduled, plan, sampling, on_device)
         if decoding := [request for request in sampling if request.is_encoded]:
             if self._drafts_tokens:
                 self._verify(step, decoding)
             else:
                 self._call(lambda rows: self._runner.decode(rows, on_device), decoding, partial(self._keep, step))
-        chunk = self._runner.chunk
+        chunk, unread = self._runner.chunk, on_device and not plan.stores
         while encoding := {r.slot_row: r for r in requests if r.failure is None and r.has_piece(chunk)}:
             batch = [encoding[row] for row in self._runner.batch([*encoding])]
-            self._call(lambda rows: self._runner.encode(rows, on_device), batch, partial(self._keep, step))
+            self._call(lambda rows: self._runner.encode(rows, unread), batch, partial(self._keep, step))
 
     def sample(self, grammar: GrammarOutput | None) -> StepOutput:
         """Choose the tokens of the step that was called last, and draft those that may follow."""
@@ -123,7 +134,7 @@ class StepRunner:
                 if (gathered := _gathered_prompt_logprobs(request)) is not None
             },
         )
-        return StepOutput(output, self._new_failures(step.scheduled))
+        return StepOutput(output, self._new_failures(step.scheduled), self._lost(step.plan))
 
     def drafts(self) -> DraftTokenIds:
         """What is drafted for each request: of the step that was called last, if it is not sampled yet."""
@@ -136,8 +147,40 @@ class StepRunner:
 
     def idle(self, scheduled: SchedulerOutput) -> StepOutput:
         """A step that schedules nothing, and tells which requests are finished."""
-        self._place_media(scheduled, self.rows.update(scheduled))
-        return StepOutput(ModelRunnerOutput(req_ids=[], req_id_to_index={}), self._new_failures(scheduled))
+        plan = plan_of(scheduled)
+        requests = self.rows.update(scheduled)
+        self._restore(plan, requests)
+        self._place_media(scheduled, requests)
+        output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+        return StepOutput(output, self._new_failures(scheduled), self._lost(plan))
+
+    def _restore(self, plan: StepPlan, requests: Sequence[ScheduledRequest]) -> None:
+        """Let rows that begin hold what is known of their prompts, then give back the memory of what is dropped."""
+        if self.prefixes is None:
+            return
+        for request in requests:
+            if keys := plan.restores.get(request.state.req_id):
+                try:
+                    request.slot_row.cached = self.prefixes.write(request.slot_row.slot, keys)
+                except Exception as error:
+                    self._fail([request], error)
+        for key in plan.drops:
+            self.prefixes.drop(key)
+
+    def _store(self, plan: StepPlan, request: ScheduledRequest) -> None:
+        """Keep the block that a piece has completed, if it is to be kept."""
+        row = request.slot_row
+        key = plan.stores.get(request.state.req_id, {}).get(row.cached)
+        if self.prefixes is None or key is None:
+            return
+        try:
+            self.prefixes.read(row.slot, key, row.cached)
+        except Exception as error:
+            logger.warning("a prefix of %d tokens is not kept: %s", row.cached, one_line(str(error)), exc_info=error)
+
+    def _lost(self, plan: StepPlan) -> list[bytes]:
+        """What was to be stored, and is not."""
+        return [key for key in plan.stored if self.prefixes is None or key not in self.prefixes]
 
     def _place_media(self, scheduled: SchedulerOutput, requests: Sequence[ScheduledRequest]) -> None:
         """Encode the images and videos that a step schedules; one that fails takes its request with it alone."""
@@ -246,6 +289,7 @@ class StepRunner:
         """Keep what a call gave its i-th row: logprobs of a prompt, and what the next token is chosen from."""
         if outputs.logits is not None:
             require_finite(outputs.logits[i])  # of a piece within a prompt, too: what it leaves behind is no better
+        self._store(step.plan, request)
         if request.prompt_logprobs is not None:
             request.prompt_logprobs += self._prompt_logprobs(request, outputs, i)
         if request.is_encoded:
@@ -284,6 +328,7 @@ class _Step:
 
     Args:
         scheduled: what the scheduler decided.
+        plan: what of prompts is restored and stored.
         sampling: the requests that get tokens.
         tokens_only: whether the device's tokens are taken, and no logits read.
         tokens: what the device chose, and what was chosen here since, by request.
@@ -291,6 +336,7 @@ class _Step:
     """
 
     scheduled: SchedulerOutput
+    plan: StepPlan
     sampling: list[ScheduledRequest]
     tokens_only: bool
     tokens: dict[str, list[int]] = field(default_factory=dict)

@@ -18,7 +18,9 @@ from vllm import EngineArgs, SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from qwen35.serving.prefix_cache import BlockStore
 from qwen35_vllm import worker
+from qwen35_vllm.prefixes import PrefixPlanner
 from support.models import save_checkpoint
 from support.simulated_device import put_on_simulated_device
 
@@ -77,6 +79,21 @@ def worker_of(engine: LLMEngine) -> worker.Qwen35Worker:
     return found
 
 
+def store_of(engine: LLMEngine) -> BlockStore:
+    """The blocks of prompts that the worker of an engine keeps."""
+    store = worker_of(engine)._runner.prefixes
+    assert store is not None, "it reuses prefixes"
+    return store
+
+
+def planner_of(engine: LLMEngine) -> PrefixPlanner:
+    """What the scheduler of an engine knows of them."""
+    core: Any = engine.engine_core.engine_core
+    planner = core.scheduler.connector.planner
+    assert isinstance(planner, PrefixPlanner), "it reuses prefixes"
+    return planner
+
+
 def close(engine: LLMEngine) -> None:
     """End an engine of this process, and its thread."""
     engine.engine_core.shutdown()
@@ -127,7 +144,8 @@ def answers(
 def require_no_row_left(engine: LLMEngine) -> None:
     """Check that neither vLLM nor the worker still has a request, a block or a slot in use.
 
-    vLLM tells the worker of finished requests with the next step that it schedules.
+    vLLM tells the worker of finished requests, and of blocks of prompts to drop, with the next step that it schedules.
+    Of these blocks, the scheduler must know the very ones that the worker keeps.
     """
     core: Any = engine.engine_core.engine_core
     worker_of(engine)._thread.run(lambda: None)  # after the steps that are queued
@@ -138,3 +156,9 @@ def require_no_row_left(engine: LLMEngine) -> None:
     pool = core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks leaked"  # one is vLLM's own
     assert len(rows.free_slots) + len(rows.requests) == rows.slots
+    if worker_of(engine)._runner.prefixes is not None:
+        planner, store = planner_of(engine), store_of(engine)
+        assert not planner.requests, "prompts leaked"
+        assert {*store} - planner._plan.drops == {*planner.index} and len(planner.index) <= planner.index.capacity
+        held = [tensor for block in store._blocks.values() for tensor in (*block.states, *block.key_values)]
+        assert sum(tensor.nbytes for tensor in held) == store.nbytes

@@ -60,12 +60,19 @@ def random_params(rng: random.Random, drafted: bool) -> SamplingParams:
     return SamplingParams(**options)
 
 
-def random_schedule(seed: int, drafted: bool = False, most: int = 12) -> list[Asked]:
-    """2 to `most` requests; `drafted` as in `random_params`."""
+def random_schedule(seed: int, drafted: bool = False, most: int = 12, prefixes: int = 0) -> list[Asked]:
+    """2 to `most` requests; `drafted` as in `random_params`.
+
+    With `prefixes`, each prompt begins with some of one of so many texts, and at times ends there.
+    """
     rng = random.Random(seed)
+    texts = [[rng.randrange(TINY["vocab_size"]) for _ in range(100)] for _ in range(prefixes)]
     asked = []
     for i in range(rng.randint(2, most)):
         prompt = [rng.randrange(TINY["vocab_size"]) for _ in range(rng.choice([1, CHUNK, rng.randint(1, 100)]))]
+        if prefixes:
+            shared = rng.choice(texts)[: rng.randint(1, 100)]
+            prompt = [*shared, *prompt[: rng.choice([0, rng.randint(1, 100 - len(shared) + 1)])]]
         arrival = rng.randint(0, 20)
         abort = arrival + rng.randint(0, 15) if rng.random() < 0.2 else None
         asked.append(Asked(f"{seed}-{i}", prompt, random_params(rng, drafted), arrival, abort))
@@ -90,6 +97,7 @@ def parting(engine: LLMEngine, asked: Asked, found: list[int]) -> str | None:
     """Where a request got other tokens than alone; None if nowhere. A near tie of a greedy one is printed instead."""
     params = asked.params.clone()
     params.logprobs = 2
+    params.skip_reading_prefix_cache = True  # cold
     add(engine, "alone", asked.prompt, params)
     answer = finish(engine)["alone"].outputs[0]
     alone = list(answer.token_ids)

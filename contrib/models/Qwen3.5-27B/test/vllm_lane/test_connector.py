@@ -13,14 +13,14 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 
-from qwen35_vllm.connector import RowConnector, failed_blocks
+from qwen35_vllm.connector import RowConnector, connector_output
 from support.vllm_engines import GREEDY, add, close, finish, make_engine
 
 pytestmark = pytest.mark.vllm
 
 
 def test_failed_blocks_are_those_of_all_groups_of_all_requests() -> None:
-    assert failed_blocks([([3, 4], [9]), ([5],)]).invalid_block_ids == {3, 4, 5, 9}
+    assert connector_output([([3, 4], [9]), ([5],)], []).invalid_block_ids == {3, 4, 5, 9}
 
 
 def test_the_scheduler_has_the_connector_holds_no_block_back_and_ends_failed_requests(served_checkpoint: Path) -> None:

@@ -45,7 +45,7 @@ def test_what_a_step_raises_is_raised_where_its_output_is_read() -> None:
     output = PendingOutput(thread.submit(fail), HandedOver())
     with pytest.raises(RuntimeError, match="the device is gone"):
         output.get_output()
-    output = PendingOutput(thread.submit(lambda: StepOutput(ModelRunnerOutput(["a"], {"a": 0}), {})), HandedOver())
+    output = PendingOutput(thread.submit(lambda: StepOutput(ModelRunnerOutput(["a"], {"a": 0}), {}, [])), HandedOver())
     assert output.get_output().req_ids == ["a"] and output.get_kv_connector_output() is None
     thread.close()
 
@@ -71,7 +71,7 @@ def test_a_failure_is_not_told_of_a_request_whose_blocks_another_may_have_by_now
 ) -> None:
     thread, handed_over = DeviceThread(), HandedOver()
     handed_over.add(step_that_ends("z"))
-    step = StepOutput(ModelRunnerOutput(["a", "b"], {"a": 0, "b": 1}), {"a": ([1],), "b": ([2],)})
+    step = StepOutput(ModelRunnerOutput(["a", "b"], {"a": 0, "b": 1}), {"a": ([1],), "b": ([2],)}, [])
     output = PendingOutput(thread.submit(lambda: step), handed_over)
     for ended in later:
         handed_over.add(ended)

@@ -41,8 +41,10 @@ SEEDED = SamplingParams(temperature=1, seed=1, max_tokens=8, ignore_eos=True)
 
 @contextmanager
 def on_device(path: Path, **options: Any) -> Iterator[LLMEngine]:
+    """Without prefix reuse: prompts that are asked again are encoded again."""
+    chosen = {"prefill_chunk_size": CHUNK, "prefix_cache_bytes": 0, **options.pop("qwen35", {})}
     with two_ranks_behind_a_loaded_model():
-        engine = make_engine(path, {"prefill_chunk_size": CHUNK, **options.pop("qwen35", {})}, **options)
+        engine = make_engine(path, chosen, **options)
     try:
         yield engine
     finally:

@@ -46,6 +46,8 @@ def test_what_is_given_is_taken() -> None:
         "instance": "trn2.3xlarge",
         "on_device_sampling": True,
         "prompt_logprobs": False,
+        "prefix_cache_bytes": 0,
+        "prefix_block_tokens": 32,
         "compiled_path": "~/compiled",
         "cache_dir": "cache",
         "compile": "never",
@@ -54,7 +56,7 @@ def test_what_is_given_is_taken() -> None:
     options = options_in({"qwen35": given, "other": 1})
     assert options == ServeOptions(
         16, 2, (8, 16), (64,), "torch", "plain", "auto", "torch", Path.home() / "trn2.json", "fp8", "fp8",
-        "trn2.3xlarge", True, False, Path.home() / "compiled", Path.cwd() / "cache", "never",
+        "trn2.3xlarge", True, False, 0, 32, Path.home() / "compiled", Path.cwd() / "cache", "never",
     )  # fmt: skip
 
 
