@@ -582,6 +582,13 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     def update_state_dict_for_tied_weights(state_dict: MutableMapping[str, torch.Tensor]) -> None:
         """Does nothing: the conversion has made lm_head from the embedding of a tied checkpoint."""
 
+    @classmethod
+    def save_quantized_state_dict(cls, model_path: str, config: Qwen35InferenceConfig) -> None:
+        """Does nothing: `weights_dtype` rounds each weight as it is read, and no second checkpoint is written.
+
+        AWS's vLLM plugin calls it before it compiles a model in fp8.
+        """
+
     @staticmethod
     def load_hf_model(model_path: str, **kwargs: Any) -> nn.Module:
         """The transformers model of a checkpoint; needs transformers >= 5."""

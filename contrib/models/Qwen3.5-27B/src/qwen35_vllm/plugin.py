@@ -21,7 +21,13 @@ PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
 ARCHITECTURES = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5MTP")
 """Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config."""
 
+MODEL = "qwen35_vllm.model:Qwen35ForVLLM"
+"""The class that vLLM takes them for."""
+
 TEXT_MODEL_TYPE = "qwen3_5_text"
+
+AWS_PLUGIN = "vllm_neuron"
+"""The package of AWS's plugin; its platform is in it."""
 
 DEVICES = Path("/dev")
 """Where the driver makes a file for each chip."""
@@ -55,7 +61,19 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Tell vLLM what kind of model it serves, and transformers of the configuration class where it has none."""
+    """Tell vLLM what kind of model it serves, and transformers of the configuration class where it has none.
+
+    Where AWS's plugin is the platform, it is told too; where any other is, vLLM keeps what it knows of the model.
+    """
+    from vllm.platforms import current_platform
+
+    active = type(current_platform).__module__.partition(".")[0]
+    if active == AWS_PLUGIN:
+        from . import aws_plugin
+
+        aws_plugin.register(MODEL)
+    if active != __package__:
+        return
     from transformers import CONFIG_MAPPING, AutoConfig
     from vllm import ModelRegistry
 
@@ -68,7 +86,7 @@ def register() -> None:
 
     for architecture in ARCHITECTURES:
         # By name, so that nothing is imported here. vLLM's own classes of these names need torchvision.
-        ModelRegistry.register_model(architecture, "qwen35_vllm.model:Qwen35ForVLLM")
+        ModelRegistry.register_model(architecture, MODEL)
 
 
 def neuron_devices() -> list[str]:
