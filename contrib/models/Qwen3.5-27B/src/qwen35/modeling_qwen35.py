@@ -477,7 +477,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         chunk: int,
         seq_ids: torch.Tensor,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         llava_args: Sequence[torch.Tensor] = (),
         **kwargs: Any,
@@ -486,8 +486,7 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
 
         A row takes part until its prompt ends. State, conv inputs and keys pass from one call to the next in the cache.
         """
-        mask = self._infer_attention_mask(position_ids) if attention_mask is None else attention_mask
-        rows, lengths = input_ids.shape[0], mask.sum(dim=1)
+        rows, lengths = input_ids.shape[0], attention_mask.sum(dim=1)
         if int(lengths.max()) > self.neuron_config.seq_len:
             raise ValueError(
                 f"a prompt of {int(lengths.max())} tokens exceeds seq_len={self.neuron_config.seq_len}: raise seq_len, "
@@ -498,13 +497,13 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
         for start in range(0, int(lengths.max()), chunk):
             active = torch.nonzero(lengths > start).flatten()
             columns = slice(start, start + chunk)
-            real = mask[active, columns]
+            real = attention_mask[active, columns]
             index = start + torch.arange(real.shape[1])
             outputs = self._call(
                 Phase.CONTEXT_ENCODING if start == 0 else Phase.CONTINUATION,
                 seq_ids=seq_ids[active],
                 input_ids=input_ids[active, columns],
-                attention_mask=real if start == 0 else mask.new_ones(len(active), start),
+                attention_mask=real if start == 0 else attention_mask.new_ones(len(active), start),
                 position_ids=torch.where(real > 0, index, 0),
                 llava_args=[select_rows(arg, rows, active) for arg in self._columns_of(llava_args, columns)],
                 **{name: select_rows(value, rows, active) for name, value in kwargs.items()},
@@ -582,6 +581,13 @@ class NeuronQwen35ForCausalLM(StreamedSharding, NeuronBaseForCausalLM):
     @staticmethod
     def update_state_dict_for_tied_weights(state_dict: MutableMapping[str, torch.Tensor]) -> None:
         """Does nothing: the conversion has made lm_head from the embedding of a tied checkpoint."""
+
+    @classmethod
+    def save_quantized_state_dict(cls, model_path: str, config: Qwen35InferenceConfig) -> None:
+        """Does nothing: `weights_dtype` rounds each weight as it is read, and no second checkpoint is written.
+
+        AWS's vLLM plugin calls it before it compiles a model in fp8.
+        """
 
     @staticmethod
     def load_hf_model(model_path: str, **kwargs: Any) -> nn.Module:

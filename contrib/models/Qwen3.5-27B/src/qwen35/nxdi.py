@@ -11,10 +11,13 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
@@ -121,6 +124,53 @@ else:
             parallel_state.destroy_model_parallel()
 
 
+_MODEL_TABLE = f"{_NXDI}.utils.constants"
+
+
+class _ModelTableFinder(MetaPathFinder):
+    """Calls `fill` with the module of NxDI's models when somebody has imported it, once."""
+
+    def __init__(self, fill: Callable[[ModuleType], None]) -> None:
+        self.fill = fill
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _MODEL_TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_fill(module: ModuleType) -> None:
+                execute(module)
+                self.fill(module)
+
+            spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        return spec
+
+
+def offer_application(model_types: Sequence[str], load: Callable[[], type]) -> None:
+    """Put an application into NxDI's table of models, in which other programs look up what they run.
+
+    The table's module imports every model of NxDI, which most processes that offer one do without: it is filled when
+    somebody imports it.
+
+    Args:
+        model_types: keys of `MODEL_TYPES` in `neuronx_distributed_inference.utils.constants`.
+        load: gives the class; called when the table is there.
+    """
+
+    def fill(table: ModuleType) -> None:
+        application = load()
+        for model_type in model_types:
+            table.MODEL_TYPES[model_type] = {"causal-lm": application}
+
+    if _MODEL_TABLE in sys.modules:
+        fill(sys.modules[_MODEL_TABLE])
+    else:
+        sys.meta_path.insert(0, _ModelTableFinder(fill))
+
+
 # What is printed goes to standard error; the answer alone goes to the parent.
 _CHILD = """
 import os, pickle, sys
@@ -193,6 +243,7 @@ __all__ = [
     "get_tensor_model_parallel_size",
     "invoke_preshard_hook",
     "load_pretrained_config",
+    "offer_application",
     "on_stand_ins",
     "reduce_from_tensor_model_parallel_region",
     "set_tensor_model_parallel_attributes",

@@ -81,6 +81,14 @@ def first_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask > 0).int().argmax(dim=1, keepdim=True)
 
 
+def mask_of_prompts(position_ids: torch.Tensor) -> torch.Tensor:
+    """The attention mask [B, S] of prompts that come without one: a token's position is at least its column.
+
+    NxDI infers the same, but for prompts of one token: it takes those for steps, and of nothing cached masks all.
+    """
+    return (position_ids >= torch.arange(position_ids.shape[1], device=position_ids.device)).to(position_ids.dtype)
+
+
 def real_tokens(position_ids: torch.Tensor, phase: Phase) -> torch.Tensor | None:
     """Where the tokens of a call are real, [B, S] bool, from their positions [B, S]; None where all are.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from .layers.cache import rows_are_slots
 from .nxdi import DecoderModelInstance, ModelWrapper, NeuronBaseModel
-from .phase import Phase, first_tokens, submodel_of
+from .phase import Phase, first_tokens, mask_of_prompts, submodel_of
 
 FLOAT32_SUFFIXES = (
     "A_log.weight", "dt_bias.weight", "norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight"
@@ -103,11 +103,14 @@ def align_tokens(
     A prompt's state is that after its last token, and its keys are in the cache from position 0 on. So padding on the
     left moves to the right, in the prompt and in the mask of what is cached. The position of a decoding step is the
     number of cached tokens; NxDI's adapter gives the largest position of the prompt, which may be that of padding.
+    Where prompts come without a mask, `mask_of_prompts` gives it.
 
     Raises:
         ValueError: the mask of prompts differs in shape from input_ids, or one of its rows has no token or has zeros
             between its tokens.
     """
+    if attention_mask is None and phase is Phase.CONTEXT_ENCODING:
+        return CallTokens(input_ids, mask_of_prompts(position_ids), position_ids)
     if attention_mask is None or phase is Phase.CONTINUATION:
         return CallTokens(input_ids, attention_mask, position_ids)
     lengths = attention_mask.sum(dim=1, keepdim=True)

@@ -27,6 +27,10 @@ class Qwen35ForVLLM(nn.Module):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What vLLM 0.11, of AWS's plugin, looks for in the place of `embed_input_ids`."""
+        raise NotImplementedError
+
     def forward(
         self,
         input_ids: torch.Tensor,

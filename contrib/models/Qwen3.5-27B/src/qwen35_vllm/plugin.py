@@ -18,14 +18,20 @@ NAME = "qwen35"
 """Of both entry points: what `VLLM_PLUGINS` lists."""
 
 PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
+MODEL = "qwen35_vllm.model:Qwen35ForVLLM"
+"""What vLLM takes a model of text alone for."""
+
 ARCHITECTURES = {
     "Qwen3_5ForConditionalGeneration": "qwen35_vllm.model:Qwen35VLForVLLM",
-    "Qwen3_5ForCausalLM": "qwen35_vllm.model:Qwen35ForVLLM",
-    "Qwen3_5MTP": "qwen35_vllm.model:Qwen35ForVLLM",
+    "Qwen3_5ForCausalLM": MODEL,
+    "Qwen3_5MTP": MODEL,
 }
 """Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config: their classes."""
 
 TEXT_MODEL_TYPE = "qwen3_5_text"
+
+AWS_PLUGIN = "vllm_neuron"
+"""The package of AWS's plugin; its platform is in it."""
 
 DEVICES = Path("/dev")
 """Where the driver makes a file for each chip."""
@@ -59,7 +65,19 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Tell vLLM what kind of model it serves, and transformers of the configuration class where it has none."""
+    """Tell vLLM what kind of model it serves, and transformers of the configuration class where it has none.
+
+    Where AWS's plugin is the platform, it is told too; where any other is, vLLM keeps what it knows of the model.
+    """
+    from vllm.platforms import current_platform
+
+    active = type(current_platform).__module__.partition(".")[0]
+    if active == AWS_PLUGIN:
+        from . import aws_plugin
+
+        aws_plugin.register(MODEL)
+    if active != __package__:
+        return
     from transformers import CONFIG_MAPPING, AutoConfig
     from vllm import ModelRegistry
 

@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,44 @@ def test_a_function_on_the_stand_ins_has_their_classes() -> None:
 def test_an_error_on_the_stand_ins_reaches_the_caller() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         on_stand_ins(int, "four")
+
+
+OFFER = """
+import sys
+from qwen35.nxdi import offer_application
+
+def load():
+    print("loaded", "neuronx_distributed_inference.utils.constants" in sys.modules)
+    return int
+
+{before}
+offer_application(["first", "second"], load)
+print("offered", len(sys.meta_path) - finders)
+from neuronx_distributed_inference.utils import constants
+print({{name: model["causal-lm"].__name__ for name, model in constants.MODEL_TYPES.items()}})
+print("left", len(sys.meta_path) - finders)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("finders = len(sys.meta_path)", ["offered 1", "loaded True"]),
+        (
+            "import neuronx_distributed_inference.utils.constants; finders = len(sys.meta_path)",
+            ["loaded True", "offered 0"],
+        ),
+    ],
+    ids=["before NxDI is imported", "afterwards"],
+)
+def test_an_application_is_in_nxdis_table_once_that_is_imported(before: str, said: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "neuronx_distributed_inference" / "utils"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()  # so that it goes before the real one
+    (folder / "constants.py").write_text("MODEL_TYPES = {'own': {'causal-lm': str}}")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    ran = subprocess.run(
+        [sys.executable, "-c", OFFER.format(before=before)],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ran.stdout.splitlines() == [*said, "{'own': 'str', 'first': 'int', 'second': 'int'}", "left 0"]

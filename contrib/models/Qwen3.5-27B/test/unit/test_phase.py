@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import qwen35
-from qwen35.phase import Phase, Submodel, cached_before, phase_of, real_tokens, submodel_of
+from qwen35.phase import Phase, Submodel, cached_before, mask_of_prompts, phase_of, real_tokens, submodel_of
 
 PACKAGE = Path(qwen35.__file__).parent
 KERNELS = ("ops", "nki_kernels", "cli/kernels")
@@ -397,3 +397,13 @@ def test_every_submodel_is_found_by_its_tag_and_nxdi_knows_two() -> None:
     assert [submodel_of(kind.tag) for kind in kinds] == kinds
     assert Submodel(Phase.CONTEXT_ENCODING).tag == "context_encoding_model"
     assert Submodel(Phase.TOKEN_GENERATION).tag == "token_generation_model"
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask"),
+    [([[0]], [[1]]), ([[0], [0]], [[1], [1]]), ([[0, 1, 2], [0, 0, 0]], [[1, 1, 1], [1, 0, 0]])],
+)
+def test_the_tokens_of_prompts_without_a_mask_are_told_by_their_positions(
+    positions: list[list[int]], mask: list[list[int]]
+) -> None:
+    assert mask_of_prompts(torch.tensor(positions)).tolist() == mask

@@ -154,3 +154,17 @@ def test_what_vllm_is_told_of_the_model_needs_no_torchvision() -> None:
         "Qwen35VLForVLLM True True False",
         *["Qwen35ForVLLM True False False"] * 2,
     ]
+
+
+@pytest.mark.parametrize(("before", "ours"), [("", True), (CUDA_MACHINE, False)], ids=["pure Python", "CUDA"])
+def test_vllm_keeps_its_own_model_where_another_platform_serves_it(before: str, ours: bool) -> None:
+    """On a machine with GPUs the never-built class would take the place of the one that runs."""
+    code = (
+        f"from vllm import platforms\n{before}\n"
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from vllm.model_executor.models.registry import ModelRegistry\n"
+        f"known = [ModelRegistry.models.get(name) for name in {[*plugin.ARCHITECTURES]!r}]\n"
+        "print([model and model.module_name for model in known])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1].count("qwen35_vllm") == (len(plugin.ARCHITECTURES) if ours else 0)
