@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV connector, for one thing so far: a request whose work fails ends alone.
+"""vLLM's KV connector, for two things so far: a request whose work fails ends alone, and metrics of rows.
 
 vLLM has no field for it in what a worker returns. But a connector may report blocks whose contents were not loaded, and
 under the policy "fail" the scheduler ends the requests that have them, with the finish reason "error", and goes on with
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
 from vllm.v1.outputs import KVConnectorOutput
+
+from .row_metrics import RowPromMetrics, RowStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,6 +48,14 @@ class RowConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         # Else the tokens of a request that is preempted while a step is in flight would be thrown away, and drawn anew.
         return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RowStats:
+        return RowStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> RowPromMetrics:
+        return RowPromMetrics(*arguments)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from .connector import failed_blocks
+from .row_metrics import RowStats
 
 Result = TypeVar("Result")
 Failures: TypeAlias = "dict[str, tuple[list[int], ...]]"
@@ -25,10 +26,11 @@ Failures: TypeAlias = "dict[str, tuple[list[int], ...]]"
 
 
 class StepOutput(NamedTuple):
-    """What a step gives vLLM, and which requests it is told of as failed."""
+    """What a step gives vLLM, which requests it is told of as failed, and how many rows are in use after it."""
 
     output: ModelRunnerOutput
     failures: Failures
+    rows: RowStats | None = None
 
 
 class DeviceThread:
@@ -79,10 +81,11 @@ class PendingOutput(AsyncModelRunnerOutput):
         self._step, self._handed_over = step, handed_over
 
     def get_output(self) -> ModelRunnerOutput:
-        output, failures = self._step.result()
-        if failures := self._handed_over.still_running(failures):
-            output.kv_connector_output = failed_blocks(failures.values())
-        return output
+        step = self._step.result()
+        told = failed_blocks(self._handed_over.still_running(step.failures).values())
+        told.kv_connector_stats = step.rows
+        step.output.kv_connector_output = told
+        return step.output
 
     def get_kv_connector_output(self) -> KVConnectorOutput | None:
         """None: what failed has said so in its output, or its step raises."""
