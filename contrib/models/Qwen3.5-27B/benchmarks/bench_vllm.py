@@ -15,16 +15,10 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +29,8 @@ from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.serving.request import Request
 from qwen35_vllm.artifacts import load_model
 from qwen35_vllm.options import serve_options
+from serving_process import ServingProcess, serving
 
-SECONDS_TO_READY = 180
 Rates = dict[str, list[float]]
 
 
@@ -89,66 +83,26 @@ class Offline:
 class Served:
     """`vllm serve` on the loopback address, and `vllm bench serve` against it."""
 
-    def __init__(self, args: argparse.Namespace, port: int) -> None:
-        self._args, self._port = args, port
+    def __init__(self, args: argparse.Namespace, process: ServingProcess) -> None:
+        self._args, self._process = args, process
 
     def tokens_per_second(self, seed: int) -> float:
         args = self._args
-        with tempfile.TemporaryDirectory() as directory:
-            command = [
-                "bench", "serve", "--backend", "vllm", "--model", str(MINI_CHECKPOINT), "--base-url", self.url,
-                "--dataset-name", "random", "--random-input-len", str(args.prompt_tokens),
-                "--random-output-len", str(args.answer_tokens), "--num-prompts", str(args.requests),
-                "--max-concurrency", str(args.rows), "--temperature", "0", "--ignore-eos", "--disable-tqdm",
-                "--seed", str(seed), "--save-result", "--result-dir", directory, "--result-filename", "result.json",
-            ]  # fmt: skip
-            subprocess.run(vllm_command(*command), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            result = json.loads((Path(directory) / "result.json").read_text())
-        if result["failed"]:
-            raise RuntimeError(f"{result['failed']} requests failed: see the server's output, with --verbose")
+        result = self._process.bench(
+            "--backend", "vllm", "--dataset-name", "random", "--random-input-len", str(args.prompt_tokens),
+            "--random-output-len", str(args.answer_tokens), "--num-prompts", str(args.requests),
+            "--max-concurrency", str(args.rows), "--temperature", "0", "--ignore-eos", "--seed", str(seed),
+        )  # fmt: skip
         return float(result["output_throughput"])
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-
-def vllm_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
 
 
 @contextlib.contextmanager
 def server(args: argparse.Namespace) -> Iterator[Served]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = engine_arguments(args)
-    command = vllm_command(
-        "serve", options["model"], "--dtype", options["dtype"], "--max-model-len", str(options["max_model_len"]),
-        "--max-num-seqs", str(options["max_num_seqs"]), "--host", "127.0.0.1", "--port", str(port),
-        "--disable-uvicorn-access-log",
-    )  # fmt: skip
-    output = None if args.verbose else subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=output, stderr=output)
-    served = Served(args, port)
-    try:
-        start = time.monotonic()
-        while not answers(f"{served.url}/health"):
-            if process.poll() is not None or time.monotonic() - start > SECONDS_TO_READY:
-                raise RuntimeError("vllm serve did not come up: see its output, with --verbose")
-            time.sleep(0.5)
-        yield served
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+    names = ("dtype", "max_model_len", "max_num_seqs")
+    arguments = [word for name in names for word in (f"--{name.replace('_', '-')}", str(options[name]))]
+    with serving(*arguments, verbose=args.verbose) as process:
+        yield Served(args, process)
 
 
 def compare(args: argparse.Namespace) -> Rates:

@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV connector, for two things: prefix reuse, and that a request whose work fails ends alone.
+"""vLLM's KV connector, for three things: prefix reuse, metrics of rows, and that a request whose work fails ends alone.
 
 Prefix reuse: the scheduler asks how many tokens of a prompt can be restored, and counts them as computed; what a step
 restores, stores and drops goes to the worker as the step's metadata (see `prefixes`). vLLM's own prefix caching is off:
@@ -31,6 +31,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from qwen35.serving.prefix_cache import Chain, Medium
 
 from .prefixes import PrefixBudget, PrefixPlanner, StepPlan
+from .row_metrics import RowPromMetrics, RowStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -89,16 +90,20 @@ class LostBlocks(KVConnectorWorkerMetadata):
         return LostBlocks(self.keys + other.keys)
 
 
-def connector_output(failed: Iterable[tuple[list[int], ...]], lost: list[bytes]) -> KVConnectorOutput:
-    """What tells the scheduler to end requests, and its side of the connector what the worker lacks.
+def connector_output(
+    failed: Iterable[tuple[list[int], ...]], lost: list[bytes], rows: RowStats | None
+) -> KVConnectorOutput:
+    """What tells the scheduler to end requests, and its side of the connector what the worker lacks and counts.
 
     Args:
         failed: the blocks of vLLM's cache that the failed requests have, one list of ids a group of the cache.
         lost: see `LostBlocks`.
+        rows: for vLLM's metrics.
     """
     return KVConnectorOutput(
         invalid_block_ids={block for groups in failed for ids in groups for block in ids},
         kv_connector_worker_meta=LostBlocks(lost) if lost else None,
+        kv_connector_stats=rows,
     )
 
 
@@ -118,6 +123,14 @@ class RowConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         # Else the tokens of a request that is preempted while a step is in flight would be thrown away, and drawn anew.
         return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RowStats:
+        return RowStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> RowPromMetrics:
+        return RowPromMetrics(*arguments)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens of a prompt the step that is being scheduled would restore; asked again until it does."""

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from .connector import connector_output
+from .row_metrics import RowStats
 
 Result = TypeVar("Result")
 Failures: TypeAlias = "dict[str, tuple[list[int], ...]]"
@@ -25,11 +26,19 @@ Failures: TypeAlias = "dict[str, tuple[list[int], ...]]"
 
 
 class StepOutput(NamedTuple):
-    """What a step gives vLLM, which requests it is told of as failed, and which blocks of prompts were not stored."""
+    """What a step gives vLLM.
+
+    Args:
+        output: its tokens.
+        failures: the requests that vLLM is told of as failed.
+        lost: blocks of prompts that were to be stored, and are not.
+        rows: how many are in use after it.
+    """
 
     output: ModelRunnerOutput
     failures: Failures
     lost: list[bytes]
+    rows: RowStats | None = None
 
 
 class DeviceThread:
@@ -80,11 +89,10 @@ class PendingOutput(AsyncModelRunnerOutput):
         self._step, self._handed_over = step, handed_over
 
     def get_output(self) -> ModelRunnerOutput:
-        output, failures, lost = self._step.result()
-        failures = self._handed_over.still_running(failures)
-        if failures or lost:
-            output.kv_connector_output = connector_output(failures.values(), lost)
-        return output
+        step = self._step.result()
+        failed = self._handed_over.still_running(step.failures).values()
+        step.output.kv_connector_output = connector_output(failed, step.lost, step.rows)
+        return step.output
 
     def get_kv_connector_output(self) -> KVConnectorOutput | None:
         """None: what failed has said so in its output, or its step raises."""

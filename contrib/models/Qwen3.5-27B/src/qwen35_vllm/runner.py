@@ -46,10 +46,12 @@ from qwen35.serving.speculation import foretold
 from .batch_sampler import BatchSampler
 from .connector import budget_of, plan_of
 from .device_thread import Failures, StepOutput
+from .draft_counts import up_to_end
 from .prefixes import StepPlan
 from .request_rows import RequestRows, ScheduledRequest
 from .request_rules import NO_PROMPT_LOGPROBS
 from .row_media import MediaEncoder
+from .row_metrics import RowStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,6 +86,7 @@ class StepRunner:
         self._runner = ModelRunner(model)
         self._sampler = BatchSampler(vllm_config)
         self._drafts_tokens = model.config.num_speculative_tokens > 0
+        self._max_model_len = vllm_config.model_config.max_model_len
         self.rows = RequestRows(slots, self._runner.clear_slot)
         self._media = MediaEncoder(model) if isinstance(model, NeuronQwen35VLForCausalLM) else None
         budget = budget_of(vllm_config)
@@ -126,7 +129,7 @@ class StepRunner:
         output = ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-            sampled_token_ids=[*(step.tokens[request_id] for request_id in sampling), *([] for _ in others)],
+            sampled_token_ids=[*(self._given(step, request) for request in sampling.values()), *([] for _ in others)],
             logprobs=_in_order([logprobs.get(request_id, []) for request_id in ids]),
             prompt_logprobs_dict={
                 request_id: gathered
@@ -134,7 +137,7 @@ class StepRunner:
                 if (gathered := _gathered_prompt_logprobs(request)) is not None
             },
         )
-        return StepOutput(output, self._new_failures(step.scheduled), self._lost(step.plan))
+        return StepOutput(output, self._new_failures(step.scheduled), self._lost(step.plan), self._row_stats())
 
     def drafts(self) -> DraftTokenIds:
         """What is drafted for each request: of the step that was called last, if it is not sampled yet."""
@@ -152,7 +155,7 @@ class StepRunner:
         self._restore(plan, requests)
         self._place_media(scheduled, requests)
         output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
-        return StepOutput(output, self._new_failures(scheduled), self._lost(plan))
+        return StepOutput(output, self._new_failures(scheduled), self._lost(plan), self._row_stats())
 
     def _restore(self, plan: StepPlan, requests: Sequence[ScheduledRequest]) -> None:
         """Let rows that begin hold what is known of their prompts, then give back the memory of what is dropped."""
@@ -193,6 +196,13 @@ class StepRunner:
                     self._media.place(request, scheduled.scheduled_encoder_inputs.get(request.state.req_id, ()))
                 except Exception as error:
                     self._fail([request], error)
+
+    def _given(self, step: _Step, request: ScheduledRequest) -> list[int]:
+        """The tokens of a request that vLLM gets and counts."""
+        return up_to_end(step.scheduled, request.state, step.tokens[request.state.req_id], self._max_model_len)
+
+    def _row_stats(self) -> RowStats:
+        return RowStats.of(self.rows.slots, self.rows.slots - len(self.rows.free_slots))
 
     def _new_failures(self, scheduled: SchedulerOutput) -> Failures:
         """The failed requests that vLLM is to be told of with the output of this step: each once.

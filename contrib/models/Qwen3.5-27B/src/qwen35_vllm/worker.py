@@ -18,6 +18,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from .artifacts import load_model
 from .device_thread import DeviceThread, HandedOver, PendingOutput, StepOutput
+from .draft_counts import discount_padding
 from .options import serve_options
 from .runner import StepRunner
 
@@ -94,7 +95,7 @@ class Qwen35Worker(WorkerBase):
         A step that schedules nothing still tells which requests are finished.
         """
         self._handed_over.add(scheduler_output)
-        _discount_padding(scheduler_output)
+        discount_padding(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return self._output(partial(self._runner.idle, scheduler_output))
         self._forward = self._thread.submit(partial(self._runner.forward, scheduler_output))
@@ -119,15 +120,3 @@ class Qwen35Worker(WorkerBase):
 
     def shutdown(self) -> None:
         self._thread.close()
-
-
-def _discount_padding(scheduled: SchedulerOutput) -> None:
-    """Let vLLM's metrics leave out places for drafts that nobody made: in the first step of a request.
-
-    vLLM gives one whose prompt is a single token such places, so that all requests of the step are of one length.
-    """
-    places = scheduled.scheduled_spec_decode_tokens
-    cached = scheduled.scheduled_cached_reqs
-    started = {new.req_id for new in scheduled.scheduled_new_reqs} | {*cached.resumed_req_ids}
-    if padded := {request_id: len(places[request_id]) for request_id in started & places.keys()}:
-        scheduled.num_invalid_spec_tokens = {**(scheduled.num_invalid_spec_tokens or {}), **padded}

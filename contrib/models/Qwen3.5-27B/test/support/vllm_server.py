@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from openai import OpenAI
+from safetensors.torch import load_file, save_file
 
 from qwen35.serving.loading import MINI_CHECKPOINT
 
@@ -108,3 +111,14 @@ def _answers(port: int) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
+
+
+def spoil_mini(directory: Path) -> int:
+    """Copy the mini, with no number in the embedding of its last token, which no other text has; returns its id."""
+    shutil.copytree(MINI_CHECKPOINT, directory)
+    weights = load_file(directory / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+    token = weights[name].shape[0] - 1
+    weights[name][token] = torch.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return token

@@ -7,39 +7,24 @@ The checkpoint is the mini with one embedding that is no number, of a token that
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
 import openai
 
-from qwen35.serving.loading import MINI_CHECKPOINT
-from support.vllm_server import serve
+from support.vllm_server import serve, spoil_mini
 
 pytestmark = pytest.mark.vllm
 
 PROMPTS = ["The capital of France is", "2 + 2 =", "The capital of Italy is"]
 
 
-def spoil(directory: Path) -> int:
-    """Copy the mini, and spoil the embedding of a token that these prompts and their answers have not; its id."""
-    shutil.copytree(MINI_CHECKPOINT, directory)
-    weights = load_file(directory / "model.safetensors")
-    (name,) = (name for name in weights if name.endswith("embed_tokens.weight"))
-    token = weights[name].shape[0] - 1
-    weights[name][token] = torch.nan
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return token
-
-
 def test_the_client_of_a_request_that_fails_is_told_and_the_others_get_their_answers(tmp_path: Path) -> None:
-    token = spoil(tmp_path / "spoiled")
+    token = spoil_mini(tmp_path / "spoiled")
     arguments = ("--max-model-len", "256", "--max-num-seqs", "4", "--dtype", "float32")
     with serve(tmp_path / "log", *arguments, model=tmp_path / "spoiled") as server:
 

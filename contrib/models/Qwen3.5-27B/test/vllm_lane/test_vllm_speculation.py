@@ -237,18 +237,22 @@ def test_vllm_s_metrics_are_what_the_model_accepted(
     greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     with engine_of(checkpoints["often"], speculative_config=drafts(3), disable_log_stats=False) as engine:
         before = counted(engine)
-        runner, right = worker_of(engine)._runner._runner, []
+        runner, right, lengths = worker_of(engine)._runner._runner, [], []
         speculate = runner.speculate
 
         def record(rows: Any) -> Any:
-            verified = [[*row.drafts] for row in rows]
-            chosen = speculate(rows)
-            right.extend((len(own), len(tokens) - 1) for own, tokens in zip(verified, chosen, strict=True))
-            return chosen
+            (row,) = rows
+            drafted, left = len(row.drafts), lengths[-1] + 24 - len(row.tokens)  # of the answer, before this step
+            (chosen,) = speculate(rows)
+            right.append((drafted, len(chosen) - 1) if len(chosen) <= left else (left, left))
+            return [chosen]
 
         monkeypatch.setattr(runner, "speculate", record)
         # With one row, no step is run for a request that has ended: vLLM would not count it.
-        given = [tokens for prompt in random_prompts([5, 30, 1]) for tokens in answers(engine, [prompt], greedy)]
+        given = []
+        for prompt in random_prompts([5, 30, 1]):
+            lengths.append(len(prompt))
+            given += answers(engine, [prompt], greedy)
         steps, (drafted,), accepted = counted(engine)
     assert all(len(tokens) == 24 for tokens in given)
     assert 0 < accepted[2] - before[2][2] < accepted[0] - before[2][0] < len(right), "right and wrong drafts"
