@@ -28,7 +28,8 @@ found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     echo "$python is Python $found: it must be 3.11 to 3.13; name one, as PYTHON=python3.12, and a new DIRECTORY" >&2
     exit 1
 }
-if [[ ! -x $environment/bin/python ]]; then
+# Not the interpreter but pip, which comes last: what was left by a run that was cut off is finished.
+if ! "$environment/bin/python" -m pip --version > /dev/null 2>&1; then
     "$python" -m venv "$environment"
 fi
 pip=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
@@ -64,6 +65,7 @@ from pathlib import Path
 pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", Path(sys.argv[2]).read_text(encoding="utf-8"), re.MULTILINE))
 for name in ("torch", "transformers"):
     found = version(name).split("+")[0]
-    assert found == pins[name], f"vLLM {sys.argv[1]} was tested with {name} {pins[name]}, and this is {found}"
+    if found != pins[name]:
+        sys.exit(f"vLLM {sys.argv[1]} is served with {name} {pins[name]} here, and this is {found}: name a new DIRECTORY")
 PYTHON
 echo "vLLM $version in $environment"
