@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from qwen35.selftest.deltanet_cases import KernelCase, KernelName, layer_step, make_inputs, relative_error
@@ -38,6 +37,5 @@ def test_a_layer_s_step_is_the_recurrence_written_out_in_numpy() -> None:
         assert np.abs(output[0, 0, 128 * h : 128 * (h + 1)].numpy() - expected).max() < 1e-11
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_no_number_is_infinitely_wrong(bad: float) -> None:
-    assert relative_error(torch.tensor([1.0, bad]), torch.tensor([1.0, 2.0]).double()) == torch.inf
+def test_what_is_no_number_is_infinitely_wrong() -> None:
+    assert relative_error(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]).double()) == torch.inf
