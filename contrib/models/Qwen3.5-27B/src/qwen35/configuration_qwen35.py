@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
+from .device_settings import failing_features, read_settings, record_of_settings, record_problem, warn_once
 from .error_text import first_three, one_line, shown
 from .fp8_form import FP8, MODULES_NOT_CONVERTED, Fp8Form, parse_fp8
 from .hardware import INSTANCES
 from .json_files import read_json
 from .kernel_selection import (
-    AttentionKernel,
-    DeltaNetInverse,
-    DeltaNetKernel,
-    MLPKernel,
+    AUTO,
     attention_problems,
     kernel_problems,
+    leave_misfits_to_auto,
     mlp_problems,
+    resolve_auto,
 )
 from .nxdi import InferenceConfig, KVQuantizationConfig, NeuronConfig
 
@@ -180,10 +180,11 @@ class Qwen35NeuronConfig(NeuronConfig):
 
     Args:
         deltanet_kernel: a `DeltaNetKernel` or its value, kept as the value.
-        deltanet_inverse: a `DeltaNetInverse` or its value, kept as the value.
+        deltanet_inverse: "auto", a `DeltaNetInverse` or its value; what "auto" stands for is kept.
         attention_kernel: an `AttentionKernel` or its value, kept as the value; or one for each phase, by its name:
             {"context_encoding": "torch"} leaves the others at auto.
-        mlp_kernel: an `MLPKernel` or its value, kept as the value; NxDI's mlp_kernel_enabled is for its own MLPs.
+        mlp_kernel: "auto", an `MLPKernel` or its value; what "auto" stands for is kept. NxDI's mlp_kernel_enabled is
+            for its own MLPs.
         prefill_chunk_size: tokens of a prompt that are encoded at a time; prompts up to seq_len then need no bucket
             longer than this. None encodes a prompt in one piece, of at most max_context_length.
         output_prompt_logits: give the logits after every token of a prompt, not only after the last one: a program then
@@ -194,23 +195,32 @@ class Qwen35NeuronConfig(NeuronConfig):
         kv_cache_dtype: "fp8" keeps keys and values in float8_e4m3fn, clamped to +-240, without scales; None keeps them
             in torch_dtype.
         instance: where the model will run, a key of `hardware.INSTANCES`: compiling for a device then first checks that
-            it fits there. It is not guessed, since one machine may compile for another; None checks nothing.
+            it fits there, and refuses what does not. None takes the instance that this machine is, if it is one, and
+            only warns, since one machine may compile for another.
         num_speculative_tokens: tokens that the checkpoint's MTP head drafts a step, 0 to 7; 0 decodes without it.
             NxDI's speculation_length is for its own draft models and stays 0.
+        settings: a device settings file, see `device_settings`: a kernel field left at "auto" is what the file says.
+            It is read here and now; the kernels are kept, with a record of the file in the field `device_settings`.
+        device_settings: such a record, of a saved configuration.
+
+    Raises:
+        ValueError: `settings` is not there or not valid.
     """
 
     def __init__(
         self,
-        deltanet_kernel: str = DeltaNetKernel.AUTO,
-        deltanet_inverse: str = DeltaNetInverse.TILED,
-        attention_kernel: str | Mapping[str, str] = AttentionKernel.AUTO,
+        deltanet_kernel: str = AUTO,
+        deltanet_inverse: str = AUTO,
+        attention_kernel: str | Mapping[str, str] = AUTO,
         prefill_chunk_size: int | None = None,
         output_prompt_logits: bool = False,
         instance: str | None = None,
         num_speculative_tokens: int = 0,
         weights_dtype: str | None = None,
         kv_cache_dtype: str | None = None,
-        mlp_kernel: str = MLPKernel.TORCH,
+        mlp_kernel: str = AUTO,
+        settings: str | os.PathLike[str] | None = None,
+        device_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("cast_type", "as-declared")
@@ -220,16 +230,21 @@ class Qwen35NeuronConfig(NeuronConfig):
             kwargs["max_context_length"] = prefill_chunk_size
         self.prefill_chunk_size, self.output_prompt_logits = prefill_chunk_size, output_prompt_logits
         super().__init__(**kwargs)
-        self.deltanet_kernel = deltanet_kernel.value if isinstance(deltanet_kernel, Enum) else deltanet_kernel
-        self.deltanet_inverse = deltanet_inverse.value if isinstance(deltanet_inverse, Enum) else deltanet_inverse
-        self.attention_kernel = (
-            {key: value.value if isinstance(value, Enum) else value for key, value in attention_kernel.items()}
-            if isinstance(attention_kernel, Mapping)
-            else attention_kernel.value
-            if isinstance(attention_kernel, Enum)
-            else attention_kernel
-        )
-        self.mlp_kernel = mlp_kernel.value if isinstance(mlp_kernel, Enum) else mlp_kernel
+        given = {
+            "deltanet_kernel": _value_of(deltanet_kernel),
+            "deltanet_inverse": _value_of(deltanet_inverse),
+            "attention_kernel": _value_of(attention_kernel),
+            "mlp_kernel": _value_of(mlp_kernel),
+        }
+        self.device_settings = device_settings
+        if settings is None:
+            kernels, _ = resolve_auto(given, {})
+        else:
+            found = read_settings(settings)
+            kernels, taken = resolve_auto(given, found.kernels)
+            self.device_settings = record_of_settings(settings, found, taken)
+        self.deltanet_kernel, self.deltanet_inverse = kernels["deltanet_kernel"], kernels["deltanet_inverse"]
+        self.attention_kernel, self.mlp_kernel = kernels["attention_kernel"], kernels["mlp_kernel"]
         self.instance = instance
         self.num_speculative_tokens = num_speculative_tokens
         self.weights_dtype, self.kv_cache_dtype = weights_dtype, kv_cache_dtype
@@ -239,6 +254,13 @@ class Qwen35NeuronConfig(NeuronConfig):
             nxdi_fields |= _FP8_KV_CACHE | {"kv_quant_config": KVQuantizationConfig()}
         for name, value in nxdi_fields.items():
             setattr(self, name, value)
+
+
+def _value_of(kernel: Any) -> Any:
+    """What an argument that is an enum's member or its value, or has one for each phase, is kept as."""
+    if isinstance(kernel, Mapping):
+        return {key: _value_of(value) for key, value in kernel.items()}
+    return kernel.value if isinstance(kernel, Enum) else kernel
 
 
 class Qwen35InferenceConfig(InferenceConfig):
@@ -485,6 +507,7 @@ class Qwen35InferenceConfig(InferenceConfig):
             # Alone: the fields of another architecture would only bury it.
             raise Qwen35ConfigError([_model_type_problem(self.model_type)])
         malformed = dict(_malformed_fields(self))
+        self._leave_misfits_to_auto(malformed.keys())
         problems = [*malformed.values(), *_structure_problems(self, malformed.keys())]
         if self.neuron_config is None:
             problems.append("neuron_config=None: pass a Qwen35NeuronConfig")
@@ -493,6 +516,26 @@ class Qwen35InferenceConfig(InferenceConfig):
         if problems:
             raise Qwen35ConfigError(problems)
         super().validate_config()
+        if record := self._device_settings:
+            for line in failing_features(self, record["failing"]):
+                warn_once(f"{record['file']}: {line}")
+
+    @property
+    def _device_settings(self) -> dict[str, Any] | None:
+        """The record of the settings file, if there is one; a plain NeuronConfig does not know of it."""
+        record: dict[str, Any] | None = getattr(self.neuron_config, "device_settings", None)
+        return record
+
+    def _leave_misfits_to_auto(self, malformed: Any) -> None:
+        """Of the kernels that a settings file chose, leave those that cannot run this model to the default, and say so.
+
+        Here, because the checks refuse such a kernel, and before the model's fields are there nobody knows.
+        """
+        record = self._device_settings
+        if not record or record_problem(record) or _ill_sizes(self.neuron_config):
+            return
+        for line in leave_misfits_to_auto(self, record["kernels"], malformed):
+            warn_once(f"{record['file']}: {line}; the default takes its place")
 
 
 _SIZES = [name for name, kind in Qwen35InferenceConfig.__annotations__.items() if kind == "int"]
@@ -740,6 +783,11 @@ def _speculation_problems(config: Qwen35InferenceConfig) -> Iterator[str]:
         yield f"{asked} with async_mode=True: a step begins where the accepted tokens of the last end; set it to False"
 
 
+def _ill_sizes(neuron: NeuronConfig) -> list[str]:
+    """The sizes of the run that are no positive integers."""
+    return [name for name in _NEURON_SIZES if not is_size(getattr(neuron, name))]
+
+
 def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[str]:
     """Problems of the run settings, by themselves and against the checkpoint."""
     neuron = config.neuron_config
@@ -762,9 +810,11 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
         yield f"torch_dtype={neuron.torch_dtype} is not supported: {reason}set torch_dtype to bfloat16 or float32"
     yield from _speculation_problems(config)
     yield from kernel_problems(config, malformed)
+    if (record := config._device_settings) is not None and (problem := record_problem(record)):
+        yield f"device_settings: {problem}; pass settings=FILE in place of it"
     instance = getattr(neuron, "instance", None)
     if instance is not None and instance not in INSTANCES:
-        yield f"instance={instance!r} is unknown; set it to {', '.join(INSTANCES)}, or None to check no memory"
+        yield f"instance={instance!r} is unknown; set it to {', '.join(INSTANCES)}, or None to be warned alone"
     if neuron.on_cpu and neuron.torch_dtype == torch.bfloat16 and neuron.tp_degree != 1:
         yield f"torch_dtype=bfloat16 with tp_degree={neuron.tp_degree} on a CPU: gloo reduces float32, set it to that"
     if neuron.attention_dtype not in (None, neuron.torch_dtype):
@@ -775,7 +825,7 @@ def _neuron_problems(config: Qwen35InferenceConfig, malformed: Any) -> Iterator[
             "output_prompt_logits=True with on_device_sampling_config: the device would choose after the last column "
             "of a bucket, its padding; set one of them only"
         )
-    ill = [name for name in _NEURON_SIZES if not is_size(getattr(neuron, name))]
+    ill = _ill_sizes(neuron)
     yield from (f"{name}={getattr(neuron, name)!r} must be a positive integer" for name in ill)
     for small, large, remedy in (
         ("max_context_length", "seq_len", "lower it or raise seq_len"),

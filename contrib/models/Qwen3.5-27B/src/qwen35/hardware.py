@@ -7,7 +7,12 @@ Sources are documents of github.com/aws-neuron/aws-neuron-sdk, release 2.29, unl
 
 from __future__ import annotations
 
+import json
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +59,48 @@ TRN2_48XLARGE = Instance(
     "trn2.48xlarge", Figure(16, "chips of trn2.48xlarge", "about-neuron/arch/neuron-hardware/trn2-arch.rst")
 )
 INSTANCES = {instance.name: instance for instance in (TRN2_3XLARGE, TRN2_48XLARGE)}
+
+
+PRODUCT_NAME = Path("/sys/devices/virtual/dmi/id/product_name")
+"""Where Linux has the machine's product name; on an instance of EC2's Nitro system that is its type."""
+
+NEURON_LS = ("neuron-ls", "--json-output")
+"""Lists the Neuron devices, chips each: tools/neuron-sys-tools/neuron-ls.rst."""
+
+_NEURON_LS_SECONDS = 20
+
+
+def detected_instance(product_name: Path = PRODUCT_NAME) -> Instance | None:
+    """The instance that this machine is: by its product name, else by as many chips as neuron-ls lists.
+
+    Other sizes have the same chips: 16 of them in a trn2u.48xlarge are those of trn2.48xlarge.
+
+    Returns:
+        None on any other machine, and where neither can be asked.
+    """
+    try:
+        name = product_name.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        name = ""
+    if name in INSTANCES:
+        return INSTANCES[name]
+    chips = sum(map(_is_chip, _neuron_devices()))
+    return next((instance for instance in INSTANCES.values() if instance.chips.value == chips), None)
+
+
+def _neuron_devices() -> list[Any]:
+    """What neuron-ls lists; nothing where it is not installed, finds no driver, or says something else."""
+    try:
+        listed = subprocess.run(NEURON_LS, capture_output=True, check=True, timeout=_NEURON_LS_SECONDS).stdout
+        devices = json.loads(listed)
+    except (OSError, subprocess.SubprocessError, ValueError, RecursionError):
+        return []
+    return devices if isinstance(devices, list) else []
+
+
+def _is_chip(device: Any) -> bool:
+    """Whether an entry of neuron-ls is a chip of Trainium 2: those of other generations have another memory."""
+    return isinstance(device, Mapping) and device.get("memory_size") == CHIP_HBM.value
 
 
 def rank_hbm_bytes(lnc: int) -> int:

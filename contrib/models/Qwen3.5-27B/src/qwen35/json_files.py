@@ -18,8 +18,11 @@ Rule = tuple[Callable[[Any], bool], str]
 """Whether a field's value is one of the kind that it must be, and that kind in words."""
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "download it again") -> Any:
     """The value in a JSON file, in UTF-8 with or without a byte order mark.
+
+    Args:
+        remedy: what to do about a file that holds no JSON.
 
     Raises:
         FileNotFoundError: nothing has this name.
@@ -31,7 +34,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); correct its permissions") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class DeltaNetKernel(str, Enum):
 
 
 class DeltaNetInverse(str, Enum):
-    """How FUSED, LOOPED and CHUNKED invert the triangular system of a chunk."""
+    """How FUSED, LOOPED and CHUNKED invert the triangular system of a chunk; `auto` is TILED."""
 
     TILED = "tiled"  # on sub-arrays of the Tensor engine, side by side
     PLAIN = "plain"  # by matmuls that take all of it: slower, and nothing in it goes beyond NKI's documents
@@ -43,11 +43,28 @@ class AttentionKernel(str, Enum):
 
 
 class MLPKernel(str, Enum):
-    """What computes the MLP of a call with few tokens, decoding above all; longer calls are left to the compiler."""
+    """What computes the MLP of a call with few tokens, decoding above all; longer calls are left to the compiler.
+
+    `auto` is TORCH.
+    """
 
     TORCH = "torch"  # linear layers
     NKI = "nki"  # nki-library's kernel for token generation, `nki_kernels.library_mlp`
 
+
+AUTO = "auto"
+"""Of any kernel field: what device settings say, else the documented default."""
+
+KERNEL_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "deltanet_kernel": tuple(kernel.value for kernel in DeltaNetKernel),
+    "deltanet_inverse": (AUTO, *(inverse.value for inverse in DeltaNetInverse)),
+    "attention_kernel": tuple(kernel.value for kernel in AttentionKernel),
+    "mlp_kernel": (AUTO, *(kernel.value for kernel in MLPKernel)),
+}
+"""Fields of a `Qwen35NeuronConfig` that name a kernel, and the names; attention_kernel may be one for each phase."""
+
+_FIXED_DEFAULTS = {"deltanet_inverse": DeltaNetInverse.TILED.value, "mlp_kernel": MLPKernel.TORCH.value}
+"""What `auto` is wherever the model runs; of the other fields it depends on the device."""
 
 KERNEL_ENVIRONMENT = {
     "USE_NKI_FUSED": DeltaNetKernel.FUSED,
@@ -115,6 +132,82 @@ class DecodingStep(NamedTuple):
         return all(size <= limit for size, limit in zip(self.sizes(tokens), limits, strict=True))
 
 
+ATTENTION_PHASES = tuple(phase.value for phase in ATTENTION_WINS_FROM)
+"""The keys of an attention_kernel by phase."""
+
+
+def resolve_auto(given: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The kernel fields with `auto` replaced by what device settings say, else by what it is on every device.
+
+    Args:
+        given: each field of `KERNEL_CHOICES`, by value; what is wrong with them is left for the checks.
+        settings: what device settings say of some of them.
+
+    Returns:
+        All fields, and of them what was taken from `settings`.
+    """
+    chosen, taken = dict(given), {}
+    for field, saved in settings.items():
+        if field == "attention_kernel":
+            by_phase, saved_by_phase = _by_phase(given[field]), _by_phase(saved)
+            from_settings = {
+                phase: kernel
+                for phase, kernel in saved_by_phase.items()
+                if kernel != AUTO and by_phase.get(phase, AUTO) == AUTO
+            }
+            if from_settings:
+                chosen[field], taken[field] = by_phase | from_settings, from_settings
+        elif saved != AUTO and given[field] == AUTO:
+            chosen[field] = taken[field] = saved
+    fixed = {field: default for field, default in _FIXED_DEFAULTS.items() if chosen[field] == AUTO}
+    return chosen | fixed, taken
+
+
+def _by_phase(kernel: Any) -> dict[Any, Any]:
+    """An attention_kernel as one for each phase."""
+    return dict(kernel) if isinstance(kernel, Mapping) else dict.fromkeys(ATTENTION_PHASES, kernel)
+
+
+def leave_misfits_to_auto(config: Any, taken: dict[str, Any], malformed: Collection[str]) -> Iterator[str]:
+    """Set back to `auto` what device settings chose and this model cannot run: they know no model.
+
+    Args:
+        config: a `Qwen35InferenceConfig`, whose sizes of the run are positive.
+        taken: what `resolve_auto` took, of which what is set back is removed.
+        malformed: fields of `config` that cannot be read.
+
+    Yields:
+        A line for each such kernel: the reason.
+    """
+    neuron = config.neuron_config
+    for field in [*taken]:
+        if field == "attention_kernel":
+            for phase, kernel in [*taken[field].items()]:
+                if problem := _settings_problem(config, field, kernel, malformed, Phase(phase)):
+                    neuron.attention_kernel = _by_phase(neuron.attention_kernel) | {phase: AUTO}
+                    del taken[field][phase]
+                    yield f"{field}[{phase!r}]={problem}"
+        elif problem := _settings_problem(config, field, taken[field], malformed):
+            setattr(neuron, field, _FIXED_DEFAULTS.get(field, AUTO))
+            del taken[field]
+            yield f"{field}={problem}"
+
+
+def _settings_problem(
+    config: Any, field: str, kernel: str, malformed: Collection[str], phase: Phase | None = None
+) -> str | None:
+    """The kernel and why this model cannot run it, if it cannot."""
+    problems: Iterator[str] = iter(())
+    if field == "deltanet_kernel":
+        problems = _head_dim_problems(DeltaNetKernel(kernel), config, malformed)
+    elif field == "attention_kernel" and phase is not None and kernel == AttentionKernel.NKI.value:
+        problems = _nki_problems(config, [phase], malformed)
+    elif field == "mlp_kernel" and kernel == MLPKernel.NKI.value:
+        problems = _nki_mlp_problems(config, malformed)
+    problem = next(problems, None)
+    return None if problem is None else f"{kernel!r} {problem}"
+
+
 @dataclass(frozen=True)
 class AttentionChoice:
     """Which attention kernels a model runs.
@@ -180,7 +273,7 @@ def select_attention(config: Any) -> AttentionChoice:
 
 def attention_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
     """What is wrong with `attention_kernel`, one line each; `malformed` are fields of `config` that cannot be read."""
-    names, phases = [kernel.value for kernel in AttentionKernel], [phase.value for phase in ATTENTION_WINS_FROM]
+    names, phases = KERNEL_CHOICES["attention_kernel"], ATTENTION_PHASES
     given = getattr(config.neuron_config, "attention_kernel", AttentionKernel.AUTO.value)
     for key, name in given.items() if isinstance(given, Mapping) else [(None, given)]:
         field = "attention_kernel" if key is None else f"attention_kernel[{key!r}]"
@@ -261,34 +354,38 @@ def _configured_attention(config: Any) -> dict[Phase, str]:
 
 def select_mlp_kernel(config: Any) -> MLPKernel:
     """The MLP kernel of a `Qwen35InferenceConfig`; a plain NeuronConfig has no such field, and means TORCH."""
-    return MLPKernel(getattr(config.neuron_config, "mlp_kernel", MLPKernel.TORCH.value))
+    return MLPKernel(_fixed("mlp_kernel", config))
 
 
 def mlp_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
     """What is wrong with `mlp_kernel`, one line each; `malformed` are fields of `config` that cannot be read."""
-    neuron, names = config.neuron_config, [kernel.value for kernel in MLPKernel]
-    name = getattr(neuron, "mlp_kernel", MLPKernel.TORCH.value)
+    names = KERNEL_CHOICES["mlp_kernel"]
+    name = _fixed("mlp_kernel", config)
     if name not in names:
         yield f"mlp_kernel={name!r} is unknown; set it to {', '.join(names)}"
-    if name != MLPKernel.NKI.value:
-        return
-    asked = f"mlp_kernel={name!r}"
+    if name == MLPKernel.NKI.value:
+        yield from (f"mlp_kernel={name!r} {problem}" for problem in _nki_mlp_problems(config, malformed))
+
+
+def _nki_mlp_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
+    """Why nki-library's MLP cannot run."""
+    neuron = config.neuron_config
     if neuron.torch_dtype != torch.bfloat16:
-        yield f"{asked} computes in bfloat16, not torch_dtype={neuron.torch_dtype}; set it to that, or use 'torch'"
+        yield f"computes in bfloat16, not torch_dtype={neuron.torch_dtype}; set it to that, or use 'torch'"
     step = 128 * neuron.logical_nc_config
     if "hidden_size" not in malformed and config.hidden_size % step:
         yield (
-            f"{asked} takes hidden sizes in multiples of {step} with logical_nc_config={neuron.logical_nc_config}, not "
+            f"takes hidden sizes in multiples of {step} with logical_nc_config={neuron.logical_nc_config}, not "
             f"hidden_size={config.hidden_size}; use 'torch'"
         )
     columns = 0 if "intermediate_size" in malformed else config.intermediate_size // neuron.tp_degree
     if columns > MOST_COLUMNS:
         yield (
-            f"{asked} takes at most {MOST_COLUMNS} columns of intermediate_size on a rank, not {columns}; raise "
+            f"takes at most {MOST_COLUMNS} columns of intermediate_size on a rank, not {columns}; raise "
             f"tp_degree={neuron.tp_degree}, or use 'torch'"
         )
     if problem := library_problem():
-        yield f"{asked} needs nki-library, which the Neuron SDK brings ({problem}); install it, or use 'torch'"
+        yield f"needs nki-library, which the Neuron SDK brings ({problem}); install it, or use 'torch'"
 
 
 def select_deltanet_kernel(config: Any) -> DeltaNetKernel:
@@ -305,7 +402,7 @@ def select_deltanet_kernel(config: Any) -> DeltaNetKernel:
 
 def select_deltanet_inverse(config: Any) -> DeltaNetInverse:
     """How the kernels of a `Qwen35InferenceConfig` invert the system of a chunk."""
-    return DeltaNetInverse(_configured_inverse(config))
+    return DeltaNetInverse(_fixed("deltanet_inverse", config))
 
 
 def kernel_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
@@ -313,17 +410,25 @@ def kernel_problems(config: Any, malformed: Collection[str]) -> Iterator[str]:
     override = _overrides()
     if len(override) > 1:
         yield f"{' and '.join(override)} are all set to 1; each names another kernel, set one"
-    inverse, inverses = _configured_inverse(config), [choice.value for choice in DeltaNetInverse]
+    inverse, inverses = _fixed("deltanet_inverse", config), KERNEL_CHOICES["deltanet_inverse"]
     if inverse not in inverses:
         yield f"deltanet_inverse={inverse!r} is unknown; set it to {', '.join(inverses)}"
     chosen = _configured(config)
-    if chosen not in [kernel.value for kernel in DeltaNetKernel]:
-        yield f"deltanet_kernel={chosen!r} is unknown; set it to {', '.join(kernel.value for kernel in DeltaNetKernel)}"
+    if chosen not in KERNEL_CHOICES["deltanet_kernel"]:
+        yield f"deltanet_kernel={chosen!r} is unknown; set it to {', '.join(KERNEL_CHOICES['deltanet_kernel'])}"
     elif "linear_key_head_dim" not in malformed and "linear_value_head_dim" not in malformed:
         kernel = select_deltanet_kernel(config)
-        dims = (config.linear_key_head_dim, config.linear_value_head_dim)
-        if kernel is not DeltaNetKernel.TORCH and dims != (KERNEL_HEAD_DIM, KERNEL_HEAD_DIM):
-            yield f"deltanet_kernel={kernel.value!r} has heads of 128 dims, not {dims[0]} and {dims[1]}; use 'torch'"
+        for problem in _head_dim_problems(kernel, config, malformed):
+            yield f"deltanet_kernel={kernel.value!r} {problem}"
+
+
+def _head_dim_problems(kernel: DeltaNetKernel, config: Any, malformed: Collection[str]) -> Iterator[str]:
+    """Why a DeltaNet kernel cannot run."""
+    if kernel is DeltaNetKernel.TORCH or not {"linear_key_head_dim", "linear_value_head_dim"}.isdisjoint(malformed):
+        return
+    dims = (config.linear_key_head_dim, config.linear_value_head_dim)
+    if dims != (KERNEL_HEAD_DIM, KERNEL_HEAD_DIM):
+        yield f"has heads of 128 dims, not {dims[0]} and {dims[1]}; use 'torch'"
 
 
 def _overrides() -> list[str]:
@@ -336,7 +441,7 @@ def _configured(config: Any) -> str:
     return kernel
 
 
-def _configured_inverse(config: Any) -> str:
-    """The configured inverse; a plain NeuronConfig, which has no such field, means tiled."""
-    inverse: str = getattr(config.neuron_config, "deltanet_inverse", DeltaNetInverse.TILED.value)
-    return inverse
+def _fixed(field: str, config: Any) -> str:
+    """A field whose `auto` is the same everywhere; a plain NeuronConfig, which has none, means that."""
+    name: str = getattr(config.neuron_config, field, AUTO)
+    return _FIXED_DEFAULTS[field] if name == AUTO else name

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwen35.configuration_qwen35 import Qwen35InferenceConfig, dtype_name
 from qwen35.configuration_qwen35_vl import Qwen35VLInferenceConfig
 from qwen35.error_text import first_three, shown
+from qwen35.kernel_selection import KERNEL_CHOICES
 from qwen35.memory.fit import require_fits
 from qwen35.modeling_qwen35 import NeuronQwen35ForCausalLM
 from qwen35.serving.compiled import Progress, compile_once, is_compiled, place_of, record_of, weight_files
@@ -156,7 +157,7 @@ def _mismatches(
         remedy = f"set its num_speculative_tokens to {drafts}" if drafts else "leave it out"
         asked = f"{wanted.num_speculative_tokens} as --speculative-config asks"
         yield f"it was compiled to draft {drafts} tokens, not {asked}: {remedy}"
-    for name, value in options.neuron_fields().items():
+    for name, value in _compiled_fields(options, wanted).items():
         kept = getattr(neuron, name, None)
         if (kept is None) != (value is None) if name == "on_device_sampling_config" else kept != value:
             yield f"it was compiled with {name}={shown(kept)}: leave the option out, or compile another"
@@ -165,6 +166,16 @@ def _mismatches(
         yield f"it was compiled of a checkpoint that differs in {first_three(other)}: compile it of this one"
     elif record_of(path).get("checkpoint", files := weight_files(Path(wanted._name_or_path))) != files:
         yield f"the weights in {wanted._name_or_path} are others than it was compiled of: compile it of these"
+
+
+def _compiled_fields(options: ServeOptions, wanted: Qwen35InferenceConfig) -> dict[str, Any]:
+    """Fields of the options and the values that a compiled model must have: `auto` is by now what it stands for."""
+    given = options.neuron_fields()
+    if given.pop("settings", None) is not None:
+        given |= dict.fromkeys(KERNEL_CHOICES)
+    return {
+        name: getattr(wanted.neuron_config, name) if name in KERNEL_CHOICES else value for name, value in given.items()
+    }
 
 
 def _checkpoint_fields(config: Qwen35InferenceConfig) -> dict[str, Any]:

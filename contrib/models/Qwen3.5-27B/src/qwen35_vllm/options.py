@@ -15,7 +15,7 @@ from qwen35.configuration_qwen35 import DTYPES, FP8_NAME, Qwen35InferenceConfig,
 from qwen35.error_text import one_line, shown
 from qwen35.hardware import INSTANCES
 from qwen35.json_files import Rule, wrong_fields
-from qwen35.kernel_selection import AttentionKernel, DeltaNetInverse, DeltaNetKernel, MLPKernel
+from qwen35.kernel_selection import KERNEL_CHOICES
 from qwen35.nxdi import NXDI_AVAILABLE, OnDeviceSamplingConfig
 from qwen35.planning.recommended import device_neuron_config
 from qwen35.serving.loading import resolve_checkpoint
@@ -53,6 +53,7 @@ class ServeOptions:
         ctx_batch_size: prompts that are encoded in one call.
         context_encoding_buckets, token_generation_buckets: lengths that are compiled, ascending.
         deltanet_kernel, deltanet_inverse, attention_kernel, mlp_kernel: which kernel runs, see `kernel_selection`.
+        settings: a device settings file, which says what the kernels that are "auto" are, see `device_settings`.
         weights_dtype, kv_cache_dtype: "fp8", in place of vLLM's dtype, see `Qwen35NeuronConfig`.
         instance: a key of `hardware.INSTANCES`: that the model fits there is checked before it is compiled.
         on_device_sampling: let the device choose the tokens of steps in which every row is greedy.
@@ -71,6 +72,7 @@ class ServeOptions:
     deltanet_inverse: str | None = None
     attention_kernel: str | None = None
     mlp_kernel: str | None = None
+    settings: Path | None = None
     weights_dtype: str | None = None
     kv_cache_dtype: str | None = None
     instance: str | None = None
@@ -91,6 +93,7 @@ class ServeOptions:
             "deltanet_inverse",
             "attention_kernel",
             "mlp_kernel",
+            "settings",
             "weights_dtype",
             "kv_cache_dtype",
             "instance",
@@ -122,10 +125,8 @@ _RULES: dict[str, Rule] = {
     "ctx_batch_size": _SIZE,
     "context_encoding_buckets": _SIZES,
     "token_generation_buckets": _SIZES,
-    "deltanet_kernel": _one_of(*(kernel.value for kernel in DeltaNetKernel)),
-    "deltanet_inverse": _one_of(*(inverse.value for inverse in DeltaNetInverse)),
-    "attention_kernel": _one_of(*(kernel.value for kernel in AttentionKernel)),
-    "mlp_kernel": _one_of(*(kernel.value for kernel in MLPKernel)),
+    **{name: _one_of(*choices) for name, choices in KERNEL_CHOICES.items()},
+    "settings": _PATH,
     "weights_dtype": _one_of(FP8_NAME),
     "kv_cache_dtype": _one_of(FP8_NAME),
     "instance": _one_of(*INSTANCES),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +54,11 @@ def of_27b_at_256k() -> NeuronQwen35ForCausalLM:
 def plan_of_256k() -> Plan:
     """The plan of `of_27b_at_256k` on the smallest instance."""
     return plan(of_27b_at_256k(), TRN2_3XLARGE)
+
+
+def install_neuron_ls(directory: Path, printed: str, status: int = 0, before: str = "") -> None:
+    """A neuron-ls for PATH that prints this and ends with that status."""
+    directory.mkdir(exist_ok=True)
+    tool = directory / "neuron-ls"
+    tool.write_text(f"#!/bin/sh\n{before}\n/bin/cat <<'EOF'\n{printed}\nEOF\nexit {status}\n")
+    tool.chmod(0o755)

@@ -67,7 +67,7 @@ def test_a_configured_inverse_is_taken_and_survives_saving(inverse: DeltaNetInve
 
 
 def test_an_unknown_inverse_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(Qwen35ConfigError, match=r"deltanet_inverse='exact' is unknown; set it to tiled, plain"):
+    with pytest.raises(Qwen35ConfigError, match=r"deltanet_inverse='exact' is unknown; set it to auto, tiled, plain"):
         config(deltanet_inverse="exact")
 
 
@@ -264,7 +264,7 @@ def test_a_configured_mlp_kernel_is_taken_and_survives_saving(kernel: MLPKernel,
 @pytest.mark.parametrize(
     ("options", "fields", "message"),
     [
-        ({"mlp_kernel": "fast"}, {}, r"mlp_kernel='fast' is unknown; set it to torch, nki"),
+        ({"mlp_kernel": "fast"}, {}, r"mlp_kernel='fast' is unknown; set it to auto, torch, nki"),
         (
             {"torch_dtype": torch.float32},
             {},

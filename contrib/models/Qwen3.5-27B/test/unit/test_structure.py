@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"error_text"}, {"hardware"}, {"ops"}, {"phase"}),
     ({"json_files"}, {"fp8_form"}),
     ({"nxdi"}, {"nki_kernels"}),
-    ({"kernel_selection", "configuration_qwen35", "configuration_qwen35_vl"},),
+    ({"kernel_selection", "device_settings", "configuration_qwen35", "configuration_qwen35_vl"},),
     ({"weights"},),
     ({"layers"}, {"vision"}),
     ({"memory"}, {"submodels"}),

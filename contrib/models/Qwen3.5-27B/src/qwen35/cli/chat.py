@@ -144,10 +144,11 @@ def _config(options: ChatOptions) -> Qwen35InferenceConfig:
     if options.compiled is not None:
         config = load_compiled_config(options.compiled)
         options.require_compiled(options.compiled, config.num_speculative_tokens)
+        options.require_no_settings(options.compiled)
         return config
     if options.tp != 1:
         raise ValueError(f"--tp {options.tp}: a chat on a CPU has one rank, which reads the questions; leave it out")
     chunk_size = min(CHUNK_SIZE, options.seq_len)
-    neuron_config = default_neuron_config(options.seq_len, 1, 1, options.dtype, chunk_size, **options.fp8)
+    neuron_config = default_neuron_config(options.seq_len, 1, 1, options.dtype, chunk_size, **options.neuron_fields)
     neuron_config.num_speculative_tokens = options.speculate or 0
     return Qwen35InferenceConfig.from_pretrained(options.checkpoint, neuron_config=neuron_config)

@@ -55,7 +55,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at a time (1)")
     add_speculate_option(parser)
     parser.add_argument("--vision", action="store_true", help="also take images and videos")
-    parser.add_argument("--instance", choices=INSTANCES, help="where it will run; on Neuron, check that it fits there")
+    parser.add_argument(
+        "--instance", choices=INSTANCES, help="where it will run; on Neuron, refuse what does not fit there"
+    )
     parser.add_argument(
         "--recommended",
         choices=RECOMMENDED,
@@ -86,8 +88,14 @@ def _run(args: argparse.Namespace) -> None:
 
 def _neuron_config(options: CompileOptions) -> Qwen35NeuronConfig:
     if options.recommended is not None:
-        return RECOMMENDED[options.recommended].neuron_config()
+        return RECOMMENDED[options.recommended].neuron_config(settings=options.settings)
     instance = None if options.instance is None else INSTANCES[options.instance]
     return device_neuron_config(
-        instance, options.tp, options.seq_len, options.batch, options.dtype, on_cpu=not NXDI_AVAILABLE, **options.fp8
+        instance,
+        options.tp,
+        options.seq_len,
+        options.batch,
+        options.dtype,
+        on_cpu=not NXDI_AVAILABLE,
+        **options.neuron_fields,
     )

@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> None:
         tp_degree=options.tp,
         torch_dtype=options.dtype or torch.bfloat16,
         save_sharded_checkpoint=True,
-        **options.fp8,
+        **options.neuron_fields,
     )
     model = options.build(NeuronQwen35ForCausalLM, neuron_config)
 

@@ -174,7 +174,7 @@ def _config(options: GenerateOptions, model_path: Path, length: int, rows: int) 
     from ..serving.loading import default_neuron_config, load_compiled_config
 
     if options.compiled is None:
-        neuron_config = default_neuron_config(length, rows, options.tp, options.dtype, **options.fp8)
+        neuron_config = default_neuron_config(length, rows, options.tp, options.dtype, **options.neuron_fields)
         neuron_config.num_speculative_tokens = options.speculate or 0
         if not neuron_config.on_cpu:
             raise ValueError("--compiled is missing: on Neuron run 'qwen35 compile DIR', then pass --compiled DIR")
@@ -182,6 +182,7 @@ def _config(options: GenerateOptions, model_path: Path, length: int, rows: int) 
         return config_cls.from_pretrained(model_path, neuron_config=neuron_config)
     config = load_compiled_config(options.compiled)
     options.require_compiled(options.compiled, config.num_speculative_tokens)
+    options.require_no_settings(options.compiled)
     if options.with_media and not isinstance(config, Qwen35VLInferenceConfig):
         raise ValueError(f"--image with --compiled {options.compiled}: it takes text only; compile it with --vision")
     for name, needed, what in (("seq_len", length, "tokens of prompt and answer"), ("batch_size", rows, "prompts")):

@@ -86,11 +86,12 @@ class CheckpointOptions:
         return model_cls(path, model_cls.get_config_cls().from_pretrained(path, neuron_config=neuron_config))
 
 
-class Fp8Options(TypedDict):
+class NeuronFields(TypedDict):
     """Arguments of `Qwen35NeuronConfig`."""
 
     weights_dtype: str | None
     kv_cache_dtype: str | None
+    settings: Path | None
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,28 @@ class ModelOptions(CheckpointOptions):
     dtype: torch.dtype | None
     weights_dtype: str | None
     kv_cache_dtype: str | None
+    settings: Path | None
 
     @property
-    def fp8(self) -> Fp8Options:
-        """What is in fp8, for a `Qwen35NeuronConfig`."""
-        return {"weights_dtype": self.weights_dtype, "kv_cache_dtype": self.kv_cache_dtype}
+    def neuron_fields(self) -> NeuronFields:
+        """What is in fp8, and which kernels `auto` is, for a `Qwen35NeuronConfig`."""
+        return {
+            "weights_dtype": self.weights_dtype,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "settings": self.settings,
+        }
+
+    def require_no_settings(self, compiled: Path | None) -> None:
+        """Check that a compiled model is not to have other kernels.
+
+        Raises:
+            ValueError: it is.
+        """
+        if compiled is not None and self.settings is not None:
+            raise ValueError(
+                f"--settings {self.settings} with --compiled {compiled}: its kernels were chosen when it was compiled; "
+                "leave --settings out, or compile it anew"
+            )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +139,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"{' or '.join(DTYPES)}; default: float32 on a CPU, bfloat16 on Neuron",
     )
     add_fp8_options(parser)
+    add_settings_option(parser)
+
+
+def add_settings_option(parser: argparse.ArgumentParser) -> None:
+    """Add --settings."""
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE", help="device settings of a self-test: which kernels work there"
+    )
 
 
 def add_fp8_options(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from ..configuration_qwen35 import DTYPES, QWEN35_PRESETS
 from ..hardware import INSTANCES
 from ..nxdi import on_stand_ins
 from ..planning.recommended import device_neuron_config
-from .options import add_checkpoint_options, add_fp8_options, dtype_named, options_from
+from .options import add_checkpoint_options, add_fp8_options, add_settings_option, dtype_named, options_from
 
 if TYPE_CHECKING:
     from ..modeling_qwen35 import NeuronQwen35ForCausalLM
@@ -40,6 +40,7 @@ class PlanOptions:
     dtype: torch.dtype
     weights_dtype: str | None
     kv_cache_dtype: str | None
+    settings: Path | None
     recommended: bool
     json: bool
     png: Path | None
@@ -71,6 +72,7 @@ def add_parser(commands: Commands) -> None:
         "--dtype", type=dtype_named, default=torch.bfloat16, metavar="DTYPE", help=f"{' or '.join(DTYPES)} (bfloat16)"
     )
     add_fp8_options(parser)
+    add_settings_option(parser)
     parser.add_argument(
         "--speculate", type=int, default=0, metavar="K", help="draft K tokens a step with the MTP head (0: none)"
     )
@@ -144,6 +146,7 @@ def _application(options: PlanOptions) -> NeuronQwen35ForCausalLM:
         options.prompt_bucket,
         weights_dtype=options.weights_dtype,
         kv_cache_dtype=options.kv_cache_dtype,
+        settings=options.settings,
         num_speculative_tokens=options.speculate,
     )
     if options.model in QWEN35_PRESETS:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..configuration_qwen35 import FULL_ATTENTION
-from ..hardware import INSTANCES, Figure, Instance, rank_hbm_bytes
+from ..hardware import INSTANCES, Figure, Instance, detected_instance, rank_hbm_bytes
 from ..nxdi import NeuronBaseForCausalLM, on_stand_ins
 from .counting import RankBytes, WeightBytes, count_bytes, count_weights, count_whole_deltanet, rank_module
 from .programs import PROGRAM_INSTRUCTIONS, Model, Program, most_activations, walk_buckets, with_config
@@ -99,17 +99,34 @@ class Limits:
 
 
 def require_fits(model: NeuronBaseForCausalLM) -> None:
-    """Check that a model fits the instance that its configuration names; without a name, or on a CPU, do nothing.
+    """Check that a model fits the instance that its configuration names, else the one that this machine is.
 
-    Warns of programs that are probably too long for the compiler.
+    On a CPU, and where no instance is named or detected, nothing is checked. Warns of programs that are probably too
+    long for the compiler, of a model that does not fit an instance that nobody named, and of a named one that is not
+    this machine.
 
     Raises:
-        ValueError: it does not fit; the message says which context, batch and tensor-parallel degrees do.
+        ValueError: it does not fit the named one; the message says which context, batch and tensor-parallel degrees do.
     """
     neuron = model.neuron_config
-    name = getattr(neuron, "instance", None)
-    if neuron.on_cpu or name is None:
+    if neuron.on_cpu:
         return
+    name, detected = getattr(neuron, "instance", None), detected_instance()
+    if name is not None:
+        if detected is not None and detected.name != name:
+            warnings.warn(
+                f"this machine is a {detected.name}: instance={name!r} is what the model is compiled for",
+                stacklevel=2,
+            )
+        _require_fits_on(model, name)
+    elif detected is not None:
+        try:
+            _require_fits_on(model, detected.name)
+        except ValueError as error:
+            warnings.warn(f"this machine is a {detected.name}, and nothing else is named: {error}", stacklevel=2)
+
+
+def _require_fits_on(model: NeuronBaseForCausalLM, name: str) -> None:
     # Of a subclass made elsewhere, the class of this package that another process can import.
     package = __name__.partition(".")[0]
     own = next(kind for kind in type(model).__mro__ if kind.__module__.startswith(f"{package}."))

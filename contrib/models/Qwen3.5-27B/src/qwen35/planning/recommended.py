@@ -83,8 +83,8 @@ class Recommended:
     weights_dtype: str | None = None
     kv_cache_dtype: str | None = None
 
-    def neuron_config(self) -> Qwen35NeuronConfig:
-        """Its settings, for `Qwen35InferenceConfig`."""
+    def neuron_config(self, **other: Any) -> Qwen35NeuronConfig:
+        """Its settings, for `Qwen35InferenceConfig`; `other` fields beside them."""
         return device_neuron_config(
             self.instance,
             self.tp_degree,
@@ -92,6 +92,7 @@ class Recommended:
             self.batch,
             weights_dtype=self.weights_dtype,
             kv_cache_dtype=self.kv_cache_dtype,
+            **other,
         )
 
     @property

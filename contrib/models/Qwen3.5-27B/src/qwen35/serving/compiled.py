@@ -112,6 +112,7 @@ def depends_on(model: NeuronQwen35ForCausalLM) -> dict[str, Any]:
     """All that a compiled model depends on, in values that JSON has: two with the same are the same."""
     config: dict[str, Any] = json.loads(model.config.to_json_string())
     checkpoint = Path(config.pop("_name_or_path", model.model_path))  # where it lies does not matter
+    config["neuron_config"].pop("device_settings", None)  # nor which file chose the kernels: they are there
     return {
         "checkpoint": weight_files(checkpoint),
         "config": config,

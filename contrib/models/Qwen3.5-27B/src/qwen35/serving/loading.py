@@ -132,8 +132,13 @@ def default_neuron_config(
     prefill_chunk_size: int | None = None,
     weights_dtype: str | None = None,
     kv_cache_dtype: str | None = None,
+    settings: Path | None = None,
 ) -> Qwen35NeuronConfig:
-    """Options for prompts and answers of `seq_len` tokens together: float32 on a CPU, bfloat16 on Neuron."""
+    """Options for prompts and answers of `seq_len` tokens together: float32 on a CPU, bfloat16 on Neuron.
+
+    Raises:
+        ValueError: the device settings file `settings` is not there or not valid.
+    """
     return Qwen35NeuronConfig(
         tp_degree=tp_degree,
         batch_size=batch_size,
@@ -145,6 +150,7 @@ def default_neuron_config(
         enable_bucketing=True,
         weights_dtype=weights_dtype,
         kv_cache_dtype=kv_cache_dtype,
+        settings=settings,
     )
 
 

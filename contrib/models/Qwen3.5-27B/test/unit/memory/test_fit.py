@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from qwen35.memory.fit import (
     require_fits,
     resized,
 )
-from support.applications import SMALL, application, needs_stand_ins, of_27b, of_27b_at_256k
+from support.applications import SMALL, application, install_neuron_ls, needs_stand_ins, of_27b, of_27b_at_256k
 
 
 class TestLayout:
@@ -169,6 +172,36 @@ class TestBeforeCompiling:
         too_much = dict(QWEN35_PRESETS["27B"])
         for options in (dict(on_cpu=True, instance="trn2.3xlarge", torch_dtype=torch.float32), dict(instance=None)):
             require_fits(application(too_much, seq_len=262144, batch_size=64, max_context_length=128, **options))
+
+    @pytest.fixture
+    def on_trn2_3xlarge(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        install_neuron_ls(tmp_path, json.dumps([{"memory_size": 96 * 2**30}]))
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    @pytest.mark.usefixtures("on_trn2_3xlarge")
+    def test_what_does_not_fit_a_detected_instance_is_warned_of(self) -> None:
+        told = (
+            r"^this machine is a trn2\.3xlarge, and nothing else is named: seq_len=128 .* set tp_degree to 2 or 4; see"
+        )
+        with pytest.warns(UserWarning, match=told):
+            require_fits(application({**SMALL, "vocab_size": 120_000_000}))
+        with pytest.warns(UserWarning, match="tp_degree=8 exceeds the 4 logical cores of trn2.3xlarge"):
+            require_fits(application(QWEN35_PRESETS["27B"], tp_degree=8))
+
+    @pytest.mark.usefixtures("on_trn2_3xlarge")
+    def test_what_fits_a_detected_instance_is_not_spoken_of_nor_is_a_cpu(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            require_fits(application(SMALL))
+            require_fits(application(SMALL, instance="trn2.3xlarge"))
+            require_fits(application(QWEN35_PRESETS["27B"], on_cpu=True, torch_dtype=torch.float32))
+
+    @pytest.mark.usefixtures("on_trn2_3xlarge")
+    def test_a_named_instance_that_is_not_this_machine_is_warned_of_and_what_does_not_fit_it_refused(self) -> None:
+        with pytest.warns(UserWarning, match=r"this machine is a trn2\.3xlarge: instance='trn2\.48xlarge' is what the"):
+            require_fits(application(SMALL, instance="trn2.48xlarge"))
+        with pytest.raises(ValueError, match=r"needs .* GB of HBM per rank, instance='trn2\.3xlarge' has 25\.8"):
+            require_fits(application({**SMALL, "vocab_size": 120_000_000}, instance="trn2.3xlarge"))
 
     def test_an_unknown_instance_is_refused_with_the_known(self) -> None:
         with pytest.raises(Qwen35ConfigError, match=r"instance='inf2' is unknown; set it to trn2\.3xlarge, trn2\.48xl"):

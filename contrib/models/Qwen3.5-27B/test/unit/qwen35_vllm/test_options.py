@@ -40,6 +40,7 @@ def test_what_is_given_is_taken() -> None:
         "deltanet_inverse": "plain",
         "attention_kernel": "auto",
         "mlp_kernel": "torch",
+        "settings": "~/trn2.json",
         "weights_dtype": "fp8",
         "kv_cache_dtype": "fp8",
         "instance": "trn2.3xlarge",
@@ -52,8 +53,8 @@ def test_what_is_given_is_taken() -> None:
     assert [*given] == NAMES
     options = options_in({"qwen35": given, "other": 1})
     assert options == ServeOptions(
-        16, 2, (8, 16), (64,), "torch", "plain", "auto", "torch", "fp8", "fp8", "trn2.3xlarge", True, False,
-        Path.home() / "compiled", Path.cwd() / "cache", "never",
+        16, 2, (8, 16), (64,), "torch", "plain", "auto", "torch", Path.home() / "trn2.json", "fp8", "fp8",
+        "trn2.3xlarge", True, False, Path.home() / "compiled", Path.cwd() / "cache", "never",
     )  # fmt: skip
 
 

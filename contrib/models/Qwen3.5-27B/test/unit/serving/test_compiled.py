@@ -21,6 +21,7 @@ import torch
 
 import qwen35
 from qwen35 import NeuronQwen35ForCausalLM, Qwen35InferenceConfig
+from qwen35.device_settings import DeviceSettings, write_settings
 from qwen35.planning.recommended import device_neuron_config
 from qwen35.serving.compiled import (
     compile_once,
@@ -97,6 +98,15 @@ def test_the_name_does_not_depend_on_where_the_checkpoint_lies(checkpoint: Path,
     there = place_of(application(tmp_path / checkpoint.name), tmp_path)
     assert there == place_of(application(checkpoint), tmp_path)
     assert there.name.startswith("checkpoint-")
+
+
+def test_the_name_depends_on_the_kernels_and_not_on_the_file_that_chose_them(checkpoint: Path, tmp_path: Path) -> None:
+    places = []
+    for name, kernels in (("a", {"deltanet_inverse": "plain"}), ("b", {"deltanet_inverse": "plain"}), ("c", {})):
+        write_settings(tmp_path / name, DeviceSettings(kernels, {"batch": name}, {"by": name}))
+        places.append(place_of(application(checkpoint, settings=tmp_path / name), tmp_path))
+    plain = place_of(application(checkpoint, deltanet_inverse="plain"), tmp_path)
+    assert places == [plain, plain, place_of(application(checkpoint), tmp_path)] and places[2] != plain
 
 
 @pytest.mark.parametrize(
