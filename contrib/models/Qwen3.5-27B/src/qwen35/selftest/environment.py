@@ -31,6 +31,9 @@ PACKAGES = (
 
 DRIVER_VERSION = Path("/sys/module/neuron/version")
 DEVICES = Path("/sys/devices/virtual/neuron_device")
+COMPILER_PLACES = ("NEURON_COMPILE_CACHE_URL",)
+"""Variables that the self-test sets itself."""
+
 COMMAND_SECONDS = 30
 SHOWN_VARIABLES = ("NEURON_", "NKI_", "XLA_", *KERNEL_ENVIRONMENT)
 """How the names of variables begin that change what is compiled or run."""
@@ -56,7 +59,11 @@ def run_environment_check(workdir: Path) -> Values:
         "host_memory_gb": _host_memory_gb(),
         "free_disk_gb": round(shutil.disk_usage(workdir).free / 1e9, 1),
         "cores": os.cpu_count(),
-        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SHOWN_VARIABLES)},
+        "variables": {
+            name: os.environ[name]
+            for name in sorted(os.environ)
+            if name.startswith(SHOWN_VARIABLES) and name not in COMPILER_PLACES
+        },
     }
     if NXDI_AVAILABLE and not devices:
         raise CheckFailed(
@@ -64,11 +71,6 @@ def run_environment_check(workdir: Path) -> Values:
             "see that 'neuron-ls' lists its devices"
         )
     return values
-
-
-def on_device() -> bool:
-    """Whether what is compiled runs on Neuron devices, rather than on stand-ins and in the emulator."""
-    return NXDI_AVAILABLE
 
 
 def neuron_devices() -> tuple[list[dict[str, Any]], str | None]:

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..configuration_qwen35 import FP8_NAME, Qwen35InferenceConfig, Qwen35NeuronConfig
+from ..configuration_qwen35 import Qwen35InferenceConfig
 from ..configuration_qwen35_vl import Qwen35VLInferenceConfig
-from ..hardware import DEFAULT_LNC
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from ..nxdi import NXDI_AVAILABLE
@@ -29,21 +28,13 @@ from ..serving.compiled import compile_whole
 from ..serving.loading import MINI_CHECKPOINT, load_compiled_config
 from ..serving.prefix_cache import Chain, PrefixCache
 from ..serving.ranks import run_on_every_rank
-from .cases import Feature, ModelCase
+from .cases import DRAFTS, Feature, ModelCase
 from .outcome import CheckFailed, Values
 from .recorded import Answer, draw, recorded
 
 if TYPE_CHECKING:
     from ..serving.generation import TextGenerator
 
-SEQ_LEN, PROMPT_BUCKET = 256, 128
-"""One bucket of prompts and one of cached positions, both multiples of what the attention kernels take."""
-
-BUCKETS = {"looped": 512, "recurrent": 32}
-"""Of prompts, where the kernel encodes no shorter ones itself, or goes token by token."""
-
-DRAFTS = 3
-ROWS = 4
 CACHE_BYTES = 1 << 28
 
 
@@ -52,34 +43,8 @@ def application(case: ModelCase) -> NeuronQwen35ForCausalLM:
     vision = case.feature is Feature.VISION
     model_cls = NeuronQwen35VLForCausalLM if vision else NeuronQwen35ForCausalLM
     config_cls = Qwen35VLInferenceConfig if vision else Qwen35InferenceConfig
-    config = config_cls.from_pretrained(MINI_CHECKPOINT, neuron_config=_neuron_config(case))
+    config = config_cls.from_pretrained(MINI_CHECKPOINT, neuron_config=case.neuron_config())
     return model_cls(str(MINI_CHECKPOINT), config)
-
-
-def _neuron_config(case: ModelCase) -> Qwen35NeuronConfig:
-    bucket = BUCKETS.get(case.kernels.get("deltanet_kernel", ""), PROMPT_BUCKET)
-    seq_len = max(SEQ_LEN, bucket)
-    in_pieces = case.feature in (Feature.CHUNKED_PROMPTS, Feature.PREFIX_CACHE)
-    rows = ROWS if case.feature is Feature.BATCH else 1
-    return Qwen35NeuronConfig(
-        tp_degree=case.tp_degree,
-        batch_size=rows,
-        ctx_batch_size=1,
-        is_continuous_batching=rows > 1,
-        seq_len=seq_len,
-        max_context_length=bucket,
-        prefill_chunk_size=bucket if in_pieces else None,
-        enable_bucketing=True,
-        context_encoding_buckets=[bucket],
-        token_generation_buckets=[seq_len],
-        torch_dtype=torch.bfloat16 if NXDI_AVAILABLE else torch.float32,
-        logical_nc_config=DEFAULT_LNC.value if NXDI_AVAILABLE else 1,
-        on_cpu=not NXDI_AVAILABLE,
-        num_speculative_tokens=DRAFTS if case.feature is Feature.SPECULATION else 0,
-        weights_dtype=FP8_NAME if case.feature is Feature.FP8_WEIGHTS else None,
-        kv_cache_dtype=FP8_NAME if case.feature is Feature.FP8_CACHE else None,
-        **case.kernels,
-    )
 
 
 def run_model_check(case: ModelCase, workdir: Path) -> Values:
