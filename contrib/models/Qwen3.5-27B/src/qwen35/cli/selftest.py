@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,9 +98,12 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {options.output}: this is no directory; name another one")
     model = None if options.model is None else options.model.resolve()
     limits = Limits(60 * options.time_limit, 60 * options.check_limit)
-    finished = run_selftest(
-        Options(options.tp, options.tier, model), limits, options.output.resolve(), lambda line: print(line, flush=True)
-    )
+    asked = Options(options.tp, options.tier, model)
+    ends_us = signal.signal(signal.SIGTERM, signal.default_int_handler)  # being asked to end is an interrupt, too
+    try:
+        finished = run_selftest(asked, limits, options.output.resolve(), lambda line: print(line, flush=True))
+    finally:
+        signal.signal(signal.SIGTERM, ends_us)
     print(f"\n{finished.page}", end="")
     if options.json is not None:
         results = {name: as_json(result) for name, result in finished.results.items()}

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..hardware import NEURON_LS, detected_instance
+from ..hardware import DEFAULT_LNC, NEURON_LS, detected_instance
 from ..kernel_selection import KERNEL_ENVIRONMENT
 from ..nki_kernels.nki_seam import EMULATED
 from ..nxdi import NXDI_AVAILABLE
@@ -31,6 +31,9 @@ PACKAGES = (
 
 DRIVER_VERSION = Path("/sys/module/neuron/version")
 DEVICES = Path("/sys/devices/virtual/neuron_device")
+LNC_VARIABLE = "NEURON_LOGICAL_NC_CONFIG"
+"""The runtime's, for the physical cores of a logical one."""
+
 COMPILER_PLACES = ("NEURON_COMPILE_CACHE_URL",)
 """Variables that the self-test sets itself."""
 
@@ -43,7 +46,7 @@ def run_environment_check(workdir: Path) -> Values:
     """What there is, as values for the report.
 
     Raises:
-        CheckFailed: NxDI is installed, and there is no device for it.
+        CheckFailed: NxDI is installed, and there is no device for it, or one set up for other logical cores.
     """
     devices, problem = neuron_devices()
     instance = detected_instance()
@@ -69,6 +72,12 @@ def run_environment_check(workdir: Path) -> Values:
         raise CheckFailed(
             f"no Neuron device: {problem}; NxDI is installed, but there is nothing to run on: use a Trn2 instance, and "
             "see that 'neuron-ls' lists its devices"
+        )
+    set_to = os.environ.get(LNC_VARIABLE)
+    if NXDI_AVAILABLE and set_to not in (None, str(DEFAULT_LNC.value)):
+        raise CheckFailed(
+            f"{LNC_VARIABLE}={set_to}: what is checked is compiled for logical cores of {DEFAULT_LNC.value} physical "
+            "ones; unset it"
         )
     return values
 

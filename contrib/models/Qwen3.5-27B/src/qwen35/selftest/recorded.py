@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -73,17 +74,14 @@ def recorded() -> Recorded:
     return Recorded(**groups, least_margin=content["least_margin"], modelled_us=content["modelled_us"])
 
 
-def _answer(entry: dict[str, object]) -> Answer:
-    picture = entry.pop("picture", None)
-    assert isinstance(entry["prompt"], list) and isinstance(entry["answer"], list)
-    return Answer(
-        text=str(entry["text"]),
-        prompt=tuple(entry["prompt"]),
-        answer=tuple(entry["answer"]),
-        picture=Rectangle(**{name: tuple(v) if isinstance(v, list) else v for name, v in picture.items()})
-        if isinstance(picture, dict)
-        else None,
-    )
+def _answer(entry: dict[str, Any]) -> Answer:
+    picture = entry.get("picture")
+    return Answer(entry["text"], tuple(entry["prompt"]), tuple(entry["answer"]), picture and _rectangle(picture))
+
+
+def _rectangle(fields: dict[str, Any]) -> Rectangle:
+    """Colours and corners are tuples, as Pillow wants them."""
+    return Rectangle(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def draw(picture: Rectangle) -> Image.Image:
