@@ -136,7 +136,8 @@ def _run(kind: str, arguments: dict[str, Any], workdir: Path) -> Values:
 
 def _first_lines(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return "\n".join([f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": "), *lines[1:ERROR_LINES]])
+    name = type(error).__name__
+    return "\n".join([f"{name}: {lines[0]}" if lines else name, *lines[1:ERROR_LINES]])
 
 
 if __name__ == "__main__":

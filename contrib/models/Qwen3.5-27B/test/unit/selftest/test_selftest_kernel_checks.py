@@ -21,9 +21,12 @@ from qwen35.selftest.recorded import recorded
 pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulator stands in for a device")
 
 OWN = [name for name in KERNELS if name != "mlp"]
+QUICK = {"fused-after-state", "fused-plain", "decode", "verify", "commit", "attention-prompt", "attention-decode"}
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+)
 def test_a_kernel_passes_and_its_error_is_a_few_roundings(name: str, tmp_path: Path) -> None:
     values = run_kernel_check(name, tmp_path)
     assert 0 < values["error"] <= values["tolerance"]

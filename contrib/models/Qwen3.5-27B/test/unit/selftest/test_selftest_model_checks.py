@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The mini in the self-test's configurations, without kernels; with them it runs in whole_model/test_selftest.py."""
+"""The mini in the configurations of the self-test, without kernels; with them: whole_model/test_selftest_faults.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from support.applications import needs_stand_ins
 pytestmark = needs_stand_ins
 
 
-@pytest.mark.parametrize("feature", Feature)
+QUICK = {Feature.GENERATION, Feature.PREFIX_CACHE, Feature.VISION, Feature.FP8_CACHE}
+
+
+@pytest.mark.parametrize(
+    "feature", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in Feature]
+)
 def test_the_mini_says_what_was_recorded(feature: Feature, tmp_path: Path) -> None:
     values = run_model_check(ModelCase(1, ALL_TORCH.fields, feature), tmp_path)
     assert values["prompts"] >= 2

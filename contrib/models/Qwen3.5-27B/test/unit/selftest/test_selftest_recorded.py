@@ -41,6 +41,7 @@ def test_transformers_says_the_recorded_tokens() -> None:
     pytest.importorskip("transformers", minversion="5.0")
     from support.oracle import reference_greedy, transformers_model
 
+    model = transformers_model(MINI_CHECKPOINT)
     for answer in (*recorded().short[:2], recorded().long[0]):
-        tokens, _ = reference_greedy(transformers_model(MINI_CHECKPOINT), [answer.prompt], len(answer.answer))
+        tokens, _ = reference_greedy(model, [answer.prompt], len(answer.answer))
         assert tokens[0].tolist() == [*answer.answer]
