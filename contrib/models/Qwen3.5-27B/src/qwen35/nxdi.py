@@ -171,6 +171,30 @@ def offer_application(model_types: Sequence[str], load: Callable[[], type]) -> N
         sys.meta_path.insert(0, _ModelTableFinder(fill))
 
 
+def compile_program(module: Any, inputs: tuple[Any, ...], lnc: int, workdir: str) -> Callable[..., Any]:
+    """A module as one program of a logical core, loaded there: it takes and gives CPU tensors of the inputs' shapes.
+
+    On a device by torch_neuronx.trace (frameworks/torch/torch-neuronx/api-reference-guide/inference/
+    api-torch-neuronx-trace.rst), which has not run yet. On the stand-ins it is the module itself, whose kernels the
+    emulator runs.
+
+    Args:
+        module: a torch module without parameters.
+        inputs: CPU tensors.
+        lnc: physical cores of the logical one, for the compiler's --lnc; the runtime's NEURON_LOGICAL_NC_CONFIG must
+            agree (about-neuron/arch/neuron-features/logical-neuroncore-config.rst).
+        workdir: where the compiler keeps what it makes.
+    """
+    if not NXDI_AVAILABLE:
+        return module
+    import torch_neuronx
+
+    program: Callable[..., Any] = torch_neuronx.trace(
+        module, inputs, compiler_workdir=workdir, compiler_args=["--auto-cast=none", f"--lnc={lnc}"]
+    )
+    return program
+
+
 # What is printed goes to standard error; the answer alone goes to the parent.
 _CHILD = """
 import os, pickle, sys
@@ -238,6 +262,7 @@ __all__ = [
     "ParallelEmbedding",
     "RowParallelLinear",
     "as_rank",
+    "compile_program",
     "convert",
     "get_default_per_channel_custom_qconfig_dict",
     "get_tensor_model_parallel_size",

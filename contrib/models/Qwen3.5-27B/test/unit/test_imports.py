@@ -105,5 +105,5 @@ def test_type_checkers_see_the_names_that_are_imported_when_used() -> None:
     assert sorted(qwen35._MODULES) == sorted(qwen35.__all__)
     stand_ins = {name: stand_in for name, (_, stand_in) in qwen35.nxdi._MODULES.items()}
     assert names_for_type_checkers(inspect.getsource(qwen35.nxdi)) == stand_ins
-    own = {"NXDI_AVAILABLE", "as_rank", "offer_application", "on_stand_ins"}
+    own = {"NXDI_AVAILABLE", "as_rank", "compile_program", "offer_application", "on_stand_ins"}
     assert set(qwen35.nxdi.__all__) - set(stand_ins) == own

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from qwen35.nxdi import (
     InferenceConfig,
     NeuronConfig,
     as_rank,
+    compile_program,
     get_tensor_model_parallel_size,
     on_stand_ins,
 )
@@ -99,3 +102,29 @@ def test_an_application_is_in_nxdis_table_once_that_is_imported(before: str, sai
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert ran.stdout.splitlines() == [*said, "{'own': 'str', 'first': 'int', 'second': 'int'}", "left 0"]
+
+
+def documented_trace(
+    func: Any,
+    example_inputs: Any,
+    *_: Any,
+    input_output_aliases: Any = {},  # noqa: B006 - the signature of AWS's document
+    compiler_workdir: Any = None,
+    compiler_args: Any = None,
+    partitioner_config: Any = None,
+    inline_weights_to_neff: bool = True,
+    cpu_backend: bool = False,
+) -> Any:
+    """torch_neuronx.trace as api-torch-neuronx-trace.rst has it; it gives what it was given."""
+    return func, example_inputs, compiler_workdir, compiler_args
+
+
+@pytest.mark.skipif(qwen35.nxdi.NXDI_AVAILABLE, reason="takes the place of torch_neuronx")
+def test_a_program_is_compiled_with_the_arguments_that_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, inputs = torch.nn.Identity(), (torch.zeros(2),)
+    assert compile_program(module, inputs, 2, "work") is module
+    shell = ModuleType("torch_neuronx")
+    shell.trace = documented_trace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_neuronx", shell)
+    monkeypatch.setattr(qwen35.nxdi, "NXDI_AVAILABLE", True)
+    assert compile_program(module, inputs, 2, "work") == (module, inputs, "work", ["--auto-cast=none", "--lnc=2"])

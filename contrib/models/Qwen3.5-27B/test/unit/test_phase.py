@@ -19,7 +19,7 @@ import qwen35
 from qwen35.phase import Phase, Submodel, cached_before, mask_of_prompts, phase_of, real_tokens, submodel_of
 
 PACKAGE = Path(qwen35.__file__).parent
-KERNELS = ("ops", "nki_kernels", "cli/kernels")
+KERNELS = ("ops", "nki_kernels", "cli/kernels", "selftest/deltanet_cases")
 """Operators and kernels know no phases: what they compare are their own sizes."""
 
 ALLOWED = {

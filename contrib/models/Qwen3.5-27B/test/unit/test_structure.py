@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"modeling_qwen35_vl"},),
     ({"planning"},),
     ({"serving"},),
+    ({"selftest"},),
     ({"cli"},),
     ({"__init__"},),
 )

@@ -11,23 +11,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import chat, compile, convert, generate, kernels, plan, quantize
+from . import chat, compile, convert, generate, kernels, plan, quantize, selftest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after an error that the message explains."""
+    """Run the command; returns the exit status: its own, as a rule 0, or 2 after an error that the message explains."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"qwen35: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qwen35", description="Qwen3.5 on AWS Trainium, or on this CPU.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, chat, compile, convert, quantize, plan, kernels):
+    for command in (generate, chat, compile, convert, quantize, plan, kernels, selftest):
         command.add_parser(commands)
     return parser

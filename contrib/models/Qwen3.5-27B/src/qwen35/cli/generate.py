@@ -31,7 +31,6 @@ from .options import (
     options_from,
     positive,
     print_any_text,
-    run_on_every_rank,
 )
 
 if TYPE_CHECKING:
@@ -112,6 +111,7 @@ def add_parser(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from ..serving.loading import checkpoint_of
+    from ..serving.ranks import run_on_every_rank
     from ..serving.sampling import continuation_problems
 
     options = options_from(GenerateOptions, args)

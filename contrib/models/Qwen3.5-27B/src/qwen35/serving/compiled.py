@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..json_files import read_object
 from ..kernel_selection import select_deltanet_inverse, select_deltanet_kernel
-from ..modeling_qwen35 import NeuronQwen35ForCausalLM
+
+if TYPE_CHECKING:
+    from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 
 RECORD_FILE = "depends_on.json"
 """Beside the programs of a compiled model: what they were made of."""
@@ -115,9 +117,14 @@ def depends_on(model: NeuronQwen35ForCausalLM) -> dict[str, Any]:
         "checkpoint": weight_files(checkpoint),
         "config": config,
         "kernels": [select_deltanet_kernel(model.config).value, select_deltanet_inverse(model.config).value],
-        "software": {name: _version(name) for name in SOFTWARE} | {"qwen35": _source_digest()},
+        "software": software(),
         "environment": {name: os.environ.get(name) for name in COMPILER_ENVIRONMENT},
     }
+
+
+def software() -> dict[str, str | None]:
+    """Versions of what changes a compiled model, None of what is not installed, and a digest of this package."""
+    return {name: _version(name) for name in SOFTWARE} | {"qwen35": _source_digest()}
 
 
 def weight_files(checkpoint: Path) -> dict[str, list[int]]:
