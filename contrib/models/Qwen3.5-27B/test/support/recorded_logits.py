@@ -141,13 +141,13 @@ def checkpoint_digest(checkpoint: Path) -> str:
     Raises:
         CheckpointError: it cannot be read.
     """
-    content = hashlib.sha256()
+    of_tensors: dict[str, bytes] = {}
     with CheckpointReader(checkpoint) as reader:
         for name in sorted(reader, key=lambda name: (reader.file_of(name), name)):  # a file after the other
             spec, tensor = reader.spec(name), reader[name].flatten()
             start = tensor[: _DIGESTED // spec.dtype.itemsize].contiguous().view(torch.uint8)
-            content.update(hashlib.sha256(f"{name} {spec}".encode() + start.numpy().tobytes()).digest())
-    return content.hexdigest()
+            of_tensors[name] = hashlib.sha256(f"{name} {spec}".encode() + start.numpy().tobytes()).digest()
+    return hashlib.sha256(b"".join(digest for _, digest in sorted(of_tensors.items()))).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 
 from qwen35 import NeuronQwen35ForCausalLM
 from qwen35.planning.step import StepModel, not_modelled, step_model_of
-from qwen35.serving.compiled import SOFTWARE, _version
+from qwen35.serving.compiled import depends_on
 from qwen35.serving.runner import ModelRunner, Row
 
 from .integration import ON_DEVICE, encode_rows, slots_of
@@ -134,5 +134,5 @@ def place_of(model: NeuronQwen35ForCausalLM) -> str:
     parts = ["**Neuron device**" if ON_DEVICE else f"**CPU**, {torch.get_num_threads()} threads"]
     parts += [f"TP {neuron.tp_degree}", dtype, f"context {neuron.seq_len:,}"]
     parts += [f"{name} fp8" for name in ("weights_dtype", "kv_cache_dtype") if getattr(neuron, name) is not None]
-    versions = {name: _version(name) for name in SOFTWARE}
-    return ", ".join([*parts, *(f"{name} {version}" for name, version in versions.items() if version)])
+    versions = depends_on(model)["software"]  # of this package a digest
+    return ", ".join([*parts, *(f"{name} {version[:16]}" for name, version in versions.items() if version)])
