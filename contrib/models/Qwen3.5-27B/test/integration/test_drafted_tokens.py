@@ -9,9 +9,11 @@ import time
 import pytest
 
 from qwen35 import Qwen35Engine, Request
+from qwen35.planning.step import not_modelled, step_model_of
 from qwen35.serving.generation import TextGenerator
 from qwen35.serving.prompts import as_chat, token_ids
-from support.integration import Report, Settings, greedy, require_same_up_to_ties, slots_of
+from support.integration import Report, Settings, greedy, require_same_up_to_ties
+from support.times_table import Spread, modelled_with_drafts, place_of
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -36,21 +38,36 @@ def test_drafts_change_no_token_and_save_steps(
     engine = Qwen35Engine(model)
     ids = [engine.add(Request(prompt, NEW_TOKENS, eos_token_ids=generator.eos_token_ids)) for prompt in prompts]
     tokens: dict[int, list[int]] = {request_id: [] for request_id in ids}
-    start = time.perf_counter()
     while engine.has_work:
         for output in engine.step():
             assert output.error is None and output.token is not None
             tokens[output.request_id].append(output.token)
-    seconds = time.perf_counter() - start
-    count = sum(map(len, tokens.values()))
-    rows = min(len(prompts), slots_of(model))
-    report(
-        "Speculation",
-        f"{engine.acceptance}; {count} tokens of {len(prompts)} requests, {rows} at a time, prompts included: "
-        f"{count / seconds:.1f} tokens/s",
-    )
+    report("Speculation", f"{model.config.num_speculative_tokens} drafts a step: {engine.acceptance}\n")
+    assert engine.acceptance.tokens_per_step > 1, "no draft was right"
     for prompt, request_id in zip(prompts, ids, strict=True):
         own = tokens[request_id]
         (plain,), (logits,) = greedy(model, [prompt], len(own))
         require_same_up_to_ties(own, plain, logits, model.neuron_config.torch_dtype)
-    assert engine.acceptance.tokens_per_step > 1, "no draft was right"
+
+
+def test_time_per_token_with_drafts_is_reported(
+    generator: TextGenerator, prompts: list[list[int]], report: Report
+) -> None:
+    engine = Qwen35Engine(generator.model)
+    times = []
+    for prompt in prompts:
+        request_id = engine.add(Request(prompt, NEW_TOKENS, eos_token_ids=generator.eos_token_ids))
+        own = [time.perf_counter() for _ in engine.stream(request_id)]
+        if len(own) > 1:  # of a step's tokens all come at once
+            times.append((own[-1] - own[0]) / (len(own) - 1))
+    assert times, "every answer was one token"
+    reason, modelled = not_modelled(generator.model), "not modelled"
+    if reason is None:
+        drafts = generator.model.config.num_speculative_tokens
+        seconds = modelled_with_drafts(step_model_of(generator.model), engine.acceptance, drafts, len(prompts[0]))
+        modelled = f"modelled with this acceptance {1e3 * seconds:.2f} ms"
+    report(
+        "Speculation",
+        f"One request at a time: TPOT {Spread.of(times)} ms, {engine.acceptance.tokens_per_step:.2f} tokens a step, "
+        f"{modelled} ({place_of(generator.model)})",
+    )

@@ -13,12 +13,10 @@ from qwen35 import Qwen35Engine, Request
 from qwen35.serving.generation import TextGenerator
 from qwen35.serving.prompts import encode_chat
 from qwen35.vision.processing import VisionProcessor
-from support.integration import Settings, slots_of
+from support.integration import Media, Settings, greedy, require_same_up_to_ties, slots_of
 from support.recorded_logits import example_picture
 
-PICTURES, RIGHT = 4, 3
-"""The mini answers 197 of 200 of them right."""
-NEW_TOKENS = 12
+PICTURES, NEW_TOKENS = 3, 12
 
 
 @pytest.fixture(autouse=True)
@@ -37,33 +35,45 @@ def test_the_colour_of_a_square_is_seen(generator: TextGenerator) -> None:
     assert "red" in generator.chat([asked], NEW_TOKENS, enable_thinking=False).texts[0].lower()
 
 
-def test_questions_about_shapes_are_answered(generator: TextGenerator) -> None:
-    cases = held_out_images(PICTURES)
-    right = 0
+def test_colours_of_shapes_are_seen(generator: TextGenerator) -> None:
+    # The mini answers all of these right, docs/checkpoints.md. How many shapes there are, and where, a larger model may
+    # say in other words.
+    cases = [case for case in held_out_images(3 * PICTURES) if case[1].kind == "colour"]
+    assert len(cases) == PICTURES
     for picture, question in cases:
-        asked = conversation(f"{question.text} Answer in a word or two.", picture.frames[0])
-        right += question.answer in generator.chat([asked], NEW_TOKENS, enable_thinking=False).texts[0].lower()
-    assert right >= RIGHT, f"{right} of {len(cases)}"
+        asked = conversation(question.text, picture.frames[0])
+        assert question.answer in generator.chat([asked], NEW_TOKENS, enable_thinking=False).texts[0].lower()
 
 
-def test_a_picture_beside_a_question_without_one_changes_neither(generator: TextGenerator) -> None:
-    if slots_of(generator.model) == 1:
-        pytest.skip("compiled for one row at a time")
+def encoded(generator: TextGenerator, asked: list[dict[str, Any]]) -> tuple[list[int], Media]:
+    """The prompt of a conversation, and its media."""
+    processor = VisionProcessor.from_pretrained(generator.model_path)
+    inputs = encode_chat(generator.tokenizer, processor, [asked], enable_thinking=False)
+    media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    return inputs["input_ids"][0].tolist(), media
+
+
+def test_a_picture_beside_a_prompt_without_one_changes_neither(generator: TextGenerator, settings: Settings) -> None:
+    model = generator.model
+    if slots_of(model) == 1:
+        pytest.skip(f"one row at a time; with several: {settings.compile_command()}")
     asked = [
         conversation("What is the capital of France?"),
         conversation("What colour is the square?", example_picture()),
     ]
-    alone = [generator.chat([each], NEW_TOKENS, enable_thinking=False).texts[0] for each in asked]
-    assert generator.chat(asked, NEW_TOKENS, enable_thinking=False).texts == alone
+    prompts, media = zip(*(encoded(generator, each) for each in asked), strict=True)
+    together, _ = greedy(model, prompts, NEW_TOKENS, media)
+    for tokens, prompt, own in zip(together, prompts, media, strict=True):
+        (alone,), (logits,) = greedy(model, [prompt], NEW_TOKENS, [own])
+        require_same_up_to_ties(tokens, alone, logits, model.neuron_config.torch_dtype)
 
 
-def test_a_request_with_a_picture_gets_the_answer_of_a_chat(generator: TextGenerator) -> None:
-    asked = [conversation("What colour is the square?", example_picture())]
-    processor = VisionProcessor.from_pretrained(generator.model_path)
-    inputs = encode_chat(generator.tokenizer, processor, asked, enable_thinking=False)
-    media = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
-    prompt = inputs["input_ids"][0].tolist()
-    engine = Qwen35Engine(generator.model)
-    request = Request(prompt, NEW_TOKENS, eos_token_ids=generator.eos_token_ids, media=media)
-    tokens = [output.token for output in engine.stream(engine.add(request))]
-    assert tokens == generator.chat(asked, NEW_TOKENS, enable_thinking=False).tokens[0]
+def test_a_request_with_a_picture_gets_what_its_prompt_gets(generator: TextGenerator) -> None:
+    model = generator.model
+    prompt, media = encoded(generator, conversation("What colour is the square?", example_picture()))
+    engine = Qwen35Engine(model)
+    outputs = [*engine.stream(engine.add(Request(prompt, NEW_TOKENS, media=media)))]
+    (alone,), (logits,) = greedy(model, [prompt], NEW_TOKENS, [media])
+    tokens = [output.token for output in outputs if output.token is not None]
+    assert len(tokens) == NEW_TOKENS
+    require_same_up_to_ties(tokens, alone, logits, model.neuron_config.torch_dtype)

@@ -65,11 +65,11 @@ def finish(engine: Qwen35Engine) -> list[StepOutput]:
 
 
 def test_prompts_of_unequal_lengths_in_a_batch_get_what_each_gets_alone(
-    generator: TextGenerator, prompts: list[list[int]], require_as_alone: Alone
+    generator: TextGenerator, settings: Settings, prompts: list[list[int]], require_as_alone: Alone
 ) -> None:
     rows = slots_of(generator.model)
     if rows == 1:
-        pytest.skip("compiled for one row at a time")
+        pytest.skip(f"one row at a time; with several: {settings.compile_command()}")
     together, _ = greedy(generator.model, prompts[:rows], NEW_TOKENS)
     for prompt, tokens in zip(prompts[:rows], together, strict=True):
         require_as_alone(prompt, tokens)

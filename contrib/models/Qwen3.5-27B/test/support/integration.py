@@ -148,12 +148,22 @@ def encode_rows(runner: ModelRunner, rows: Sequence[Row]) -> torch.Tensor:
     return torch.stack([ended[row] for row in rows])
 
 
+Media = Mapping[str, torch.Tensor]
+"""Pixels and grids of a prompt, by the names that its processor gives them."""
+
+
 def greedy(
-    model: NeuronQwen35ForCausalLM, prompts: Sequence[Sequence[int]], new: int
+    model: NeuronQwen35ForCausalLM, prompts: Sequence[Sequence[int]], new: int, media: Sequence[Media] = ()
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """`new` greedy tokens of each prompt, decoded together without drafts, and the logits [B, new, V] they are of."""
+    """`new` greedy tokens of each prompt, decoded together without drafts, and the logits [B, new, V] they are of.
+
+    media: of each prompt, unless none has any.
+    """
     runner = ModelRunner(model)
-    rows = [Row(slot, [*prompt]) for slot, prompt in enumerate(prompts)]
+    rows = [
+        Row(slot, [*prompt], placed=runner.place(prompt, own))
+        for slot, (prompt, own) in enumerate(zip(prompts, media or [{}] * len(prompts), strict=True))
+    ]
     logits = [encode_rows(runner, rows)]
     for _ in range(new - 1):
         for row, own in zip(rows, logits[-1], strict=True):

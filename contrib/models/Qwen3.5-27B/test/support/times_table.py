@@ -17,15 +17,17 @@ from functools import partial
 import torch
 
 from qwen35 import NeuronQwen35ForCausalLM
+from qwen35.nxdi import NXDI_AVAILABLE
 from qwen35.planning.step import StepModel, not_modelled, step_model_of
 from qwen35.serving.compiled import depends_on
 from qwen35.serving.runner import ModelRunner, Row
+from qwen35.serving.speculation import Acceptance
 
 from .integration import ON_DEVICE, encode_rows, slots_of
 
 LENGTHS = (128, 1024, 4096, 16384, 65536, 131072)
 """Tokens of prompts."""
-RUNS, STEPS = (5, 32) if ON_DEVICE else (2, 8)
+RUNS, STEPS = (3, 32) if ON_DEVICE else (2, 8)
 """Prompts encoded, and steps decoded, for a row of the table."""
 HEADER = (
     "| prompt tokens | rows | TTFT, ms | modelled | TPOT, ms | modelled | tokens/s |\n|---|---|---|---|---|---|---|"
@@ -66,6 +68,14 @@ class Timed:
             step = f"{1e3 * step_model.decode(self.tokens, self.rows).modelled:.2f}"
         rate = f"{self.rows / self.step.median:.1f}"
         return f"| {self.tokens:,} | {self.rows} | {self.first} | {first} | {self.step} | {step} | {rate} |"
+
+
+def modelled_with_drafts(step_model: StepModel, acceptance: Acceptance, drafts: int, context: int) -> float:
+    """Modelled seconds of a token, with so many drafts a step and this acceptance; 0 where none was ever reached."""
+    rates = [rate or 0.0 for rate in acceptance.conditional_rates]
+    step = step_model.with_drafts([*rates, *[0.0] * (drafts - len(rates))], context)
+    assert step.tokens is not None, "a step gives tokens"
+    return step.modelled / step.tokens
 
 
 def lengths_of(model: NeuronQwen35ForCausalLM) -> list[int]:
@@ -131,7 +141,8 @@ def place_of(model: NeuronQwen35ForCausalLM) -> str:
     """The machine, the form and the software, in a line."""
     neuron = model.neuron_config
     dtype = str(neuron.torch_dtype).removeprefix("torch.")
-    parts = ["**Neuron device**" if ON_DEVICE else f"**CPU**, {torch.get_num_threads()} threads"]
+    cpu = f"**CPU**{' (CPU mode of NxDI)' if NXDI_AVAILABLE else ''}, {torch.get_num_threads()} threads"
+    parts = ["**Neuron device**" if ON_DEVICE else cpu]
     parts += [f"TP {neuron.tp_degree}", dtype, f"context {neuron.seq_len:,}"]
     parts += [f"{name} fp8" for name in ("weights_dtype", "kv_cache_dtype") if getattr(neuron, name) is not None]
     versions = depends_on(model)["software"]  # of this package a digest

@@ -17,10 +17,11 @@ from qwen35.planning.plan import preset_application
 from qwen35.planning.recommended import device_neuron_config
 from qwen35.planning.step import not_modelled, step_model_of
 from qwen35.serving.loading import MINI_CHECKPOINT
+from qwen35.serving.speculation import Acceptance
 from support.integration import MINI_RECORDING, TIE, Settings, require_same_up_to_ties
 from support.logit_limits import Limits
 from support.recorded_logits import Errors
-from support.times_table import HEADER, Spread, Timed
+from support.times_table import HEADER, Spread, Timed, modelled_with_drafts
 
 
 def test_without_variables_the_mini_and_its_recording_are_tested() -> None:
@@ -125,3 +126,16 @@ def test_modelled_times_stand_beside_measured_ones_of_27b() -> None:
     assert cells[3] == "-", "a prompt of several chunks is not modelled"
     assert Timed(128, 1, timed.first, timed.step).line(None, 1024).count(" - ") == 2
     assert HEADER.count("|") == 2 * timed.line(step, 1024).count("|")
+
+
+def test_a_token_with_drafts_is_modelled_with_the_acceptance_that_was_counted() -> None:
+    model = preset_application("27B", device_neuron_config(TRN2_3XLARGE, 4, 8192, 1, num_speculative_tokens=3))
+    step = step_model_of(model)
+    acceptance = Acceptance()
+    acceptance.add([1, 2, 3], [1, 2, 4])  # two of three
+    acceptance.add([5, 6], [5, 7])  # one of two, at the end of a slot
+    # Of first drafts all, of second ones after them half, of third ones after these none.
+    assert acceptance.conditional_rates == [1.0, 0.5, 0.0]
+    seconds = modelled_with_drafts(step, acceptance, 3, 1024)
+    assert seconds == pytest.approx(step.with_drafts([1.0, 0.5, 0.0], 1024).modelled / 2.5)
+    assert modelled_with_drafts(step, Acceptance(), 3, 1024) == step.with_drafts([0.0] * 3, 1024).modelled
