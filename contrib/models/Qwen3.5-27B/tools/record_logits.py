@@ -191,13 +191,23 @@ class Recorder:
         return model.logits([prompt.scored for prompt in self.prompts])
 
     def record(self) -> Recording:
-        """All forms, one after the other."""
+        """All forms, one after the other.
+
+        Raises:
+            ValueError: the checkpoint gives logits that are nan or infinite.
+        """
         layers = len(LayerwiseModel(self.checkpoint).layers)
         with tqdm(total=len(DTYPES) * layers, unit="layer") as bar:
             logits = {}
             for form in DTYPES:
                 bar.set_description(form)
                 logits[form] = self.logits(form, bar.update)
+                for prompt, own in zip(self.prompts, logits[form], strict=True):
+                    if not own.isfinite().all():
+                        raise ValueError(
+                            f"{self.checkpoint}: logits of the prompt {prompt.name!r} in {form} are nan or infinite; "
+                            "its files are corrupt, download them again"
+                        )
         recorded = {}
         for i, prompt in enumerate(self.prompts):
             reference = Reference.of(logits[REFERENCE][i])

@@ -23,7 +23,7 @@ FILLER = "The river was calm, and nobody was in a hurry that day. "
 def chunk(generator: TextGenerator, settings: Settings) -> int:
     size = generator.model.config.prefill_chunk_size
     if size is None or 2 * size + 4 > generator.model.neuron_config.seq_len:
-        pytest.skip(f"prompts come in one piece; with several: {settings.compile_command()}")
+        pytest.skip(f"no room for a prompt of several chunks; with room: {settings.compile_command()}")
     return int(size)
 
 

@@ -127,6 +127,15 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         layerwise_logits(tmp_path, PROMPTS[:1])
 
 
+def test_logits_that_are_no_numbers_are_not_recorded(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="logits of the prompt '0' in float32 are nan or infinite"):
+        Recorder(tmp_path, PROMPTS).record()
+
+
 def test_the_recording_of_the_mini_is_what_is_recorded_today() -> None:
     recording = Recording.load(MINI_RECORDING)
     prompts = encode_prompts(MINI_CHECKPOINT)
