@@ -201,7 +201,7 @@ def _video(item: Mapping[str, Any]) -> VideoSource | VideoItem:
     if not asked:
         return source
     video = VideoItem(source, **asked)
-    if [*asked] == ["fps"] and not isinstance(source, str | os.PathLike | Video):
+    if [*asked] == ["fps"] and not isinstance(source, str | os.PathLike | bytes | Video):
         return Video(source, video.fps or 0)
     return video
 

@@ -39,10 +39,12 @@ EXTRACT_FRAMES = (
 
 _FRAME_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _VIDEO_FILES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
+_ANIMATIONS = re.compile(rb"GIF8|\x89PNG|RIFF....WEBP", re.DOTALL)
+"""How the files of animations begin."""
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow opens some 16-bit files as 32-bit "I"
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]"
-VideoSource: TypeAlias = "str | os.PathLike[str] | Video | Sequence[ImageSource]"
+VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | Video | Sequence[ImageSource]"
 
 
 @dataclass(frozen=True)
@@ -189,12 +191,15 @@ def open_video(source: VideoSource) -> OpenVideo:
 
     Args:
         source: an animation (GIF, WebP, APNG) or a video file (MP4 and its like, with the extra `video`), a file: or
-            data: address of one, a directory of image files in the order of their names, a list of images, or a
-            `Video`. Frames of a directory count as `DIRECTORY_FPS` a second, those of a list as `DEFAULT_SOURCE_FPS`.
+            data: address of one, its bytes, a directory of image files in the order of their names, a list of images,
+            or a `Video`. Frames of a directory count as `DIRECTORY_FPS` a second, those of a list as
+            `DEFAULT_SOURCE_FPS`.
 
     Raises:
         ValueError: it is no video, or has no frames; while decoding, a frame is no image.
     """
+    if isinstance(source, bytes):
+        return (_open_animation if is_animation(source) else _open_video_file)(io.BytesIO(source))
     if isinstance(source, str | os.PathLike):
         content = content_of(source)
         if isinstance(content, Path) and os.path.isdir(content):
@@ -216,6 +221,11 @@ def open_video(source: VideoSource) -> OpenVideo:
         return _numbered(open_image(video.frames[i]) for i in indices)
 
     return OpenVideo(len(video.frames), float(video.fps), is_sampled=True, decode=decode)
+
+
+def is_animation(file: bytes) -> bool:
+    """Whether a file is an animation by how it begins; another one is left to PyAV."""
+    return _ANIMATIONS.match(file) is not None
 
 
 def _names_a_video_file(source: str | os.PathLike[str]) -> bool:
