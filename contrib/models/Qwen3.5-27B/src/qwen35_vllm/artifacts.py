@@ -19,6 +19,7 @@ from qwen35.configuration_qwen35_vl import Qwen35VLInferenceConfig
 from qwen35.error_text import first_three, shown
 from qwen35.memory.fit import require_fits
 from qwen35.modeling_qwen35 import NeuronQwen35ForCausalLM
+from qwen35.modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from qwen35.serving.compiled import Progress, compile_once, is_compiled, place_of, record_of, weight_files
 from qwen35.serving.loading import load_compiled_config
 
@@ -88,7 +89,8 @@ def _model(vllm_config: VllmConfig, options: ServeOptions) -> NeuronQwen35ForCau
             raise ConfigurationRefused(f"compiled_path={path}: {'; '.join(problems)}")
         compiled._name_or_path = config._name_or_path
         config = compiled
-    return NeuronQwen35ForCausalLM(config._name_or_path, config)
+    takes_media = isinstance(config, Qwen35VLInferenceConfig)
+    return (NeuronQwen35VLForCausalLM if takes_media else NeuronQwen35ForCausalLM)(config._name_or_path, config)
 
 
 def _directory(model: NeuronQwen35ForCausalLM, options: ServeOptions) -> Path | None:
@@ -132,8 +134,13 @@ def _mismatches(
     options: ServeOptions,
 ) -> Iterator[str]:
     """What is wrong with a model that was compiled elsewhere, a phrase each."""
-    if isinstance(compiled, Qwen35VLInferenceConfig):
-        yield "it takes images, which are not served yet: compile it without --vision"
+    with_media, wanted_with_media = (isinstance(each, Qwen35VLInferenceConfig) for each in (compiled, wanted))
+    if with_media != wanted_with_media:
+        yield (
+            "it takes images, and none are to be served: allow some, or compile it without --vision"
+            if with_media
+            else "it takes no images, which are to be served: compile it with --vision, or pass --language-model-only"
+        )
         return
     neuron = compiled.neuron_config
     if neuron.on_cpu != wanted.neuron_config.on_cpu:

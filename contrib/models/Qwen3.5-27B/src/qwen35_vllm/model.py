@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""The class that vLLM inspects to know what kind of model it serves; the worker runs the NxDI application instead."""
+"""The classes that vLLM inspects to know what kind of model it serves; the worker runs NxDI's applications instead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from .media_processor import PLACEHOLDERS, DummyMedia, MediaInfo, MediaProcessor
 
 
 class Qwen35ForVLLM(nn.Module):
@@ -34,3 +38,13 @@ class Qwen35ForVLLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+
+@MULTIMODAL_REGISTRY.register_processor(MediaProcessor, info=MediaInfo, dummy_inputs=DummyMedia)
+class Qwen35VLForVLLM(Qwen35ForVLLM, SupportsMultiModal):
+    """The same with images and video, as far as its checkpoint has a vision encoder."""
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What stands for an image or a video in a text, where the chat template puts nothing there itself."""
+        return PLACEHOLDERS[modality]

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qwen35.configuration_qwen35 import DTYPES, FP8_NAME, Qwen35InferenceConfig, Qwen35NeuronConfig, is_size
+from qwen35.configuration_qwen35 import (
+    DTYPES,
+    FP8_NAME,
+    Qwen35InferenceConfig,
+    Qwen35NeuronConfig,
+    is_size,
+    read_config,
+)
+from qwen35.configuration_qwen35_vl import Qwen35VLInferenceConfig
 from qwen35.error_text import one_line, shown
 from qwen35.hardware import INSTANCES
 from qwen35.json_files import Rule, wrong_fields
@@ -23,10 +31,20 @@ from qwen35.serving.loading import resolve_checkpoint
 from .plugin import neuron_devices
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 FP8_CACHE_NAMES = ("fp8", "fp8_e4m3")
 """vLLM's names, in --kv-cache-dtype, of what keys and values are kept in with kv_cache_dtype="fp8"."""
+
+MODALITIES = ("image", "video")
+"""vLLM's names of what a model with a vision encoder takes beside text."""
+
+MEDIA_OPTIONS = ("min_pixels", "max_pixels", "fps")
+"""What `mm_processor_kwargs` may ask: pixels of each image, at least and at most, and frames a second of videos."""
+
+VIDEO_LOADER = "qwen35"
+"""In vLLM's registry, `media_items.UndecodedVideo`; `--media-io-kwargs '{"video": {"video_backend": ...}}'` has
+another."""
 
 SECTION = "qwen35"
 """The key of `--additional-config` that is ours; other plugins have others."""
@@ -188,17 +206,30 @@ def runs_on_neuron() -> bool:
     return NXDI_AVAILABLE and bool(neuron_devices())
 
 
-def checkpoint_of(vllm_config: VllmConfig) -> Path:
+def checkpoint_of(model: ModelConfig) -> Path:
     """The directory of the checkpoint that vLLM was given, fetched if a hub has it.
 
     Raises:
         ConfigurationRefused: it is not there, or cannot be fetched.
     """
-    model = vllm_config.model_config
     try:
         return resolve_checkpoint(model.model, None if Path(model.model).exists() else model.revision).absolute()
     except OSError as error:
         raise ConfigurationRefused(str(error)) from error
+
+
+def has_vision(checkpoint: Path) -> bool:
+    """Whether a checkpoint says that it has a vision encoder."""
+    return bool(read_config(checkpoint).get("vision_config"))
+
+
+def takes_media(vllm_config: VllmConfig) -> bool:
+    """Whether requests may have images or videos: the checkpoint can, and vLLM's limits leave some."""
+    model = vllm_config.model_config
+    limits = model.multimodal_config
+    if limits is None or not any(limits.get_limit_per_prompt(modality) for modality in MODALITIES):
+        return False
+    return has_vision(checkpoint_of(model))
 
 
 def num_speculative_tokens(vllm_config: VllmConfig) -> int:
@@ -231,14 +262,15 @@ def neuron_config(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35Neuro
 
 
 def inference_config(vllm_config: VllmConfig, options: ServeOptions) -> Qwen35InferenceConfig:
-    """The model's configuration, of the checkpoint's config.json and `neuron_config`.
+    """The model's configuration, of the checkpoint's config.json and `neuron_config`; with images where they are taken.
 
     Raises:
         ConfigurationRefused: there is no such checkpoint.
         Qwen35ConfigError: naming every field that is missing, wrong or unsupported.
     """
-    path = checkpoint_of(vllm_config)
-    return Qwen35InferenceConfig.from_pretrained(path, neuron_config=neuron_config(vllm_config, options))
+    path = checkpoint_of(vllm_config.model_config)
+    config_cls = Qwen35VLInferenceConfig if takes_media(vllm_config) else Qwen35InferenceConfig
+    return config_cls.from_pretrained(path, neuron_config=neuron_config(vllm_config, options))
 
 
 assert [field.name for field in fields(ServeOptions)] == [*_RULES]

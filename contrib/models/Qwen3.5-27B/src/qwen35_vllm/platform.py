@@ -90,6 +90,7 @@ class Qwen35Platform(Platform):
         except ValueError as error:
             raise ConfigurationRefused(str(error)) from error
         use_connector(vllm_config)
+        _leave_videos_undecoded(vllm_config)
         cls.prompt_logprobs = config.output_prompt_logits
         # NxDI drives all ranks from one process.
         vllm_config.parallel_config.distributed_executor_backend = "uni"
@@ -112,6 +113,14 @@ class Qwen35Platform(Platform):
             check_params(params, cls.prompt_logprobs)
         except ValueError as error:
             raise VLLMValidationError(str(error)) from error
+
+
+def _leave_videos_undecoded(vllm_config: VllmConfig) -> None:
+    """Let `media_items.UndecodedVideo` load videos, unless the user names another of vLLM's loaders."""
+    if (media := vllm_config.model_config.multimodal_config) is not None:
+        from .options import VIDEO_LOADER
+
+        media.media_io_kwargs.setdefault("video", {}).setdefault("video_backend", VIDEO_LOADER)
 
 
 def _plan_rows(vllm_config: VllmConfig) -> None:

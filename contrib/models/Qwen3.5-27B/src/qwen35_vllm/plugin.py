@@ -18,8 +18,12 @@ NAME = "qwen35"
 """Of both entry points: what `VLLM_PLUGINS` lists."""
 
 PLATFORM = "qwen35_vllm.platform.Qwen35Platform"
-ARCHITECTURES = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5MTP")
-"""Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config."""
+ARCHITECTURES = {
+    "Qwen3_5ForConditionalGeneration": "qwen35_vllm.model:Qwen35VLForVLLM",
+    "Qwen3_5ForCausalLM": "qwen35_vllm.model:Qwen35ForVLLM",
+    "Qwen3_5MTP": "qwen35_vllm.model:Qwen35ForVLLM",
+}
+"""Of checkpoints with and without a vision encoder, and what vLLM looks up for --speculative-config: their classes."""
 
 TEXT_MODEL_TYPE = "qwen3_5_text"
 
@@ -66,9 +70,9 @@ def register() -> None:
         AutoConfig.register(TEXT_MODEL_TYPE, Qwen3_5TextConfig)
     from . import quantization  # noqa: F401 -- importing it registers what it has
 
-    for architecture in ARCHITECTURES:
+    for architecture, name in ARCHITECTURES.items():
         # By name, so that nothing is imported here. vLLM's own classes of these names need torchvision.
-        ModelRegistry.register_model(architecture, "qwen35_vllm.model:Qwen35ForVLLM")
+        ModelRegistry.register_model(architecture, name)
 
 
 def neuron_devices() -> list[str]:

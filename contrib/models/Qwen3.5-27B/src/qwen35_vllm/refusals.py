@@ -15,7 +15,7 @@ from qwen35.error_text import shown
 from qwen35.fp8_form import BLOCK_METHOD, CHANNEL_METHOD
 
 from .connector import RowConnector
-from .options import FP8_CACHE_NAMES, runs_on_neuron
+from .options import FP8_CACHE_NAMES, MEDIA_OPTIONS, runs_on_neuron
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,7 +60,21 @@ def refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"--load-format {vllm_config.load_config.load_format}: safetensors are read; leave it out"
     if vllm_config.load_config.download_dir is not None:
         yield "--download-dir: set HF_HOME, which the hub's own client reads"
+    yield from _media_refusals(model.multimodal_config)
     yield from _parallel_refusals(vllm_config)
+
+
+def _media_refusals(media: Any) -> Iterator[str]:
+    if media is None:
+        return
+    if media.enable_mm_embeds:
+        yield "--enable-mm-embeds: images and videos are encoded here; leave it out"
+    if media.mm_encoder_only:
+        yield "--mm-encoder-only: the model generates text; leave it out"
+    if media.video_pruning_rate:
+        yield f"--video-pruning-rate {media.video_pruning_rate}: videos keep all their tokens; leave it out"
+    if unknown := sorted({*(media.mm_processor_kwargs or {})} - {*MEDIA_OPTIONS}):
+        yield f"--mm-processor-kwargs, {shown(unknown[0])}: give {', '.join(MEDIA_OPTIONS)}"
 
 
 def _speculation_refusals(vllm_config: VllmConfig) -> Iterator[str]:

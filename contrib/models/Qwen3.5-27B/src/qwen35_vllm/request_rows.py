@@ -10,8 +10,8 @@ them its tokens, do not depend on the budget or on the other requests in a step.
 A request that the scheduler preempts loses its row. When it is resumed, it gets another, and its prompt and what it
 answered so far are encoded as one prompt.
 
-Not here yet, but with a place in `_start`: images (`CachedRequestState.mm_features` to `Row.placed`), and rows that are
-restored from earlier prompts (`num_computed_tokens` of a new row to `Row.cached`).
+Images and videos (`CachedRequestState.mm_features`) come to a row with `row_media`. Not here yet, but with a place in
+`_start`: rows that are restored from earlier prompts (`num_computed_tokens` of a new row to `Row.cached`).
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from vllm.v1.outputs import DraftTokenIds, LogprobsLists, LogprobsTensors, Model
 
 from qwen35.error_text import one_line
 from qwen35.modeling_qwen35 import NeuronQwen35ForCausalLM
+from qwen35.modeling_qwen35_vl import NeuronQwen35VLForCausalLM
 from qwen35.serving.runner import ModelRunner, Row, RowOutputs
 from qwen35.serving.sampling import NOT_FINITE, require_finite
 from qwen35.serving.speculation import foretold
@@ -41,6 +42,7 @@ from .batch_sampler import BatchSampler
 from .device_thread import Failures, StepOutput
 from .request_rows import RequestRows, ScheduledRequest
 from .request_rules import NO_PROMPT_LOGPROBS
+from .row_media import MediaEncoder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -76,11 +78,14 @@ class StepRunner:
         self._sampler = BatchSampler(vllm_config)
         self._drafts_tokens = model.config.num_speculative_tokens > 0
         self.rows = RequestRows(slots, self._runner.clear_slot)
+        self._media = MediaEncoder(model) if isinstance(model, NeuronQwen35VLForCausalLM) else None
         self._step: _Step | None = None
 
     def forward(self, scheduled: SchedulerOutput) -> None:
         """Call the model for what a step schedules; `sample` goes on from there."""
-        requests = [request for request in self.rows.update(scheduled) if request.failure is None]
+        requests = self.rows.update(scheduled)
+        self._place_media(scheduled, requests)
+        requests = [request for request in requests if request.failure is None]
         sampling = [request for request in requests if request.samples]
         on_device = self._runner.device_is_greedy and self._sampler.on_device([r.state for r in sampling])
         step = self._step = _Step(scheduled, sampling, on_device)
@@ -131,8 +136,25 @@ class StepRunner:
 
     def idle(self, scheduled: SchedulerOutput) -> StepOutput:
         """A step that schedules nothing, and tells which requests are finished."""
-        self.rows.update(scheduled)
+        self._place_media(scheduled, self.rows.update(scheduled))
         return StepOutput(ModelRunnerOutput(req_ids=[], req_id_to_index={}), self._new_failures(scheduled))
+
+    def _place_media(self, scheduled: SchedulerOutput, requests: Sequence[ScheduledRequest]) -> None:
+        """Encode the images and videos that a step schedules; one that fails takes its request with it alone."""
+        if self._media is None:
+            return
+        self._media.drop(scheduled.free_encoder_mm_hashes)
+        for request in requests:
+            if request.state.mm_features and request.failure is None and not request.is_encoded:
+                try:
+                    self._media.place(request, scheduled.scheduled_encoder_inputs.get(request.state.req_id, ()))
+                except Exception as error:
+                    self._fail([request], error)
+
+    def forget_media(self) -> None:
+        """Forget what was encoded, but for what the rows hold."""
+        if self._media is not None:
+            self._media.drop_all()
 
     def _new_failures(self, scheduled: SchedulerOutput) -> Failures:
         """The failed requests that vLLM is to be told of with the output of this step: each once.
@@ -231,6 +253,8 @@ class StepRunner:
             require_finite(outputs.logits[i])  # of a piece within a prompt, too: what it leaves behind is no better
         if request.prompt_logprobs is not None:
             request.prompt_logprobs += self._prompt_logprobs(request, outputs, i)
+        if request.is_encoded:
+            request.slot_row.placed = None
         if not (request.is_encoded and request.samples):
             return
         if step.tokens_only:

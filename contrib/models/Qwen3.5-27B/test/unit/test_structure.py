@@ -65,9 +65,10 @@ IMPORTERS_OF_VLLM = "qwen35_vllm"
 
 ROOMS_FOR_VLLM = {
     "configuration_qwen35", "configuration_qwen35_vl", "error_text", "fp8_form", "hardware", "json_files",
-    "kernel_selection", "memory", "modeling_qwen35", "nxdi", "planning", "serving",
+    "kernel_selection", "memory", "modeling_qwen35", "modeling_qwen35_vl", "nxdi", "planning", "serving", "vision",
 }  # fmt: skip
-"""What qwen35_vllm may import of qwen35: what configures, plans, loads and runs a model, not what it is made of."""
+"""What qwen35_vllm may import of qwen35: what configures, plans, loads and runs a model and processes its inputs, not
+what it is made of."""
 
 MAY_IMPORT_BY_NAME = {"qwen35", "qwen35.nxdi", "qwen35_vllm.plugin"}
 """The package's lazy names, the choice between NxDI and its stand-in, other platforms' entry points."""

@@ -144,10 +144,13 @@ def test_what_vllm_is_told_of_the_model_needs_no_torchvision() -> None:
         "import sys; sys.modules['torchvision'] = None\n"
         "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
         "from vllm.model_executor.models.registry import ModelRegistry\n"
-        f"for name in {plugin.ARCHITECTURES!r}:\n"
+        f"for name in {[*plugin.ARCHITECTURES]!r}:\n"
         "    info = ModelRegistry.models[name].inspect_model_cls()\n"
         "    print(info.architecture, info.is_text_generation_model, info.supports_multimodal, info.is_hybrid)\n"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-2:] == ["Qwen35ForVLLM True False False"] * 2
+    assert process.stdout.splitlines()[-3:] == [
+        "Qwen35VLForVLLM True True False",
+        *["Qwen35ForVLLM True False False"] * 2,
+    ]

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import re
 import signal
@@ -13,7 +15,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -26,12 +30,16 @@ pytest.importorskip("vllm")
 import openai
 import transformers
 from openai import AsyncOpenAI
+from PIL import Image
 from vllm import envs
 
 import qwen35
 from qwen35.serving.generation import TextGenerator
 from qwen35.serving.loading import MINI_CHECKPOINT, default_neuron_config
+from qwen35.vision.media import Video
 from qwen35_vllm.platform import SHUTDOWN_SECONDS
+from support.pictures import photograph, picture
+from support.vllm_media import conversation, expected_inputs
 from support.vllm_server import Server, serve
 
 pytestmark = pytest.mark.vllm
@@ -45,9 +53,10 @@ LONG = {"max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
+    directory = tmp_path_factory.mktemp("server")
     options = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
-    with serve(log, *ARGUMENTS, "--structured-outputs-config", options) as running:
+    arguments = [*ARGUMENTS, "--structured-outputs-config", options, "--allowed-local-media-path", str(directory)]
+    with serve(directory / "log", *arguments) as running:
         yield running
 
 
@@ -141,13 +150,114 @@ def test_a_request_that_is_not_served_is_told_so_and_the_others_go_on(
     assert "Paris" in complete(server, "The capital of France is")
 
 
-def test_images_are_refused(server: Server) -> None:
-    content: Any = [
-        {"type": "text", "text": "What is this?"},
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+def as_file(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def data_address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def see(server: Server, addresses: Sequence[str], question: str, kind: str = "image_url", **options: Any) -> Any:
+    """The first choice of the answer to a question about what is at some addresses."""
+    content: Any = [{"type": kind, kind: {"url": address}} for address in addresses]
+    content.append({"type": "text", "text": question})
+    given = {"max_tokens": 8, "temperature": 0, "extra_body": {"return_token_ids": True, "ignore_eos": True}, **options}
+    answer = server.client.chat.completions.create(
+        model="mini", messages=[{"role": "user", "content": content}], logprobs=True, top_logprobs=2, **given
+    )
+    return answer.choices[0]
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="transformers has no Qwen3.5 before 5")
+def test_what_is_said_of_pictures_is_what_transformers_says(server: Server, count: int) -> None:
+    from support.oracle import transformers_model
+
+    model, worst = transformers_model(MINI_CHECKPOINT), 0.0
+    for i in range(count):
+        scene = photograph(i)
+        choice = see(server, [data_address("image/png", as_file(scene, "PNG"))], "What is this?")
+        inputs = expected_inputs(conversation(scene, "What is this?"))
+        prompt, tokens = inputs.pop("input_ids"), choice.token_ids
+        ids = torch.cat([prompt, torch.tensor([tokens])], dim=1)
+        inputs |= {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 1020).int()}
+        with torch.no_grad():
+            logits = model(input_ids=ids, **inputs).logits[0, prompt.shape[1] - 1 : -1]
+        expected = logits.log_softmax(-1)
+        assert tokens == expected.argmax(-1).tolist(), i
+        chosen = torch.tensor([one.logprob for one in choice.logprobs.content])
+        worst = max(worst, float((chosen - expected[range(len(tokens)), tokens]).abs().max()))
+    assert worst < LOGPROB_TOLERANCE, worst
+    print(f"logprobs of {count} pictures differ from transformers' by at most {worst:.1e}")
+
+
+@pytest.fixture(scope="module")
+def seeing() -> TextGenerator:
+    """The same checkpoint with its vision encoder, without vLLM."""
+    config = qwen35.Qwen35VLInferenceConfig.from_pretrained(MINI_CHECKPOINT, default_neuron_config(512))
+    generator = TextGenerator.load(MINI_CHECKPOINT, config)
+    generator.generation_config.eos_token_id = []
+    return generator
+
+
+def test_addresses_of_each_kind_are_seen(server: Server, seeing: TextGenerator) -> None:
+    image, path = picture(90, 70), server.log.parent / "picture.png"
+    path.write_bytes(as_file(image, "PNG"))
+    web = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(path.parent)))
+    Thread(target=web.serve_forever, daemon=True).start()
+    try:
+        expected = seeing.chat([conversation(image, image, "What is this?")], 8).tokens[0]
+        http = f"http://127.0.0.1:{web.server_port}/{path.name}"
+        for address in (data_address("image/png", path.read_bytes()), path.as_uri(), http):
+            assert see(server, [address] * 2, "What is this?").token_ids == expected, address[:20]
+    finally:
+        web.shutdown()
+        web.server_close()
+
+
+def test_clips_are_seen_as_animations_and_as_frames(server: Server, seeing: TextGenerator, tmp_path: Path) -> None:
+    frames = [picture(96, 64, seed=i) for i in range(4)]
+    gif = as_file(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=250)
+    (tmp_path / "clip.gif").write_bytes(gif)
+    ask = [
+        {"role": "user", "content": [{"type": "video", "video": tmp_path / "clip.gif"}, {"type": "text", "text": "?"}]}
     ]
-    with pytest.raises(openai.BadRequestError, match="not a multimodal model"):
-        server.client.chat.completions.create(model="mini", messages=[{"role": "user", "content": content}])
+    found = see(server, [data_address("video/gif", gif)], "?", "video_url").token_ids
+    assert found == seeing.chat([ask], 8).tokens[0]
+    files = [as_file(frame, "JPEG") for frame in frames]
+    address = "data:video/jpeg;base64," + ",".join(base64.b64encode(file).decode() for file in files)
+    decoded = [Image.open(io.BytesIO(file)) for file in files]
+    found = see(server, [address], "?", "video_url").token_ids
+    assert found == seeing.chat([conversation(Video(decoded, 1.0), "?")], 8).tokens[0]  # vLLM's rate of such frames
+
+
+@pytest.mark.parametrize(
+    ("kind", "address", "told"),
+    [
+        ("image_url", "data:image/png;base64,AAAA", "cannot identify image file|Failed to load image"),
+        ("image_url", data_address("image/png", as_file(photograph(1), "PNG")[:2000]), "truncated"),
+        ("image_url", data_address("image/png", as_file(Image.new("1", (8200, 8200)), "PNG")), "8200.*8200"),
+        ("image_url", data_address("image/png", as_file(Image.new("L", (900, 2)), "PNG")), "aspect ratio above 200"),
+        ("image_url", "file:///etc/hostname", "must be a subpath of"),
+        ("video_url", data_address("video/mp4", b"no video"), "PyAV|cannot be decoded"),
+    ],
+    ids=["no image", "truncated", "pixels", "ratio", "elsewhere", "no video"],
+)
+def test_a_bad_picture_is_told_and_the_others_go_on(server: Server, kind: str, address: str, told: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=told) as refused:
+        see(server, [address], "What is this?", kind)
+    message = refused.value.body["message"] if isinstance(refused.value.body, dict) else ""
+    assert len(message.splitlines()) == 1, message
+    assert "Paris" in complete(server, "The capital of France is")
+
+
+def test_a_prompt_that_is_too_long_with_its_pictures_is_told(server: Server) -> None:
+    address = data_address("image/png", as_file(picture(128, 128), "PNG"))
+    with pytest.raises(openai.BadRequestError, match="512"):
+        see(server, [address] * 40, "What is this?")  # 40 times 16 tokens
 
 
 def test_rows_of_clients_that_hang_up_are_free_again(server: Server) -> None:
@@ -218,21 +328,21 @@ def _code(language: str) -> list[str]:
 
 
 def test_the_requests_of_the_document_are_answered(server: Server) -> None:
-    (curl,) = [block for block in _code("sh") if block.startswith("curl ")]
-    answer = subprocess.run(
-        ["bash", "-c", curl.replace("localhost:8000", f"127.0.0.1:{server.port}")], capture_output=True, text=True
-    )
-    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "Paris.", answer
-    (script,) = _code("python")
-    ran = subprocess.run(
-        [sys.executable, "-c", script.replace("localhost:8000", f"127.0.0.1:{server.port}")],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    (said,) = _code("text")
-    # vLLM's versions set other spaces between the tokens of JSON.
-    assert ran.stdout.replace('": "', '":"') == said
+    requests = [block for block in _code("sh") if block.startswith("curl ")]
+    for curl, said in zip(requests, ("Paris.", "red."), strict=True):
+        answer = subprocess.run(
+            ["bash", "-c", curl.replace("localhost:8000", f"127.0.0.1:{server.port}")], capture_output=True, text=True
+        )
+        assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == said, answer
+    for script, said in zip(_code("python"), _code("text"), strict=True):
+        ran = subprocess.run(
+            [sys.executable, "-c", script.replace("localhost:8000", f"127.0.0.1:{server.port}")],
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        # vLLM's versions set other spaces between the tokens of JSON.
+        assert ran.stdout.replace('": "', '":"') == said
 
 
 @pytest.mark.parametrize(

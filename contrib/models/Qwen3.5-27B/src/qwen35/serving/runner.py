@@ -17,12 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from ..modeling_qwen35 import NeuronQwen35ForCausalLM
 from ..modeling_qwen35_vl import NeuronQwen35VLForCausalLM, PlacedMedia
 from ..phase import Phase, Submodel
+
+
+class Placed(Protocol):
+    """What images and videos add to a whole prompt: a `PlacedMedia` of one row, or what gives its columns."""
+
+    @property
+    def rope_deltas(self) -> torch.Tensor: ...
+
+    def columns(self, start: int, width: int) -> PlacedMedia: ...
 
 
 @dataclass(eq=False)  # a row is itself, whatever it holds
@@ -41,7 +51,7 @@ class Row:
     slot: int
     tokens: list[int]
     cached: int = 0
-    placed: PlacedMedia | None = None
+    placed: Placed | None = None
     drafts: list[int] = field(default_factory=list)
     rope_delta: int = field(init=False)
     """What is added to the index of a token after the prompt: its rotary position. 0 after a prompt of text."""
