@@ -37,9 +37,7 @@ class UndecodedVideo(VideoLoader):
     """The file of a video as it is, and the frames a second that are asked of it."""
 
     @classmethod
-    def load_bytes(  # type: ignore[override] # the file stands for its frames
-        cls, data: bytes, num_frames: int = _VLLM_NUM_FRAMES, **asked: Any
-    ) -> tuple[bytes, dict[str, Any]]:
+    def load_bytes(cls, data: bytes, num_frames: int = _VLLM_NUM_FRAMES, **asked: Any) -> tuple[bytes, dict[str, Any]]:
         """The file and `fps`, where it is given.
 
         Raises:

@@ -154,7 +154,7 @@ class MediaProcessor(BaseMultiModalProcessor[MediaInfo]):
             raise VLLMValidationError(one_line("; ".join(error.problems)), parameter="multi_modal_data") from error
         except ValueError as error:
             raise VLLMValidationError(one_line(str(error)), parameter="mm_processor_kwargs") from error
-        found = {name: value for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
+        found: dict[str, Any] = {name: value for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
         if videos:
             found["video_timestamps"] = [torch.tensor(times, dtype=torch.float64) for times in inputs.video_timestamps]
         return BatchFeature(found)

@@ -128,6 +128,10 @@ class MediaEncoder:
         for identifier in identifiers:
             self._kept.pop(identifier, None)
 
+    def drop_all(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+
     def place(self, request: ScheduledRequest, scheduled: Iterable[int]) -> None:
         """Encode the scheduled ones of a request's items, and let its row have those whose tokens it was given.
 

@@ -197,6 +197,11 @@ class StepRunner:
                 except Exception as error:
                     self._fail([request], error)
 
+    def forget_media(self) -> None:
+        """Forget what was encoded, but for what the rows hold."""
+        if self._media is not None:
+            self._media.drop_all()
+
     def _given(self, step: _Step, request: ScheduledRequest) -> list[int]:
         """The tokens of a request that vLLM gets and counts."""
         return up_to_end(step.scheduled, request.state, step.tokens[request.state.req_id], self._max_model_len)

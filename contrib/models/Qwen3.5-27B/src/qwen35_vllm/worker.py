@@ -109,6 +109,10 @@ class Qwen35Worker(WorkerBase):
         """What was drafted, once the steps that are queued are done: vLLM asks where grammars must obey it."""
         return self._thread.run(self._runner.drafts)
 
+    def reset_encoder_cache(self) -> None:
+        """Forget the encoded images and videos, as vLLM's scheduler does at the same time."""
+        self._thread.run(self._runner.forget_media)
+
     def _output(self, step: Callable[[], StepOutput]) -> AsyncModelRunnerOutput | ModelRunnerOutput:
         pending = PendingOutput(self._thread.submit(step), self._handed_over)
         # vLLM 0.23 reads an output that is pending under asynchronous scheduling alone.

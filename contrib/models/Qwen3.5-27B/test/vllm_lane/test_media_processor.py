@@ -21,6 +21,7 @@ pytest.importorskip("vllm")
 from vllm import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.serving.prompts import encode
@@ -158,6 +159,20 @@ def test_frames_that_vllm_s_loaders_chose_keep_their_times(processor: Any) -> No
     media = PROCESSOR([], [Video(FRAMES[:3], 10)])
     media.video_timestamps = [timestamps_of([0, 7, 19], 10, 2)]
     require_same(process(processor, CLIP, {"video": (FRAMES[:3], metadata)}), expected_of(CLIP, media))
+
+
+def test_another_of_vllm_s_loaders_may_be_named(processor: Any, tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 8, (90, 70))
+    for i in range(24):
+        writer.write(np.asarray(picture(90, 70, seed=i)))
+    writer.release()
+    frames, metadata = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(path.read_bytes(), num_frames=6)
+    assert len(frames) == 6 and metadata["fps"] == 8
+    media = PROCESSOR([], [Video([*frames], 8)])
+    media.video_timestamps = [timestamps_of(metadata["frames_indices"], 8, 2)]
+    require_same(process(processor, CLIP, {"video": (frames, metadata)}), expected_of(CLIP, media))
 
 
 def test_all_frames_of_a_source_are_sampled_where_their_metadata_ask_for_it(processor: Any, tmp_path: Path) -> None:

@@ -139,7 +139,10 @@ def test_chunks_cut_pictures_anywhere_and_the_cache_keeps_no_more_than_it_has_ro
     budget: int, alone: dict[str, list[int]]
 ) -> None:
     with engine_of(
-        MINI_CHECKPOINT, {"prefill_chunk_size": 16}, **ENGINE | {"max_num_seqs": 2}, max_num_batched_tokens=budget
+        MINI_CHECKPOINT,
+        {"prefill_chunk_size": 16, "ctx_batch_size": 2},
+        **ENGINE | {"max_num_seqs": 2},
+        max_num_batched_tokens=budget,
     ) as engine:
         core: Any = engine.engine_core.engine_core
         room, kept = core.scheduler.encoder_cache_manager.cache_size, worker_of(engine)._runner._media._kept
@@ -166,6 +169,15 @@ def test_equal_pictures_are_encoded_once(engine: LLMEngine) -> None:
         assert calls[2:] == [[2, 4, 6]]
         add_chat(engine, "three", conversation(first, second, first, "Which is different?"), GREEDY)
         assert tokens_by_name(finish(engine)) == tokens_by_name(together)
+
+
+def test_a_cache_that_is_reset_is_filled_again(engine: LLMEngine, alone: dict[str, list[int]]) -> None:
+    with encoded(engine) as calls:
+        for _ in range(2):
+            core: Any = engine.engine_core.engine_core
+            core.reset_encoder_cache()
+            assert tokens_by_name(answer_all(engine, ["two"])) == {"two": alone["two"]}
+        assert len(calls) == 4
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["asynchronous", "synchronous"])

@@ -29,7 +29,9 @@ pytest.importorskip("vllm")
 
 import openai
 import transformers
+import vllm
 from openai import AsyncOpenAI
+from packaging import version
 from PIL import Image
 from vllm import envs
 
@@ -56,6 +58,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("server")
     options = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
     arguments = [*ARGUMENTS, "--structured-outputs-config", options, "--allowed-local-media-path", str(directory)]
+    if version.parse(vllm.__version__).release >= (0, 33):  # 0.23 takes them of anybody
+        arguments.append("--trust-request-mm-kwargs")
     with serve(directory / "log", *arguments) as running:
         yield running
 
@@ -160,11 +164,14 @@ def data_address(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+TOKENS = {"return_token_ids": True, "ignore_eos": True}
+
+
 def see(server: Server, addresses: Sequence[str], question: str, kind: str = "image_url", **options: Any) -> Any:
     """The first choice of the answer to a question about what is at some addresses."""
     content: Any = [{"type": kind, kind: {"url": address}} for address in addresses]
     content.append({"type": "text", "text": question})
-    given = {"max_tokens": 8, "temperature": 0, "extra_body": {"return_token_ids": True, "ignore_eos": True}, **options}
+    given = {"max_tokens": 8, "temperature": 0, "extra_body": TOKENS, **options}
     answer = server.client.chat.completions.create(
         model="mini", messages=[{"role": "user", "content": content}], logprobs=True, top_logprobs=2, **given
     )
@@ -227,6 +234,11 @@ def test_clips_are_seen_as_animations_and_as_frames(server: Server, seeing: Text
     ]
     found = see(server, [data_address("video/gif", gif)], "?", "video_url").token_ids
     assert found == seeing.chat([ask], 8).tokens[0]
+    ask[0]["content"][0]["fps"] = 1  # type: ignore[index]
+    expected = seeing.chat([ask], 8).tokens[0]
+    for asked in ({"mm_processor_kwargs": {"fps": 1}}, {"media_io_kwargs": {"video": {"fps": 1}}}):
+        choice = see(server, [data_address("video/gif", gif)], "?", "video_url", extra_body={**TOKENS, **asked})
+        assert choice.token_ids == expected
     files = [as_file(frame, "JPEG") for frame in frames]
     address = "data:video/jpeg;base64," + ",".join(base64.b64encode(file).decode() for file in files)
     decoded = [Image.open(io.BytesIO(file)) for file in files]

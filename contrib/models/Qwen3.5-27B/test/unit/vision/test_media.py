@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -90,6 +91,9 @@ def test_an_animation_is_sampled_by_its_own_durations(suffix: str, options: dict
     expected = PROCESSOR(videos=[[frames[i] for i in indices]]).pixel_values_videos
     # GIF palettes round colours by a level or so of 255.
     assert_close(inputs.pixel_values_videos, expected, atol=0.05 if suffix == "gif" else 0.0, label=suffix)
+    by_its_bytes = PROCESSOR(videos=[path.read_bytes()])
+    assert by_its_bytes.video_timestamps == inputs.video_timestamps
+    assert torch.equal(by_its_bytes.pixel_values_videos, inputs.pixel_values_videos)
 
 
 def test_a_directory_is_its_images_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -270,7 +274,8 @@ def test_a_video_file_is_sampled_as_transformers_samples_it(clip: Path) -> None:
     indices = [int(i) for i in np.linspace(0, 39, 8).round()]  # two a second of four seconds
     pixels, metadata = video_utils.read_video_pyav(str(clip), lambda metadata, **kwargs: indices)
     assert (metadata.total_num_frames, metadata.fps) == (40, 10.0)
-    for source in (clip, f"file://{clip}", "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()):
+    data = clip.read_bytes()
+    for source in (clip, f"file://{clip}", "data:video/mp4;base64," + base64.b64encode(data).decode(), data):
         inputs = PROCESSOR(videos=[source])
         expected = PROCESSOR(videos=[Video([*pixels], 10)])
         assert_close(inputs.pixel_values_videos, expected.pixel_values_videos, label=str(source)[:20])
