@@ -7,6 +7,7 @@
 - `options`: `--additional-config '{"qwen35": {...}}'`, and the configuration of the model from that and vLLM's;
 - `artifacts`: the compiled model, found again or made, and loaded;
 - `worker`: rows and tokens of each step;
+- `prefixes`: which beginnings of prompts are kept, and restored into rows;
 - `quantization`: what `qwen35 quantize` names in a checkpoint, which vLLM must know;
 - `versions`: what vLLM 0.23 and 0.33 differ in.
 
