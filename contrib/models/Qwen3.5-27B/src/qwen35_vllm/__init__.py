@@ -8,6 +8,7 @@
 - `artifacts`: the compiled model, found again or made, and loaded;
 - `worker`: rows and tokens of each step;
 - `model`: what vLLM is told of the model; `media_processor`: images and videos of requests, for `row_media` to encode;
+- `prefixes`: which beginnings of prompts are kept, and restored into rows;
 - `quantization`: what `qwen35 quantize` names in a checkpoint, which vLLM must know;
 - `versions`: what vLLM 0.23 and 0.33 differ in.
 

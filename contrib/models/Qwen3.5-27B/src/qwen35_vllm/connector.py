@@ -139,6 +139,12 @@ class RowConnector(KVConnectorBase_V1, SupportsHMA):
         known = _restorable(self.planner, _chain(self.planner, request), request)
         return max(len(known) * self.planner.block - num_computed_tokens, 0), False
 
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[Any, int]:
+        """Of the metrics of vLLM 0.33: blocks are in the host's memory."""
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+        return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
+
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         """A request gets a row in the step that is being scheduled.
 

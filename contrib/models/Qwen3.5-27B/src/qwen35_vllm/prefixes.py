@@ -44,7 +44,7 @@ def prefix_budget(model: NeuronQwen35ForCausalLM, options: ServeOptions, replica
     """What a replica of a model, which need not be loaded, is to keep; None where nothing is kept.
 
     Args:
-        replicas: of this machine, which share the default.
+        replicas: of this machine, which share the default; 0 where it has none and only hands requests on.
 
     Raises:
         ConfigurationRefused: the options ask for what the model cannot have.
@@ -78,7 +78,7 @@ def prefix_budget(model: NeuronQwen35ForCausalLM, options: ServeOptions, replica
 
 def _default_bytes(replicas: int) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(MOST_DEFAULT_BYTES, memory // DEFAULT_SHARE // replicas)
+    return min(MOST_DEFAULT_BYTES, memory // DEFAULT_SHARE // max(replicas, 1))
 
 
 @dataclass

@@ -48,11 +48,19 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
+        return sum(self.metrics(name).values())
+
+    def metrics(self, name: str, label: str = "engine") -> dict[str, float]:
+        """The sums of a metric for each value of a label, as in 'engine="0"'."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             text = response.read().decode()
-        values = re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-        assert values, f"no metric {name}"
-        return sum(map(float, values))
+        found = re.findall(rf"^vllm:{name}(?:{{([^}}]*)}})? (\S+)$", text, re.MULTILINE)
+        assert found, f"no metric {name}"
+        sums: dict[str, float] = {}
+        for labels, value in found:
+            key = next((each for each in labels.split(",") if each.startswith(f"{label}=")), "")
+            sums[key] = sums.get(key, 0.0) + float(value)
+        return sums
 
     def require_idle(self, seconds: float = 30) -> None:
         """Check that soon no request is running or waiting, and no block, that is no row, is in use."""

@@ -386,9 +386,9 @@ def model_of(engine: LLMEngine) -> Any:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["logits", "tokens on the device"])
 def device_engine(request: pytest.FixtureRequest, served_checkpoint: Path) -> Iterator[LLMEngine]:
-    """On the device, which chooses tokens or leaves logits to be read."""
+    """On the device, which chooses tokens or leaves logits to be read; prompts take several steps."""
     qwen35 = {"on_device_sampling": True} if request.param else {}
-    with engine_of(served_checkpoint, qwen35, device=True, max_num_seqs=2) as engine:
+    with engine_of(served_checkpoint, qwen35, device=True, max_num_seqs=2, max_num_batched_tokens=20) as engine:
         yield engine
 
 

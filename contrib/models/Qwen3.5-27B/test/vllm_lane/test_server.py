@@ -323,14 +323,29 @@ def test_a_server_with_drafts_gives_the_same_answers(server: Server, tmp_path: P
         drafting.require_idle()
 
 
-def test_two_replicas_share_the_requests(tmp_path: Path) -> None:
-    with serve(tmp_path / "log", *ARGUMENTS, "--data-parallel-size", "2", "--api-server-count", "1") as server:
+def test_two_replicas_share_the_requests_and_reuse_the_prefixes_that_each_has(tmp_path: Path) -> None:
+    """vLLM gives requests that come one after the other to its replicas in turn."""
+    replicas = ("--data-parallel-size", "2", "--api-server-count", "1", "--enable-prompt-tokens-details")
+    chunks = ("--additional-config", json.dumps({"qwen35": {"prefill_chunk_size": 32}}))
+    with serve(tmp_path / "log", *ARGUMENTS, *replicas, *chunks) as server:
         for fact in FACTS[:6]:
             assert fact["answer"] in complete(server, fact["prompt"])
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
             text = response.read().decode()
         counted = re.findall(r'^vllm:request_success_total{engine="(\d)",finished_reason="stop".*} (\S+)$', text, re.M)
         assert {engine: float(number) for engine, number in counted} == {"0": 3, "1": 3}
+        before = server.metrics("external_prefix_cache_queries_total")
+        options: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        answers = [server.client.completions.create(model="mini", prompt=[*range(100)], **options) for _ in range(4)]
+        details = [answer.usage.prompt_tokens_details for answer in answers]
+        assert [found.cached_tokens if found else 0 for found in details] == [0, 0, 96, 96]
+        assert len({answer.choices[0].text for answer in answers}) == 1
+        after = server.metrics("external_prefix_cache_queries_total")
+        assert {engine: after[engine] - before[engine] for engine in after} == dict.fromkeys(after, 200)
+        assert server.metrics("external_prefix_cache_hits_total") == dict.fromkeys(after, 96)
+        assert not any(server.metrics("prefix_cache_hits_total").values()), "vLLM's own is off"
+        sources = server.metrics("prompt_tokens_by_source_total", "source")
+        assert (sources['source="external_kv_transfer"'], sources['source="local_cache_hit"']) == (192, 0)
         assert server.stop() == 0
 
 

@@ -216,6 +216,7 @@ def test_a_budget_is_so_many_blocks_as_it_holds(tmp_path: Path, monkeypatch: pyt
     assert larger == PrefixBudget(48, states + 48 * token, (1 << 20) // (states + 48 * token))
     monkeypatch.setattr(prefixes.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}.__getitem__)
     assert prefix_budget(model, ServeOptions(), 2).blocks == (1 << 28) // budget.block_nbytes  # type: ignore[union-attr]
+    assert prefix_budget(model, ServeOptions(), 0).blocks == (1 << 29) // budget.block_nbytes  # type: ignore[union-attr]
     monkeypatch.setattr(prefixes.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 30}.__getitem__)
     assert prefix_budget(model, ServeOptions(), 2).blocks == (16 << 30) // budget.block_nbytes  # type: ignore[union-attr]
     monkeypatch.setattr(prefixes.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 8}.__getitem__)
