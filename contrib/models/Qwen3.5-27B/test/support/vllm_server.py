@@ -17,7 +17,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
+import openai
 import torch
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
@@ -25,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from qwen35.serving.loading import MINI_CHECKPOINT
 
 SECONDS_TO_START = 400
-"""More than it takes on a machine that runs much else."""
+SECONDS_TO_END = 300
+"""More than it takes on a machine that runs much else. When --shutdown-timeout is out, vLLM leaves clients waiting."""
 
 
 class Server:
@@ -75,6 +78,45 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=seconds)
+
+    def stop_in_the_middle(self, clients: int = 6) -> list[tuple[int, str | None]]:
+        """Ask it to end while clients stream long answers, more of them than it has rows.
+
+        Returns:
+            Of each client: the chunks it got, and why its answer ended, or the name of the error instead.
+
+        Raises:
+            AssertionError: a client waits in vain, or the server does not end as it should, with status 0.
+        """
+        counts = [0] * clients
+        reasons: list[str | None] = [None] * clients
+
+        def read(i: int) -> None:
+            options = {"max_tokens": 200, "temperature": 0, "extra_body": {"ignore_eos": True}}
+            try:
+                for chunk in self.client.completions.create(model="mini", prompt="Once", stream=True, **options):
+                    counts[i] += 1
+                    reasons[i] = chunk.choices[0].finish_reason
+            except (openai.APIError, OSError) as error:
+                reasons[i] = type(error).__name__
+
+        readers = [Thread(target=read, args=(i,)) for i in range(clients)]
+        for reader in readers:
+            reader.start()
+        end = time.monotonic() + SECONDS_TO_END
+        while sum(count >= 5 for count in counts) < 4:
+            assert time.monotonic() < end, counts
+            time.sleep(0.02)
+        said = len(self.log.read_text())
+        self.process.send_signal(signal.SIGTERM)
+        for reader in readers:
+            reader.join(timeout=SECONDS_TO_END)
+            assert not reader.is_alive(), "a client waits, until its own time is out"
+        status, log = self.process.wait(timeout=SECONDS_TO_END), self.log.read_text()[said:]
+        assert status == 0, log[-3000:]
+        # On a busy machine vLLM's reader of outputs finds that the engine has ended, and says so in this way.
+        assert log.count("Traceback") == log.count("AsyncLLM output_handler failed"), log[-3000:]
+        return [*zip(counts, reasons, strict=True)]
 
 
 @contextmanager

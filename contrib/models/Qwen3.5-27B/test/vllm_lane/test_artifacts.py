@@ -7,9 +7,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,15 +219,6 @@ def test_a_place_where_nothing_can_be_compiled_is_refused_before_anything_is_sta
     with pytest.raises(ConfigurationRefused, match=f"^compiled_path.*{told}"):
         configured(served_checkpoint, {"compiled_path": str(path)})
     assert [*tmp_path.iterdir()] == [tmp_path / "place"]
-
-
-def test_vllm_serve_ends_in_seconds_where_nothing_may_be_compiled(served_checkpoint: Path, tmp_path: Path) -> None:
-    given = f'{{"qwen35": {{"compiled_path": "{tmp_path}/compiled", "compile": "never"}}}}'
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(served_checkpoint)]
-    start = time.monotonic()
-    ended = subprocess.run([*command, "--additional-config", given], capture_output=True, text=True, timeout=120)
-    assert ended.returncode != 0 and time.monotonic() - start < 100, "most of it is importing vLLM, on a busy machine"
-    assert "ConfigurationRefused: compile=never, and there is no compiled model" in ended.stderr.splitlines()[-1]
 
 
 @pytest.fixture

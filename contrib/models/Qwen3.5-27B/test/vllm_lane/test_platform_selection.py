@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -19,13 +22,6 @@ from vllm import platforms
 from qwen35_vllm import plugin
 
 pytestmark = pytest.mark.vllm
-
-SELECTED = """
-from vllm import platforms
-{before}
-from vllm.platforms import current_platform
-print("selected", type(current_platform).__name__)
-"""
 
 CUDA_MACHINE = "platforms.builtin_platform_plugins['cuda'] = lambda: 'vllm.platforms.interface.UnspecifiedPlatform'"
 """vLLM's own detection finds a GPU; the class of its platform would look for the driver."""
@@ -48,39 +44,74 @@ def install_other_platform(
     )
 
 
-def select(before: str = "", path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What a new process selects, with `before` run before it and `path` first among those of modules."""
-    paths = [*([str(path)] if path else []), *sys.path]
-    return subprocess.run(
-        [sys.executable, "-c", SELECTED.format(before=before)],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": os.pathsep.join(paths), **environment},
-        capture_output=True,
+@dataclass(frozen=True)
+class Machine:
+    """Where vLLM chooses a platform: what runs before, what else is installed, variables; and what it must say."""
+
+    selected: str
+    told: str = ""
+    before: str = ""
+    other: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+MACHINES = {
+    "as it is": Machine("Qwen35Platform"),
+    "GPU": Machine(
+        "UnspecifiedPlatform",
+        "qwen35 steps aside: vLLM runs on cuda here",
+        before=CUDA_MACHINE,
+        environment={"VLLM_PLUGINS": plugin.NAME},
+    ),
+    "another platform": Machine(
+        "OtherPlatform", "qwen35 steps aside for the platform other; VLLM_PLUGINS=qwen35 chooses", other=True
+    ),
+    "another platform, ours named": Machine("Qwen35Platform", other=True, environment={"VLLM_PLUGINS": plugin.NAME}),
+    "another platform, that one named": Machine("OtherPlatform", other=True, environment={"VLLM_PLUGINS": "other"}),
+}
+
+SELECT = """
+import json, os, sys
+from vllm import platforms
+for before, paths, environment, log in json.loads(sys.stdin.read()):
+    if (child := os.fork()) == 0:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(environment)
+        sys.path[:0] = paths
+        exec(before)
+        from vllm.platforms import current_platform
+        print("selected", type(current_platform).__name__, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+"""A process for each machine, of one that has imported vLLM and not yet looked for its platform."""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What vLLM says on each of the machines, its choice last."""
+    root = tmp_path_factory.mktemp("selection")
+    install_other_platform(root / "other")
+    asked = [
+        (machine.before, [str(root / "other")] * machine.other, dict(machine.environment), str(root / str(i)))
+        for i, machine in enumerate(MACHINES.values())
+    ]
+    subprocess.run(
+        [sys.executable, "-c", SELECT],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": os.pathsep.join(sys.path)},
+        input=json.dumps(asked),
         text=True,
         check=True,
     )
+    return {name: (root / str(i)).read_text() for i, name in enumerate(MACHINES)}
 
 
-def selected(process: subprocess.CompletedProcess[str]) -> str:
-    return process.stdout.splitlines()[-1].removeprefix("selected ")
-
-
-def test_the_pure_python_build_has_ours() -> None:
-    assert selected(select()) == "Qwen35Platform"
-
-
-def test_a_cuda_machine_is_not_taken_over_even_when_named() -> None:
-    process = select(CUDA_MACHINE, VLLM_PLUGINS=plugin.NAME)
-    assert selected(process) == "UnspecifiedPlatform"
-    assert "qwen35 steps aside: vLLM runs on cuda here" in process.stdout + process.stderr
-
-
-def test_another_out_of_tree_platform_goes_first_unless_ours_is_named(tmp_path: Path) -> None:
-    install_other_platform(tmp_path)
-    process = select(path=tmp_path)
-    assert selected(process) == "OtherPlatform"
-    assert "qwen35 steps aside for the platform other; VLLM_PLUGINS=qwen35 chooses" in process.stdout + process.stderr
-    assert selected(select(path=tmp_path, VLLM_PLUGINS=plugin.NAME)) == "Qwen35Platform"
-    assert selected(select(path=tmp_path, VLLM_PLUGINS="other")) == "OtherPlatform"
+@pytest.mark.parametrize("name", MACHINES)
+def test_vllm_takes_ours_unless_an_accelerator_or_another_platform_goes_first(said: dict[str, str], name: str) -> None:
+    assert said[name].splitlines()[-1] == f"selected {MACHINES[name].selected}"
+    assert MACHINES[name].told in said[name]
 
 
 @pytest.mark.parametrize("broken", ["None", "1 / 0"])
@@ -144,15 +175,17 @@ def test_what_vllm_is_told_of_the_model_needs_no_torchvision() -> None:
         "import sys; sys.modules['torchvision'] = None\n"
         "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
         "from vllm.model_executor.models.registry import ModelRegistry\n"
-        f"for name in {[*plugin.ARCHITECTURES]!r}:\n"
-        "    info = ModelRegistry.models[name].inspect_model_cls()\n"
+        f"pictures, one, other = [ModelRegistry.models[name] for name in {[*plugin.ARCHITECTURES]!r}]\n"
+        "assert one == other\n"
+        "for model in (pictures, one):\n"
+        "    info = model.inspect_model_cls()\n"
         "    print(info.architecture, info.is_text_generation_model, info.supports_multimodal, info.is_hybrid)\n"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-3:] == [
+    assert process.stdout.splitlines()[-2:] == [
         "Qwen35VLForVLLM True True False",
-        *["Qwen35ForVLLM True False False"] * 2,
+        "Qwen35ForVLLM True False False",
     ]
 
 

@@ -182,17 +182,12 @@ def test_the_hook_may_be_called_again(served_checkpoint: Path) -> None:
     assert (config.cache_config.block_size, config.cache_config.num_gpu_blocks_override) == before
 
 
-def test_vllm_serve_says_so_in_a_line_and_ends(served_checkpoint: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(served_checkpoint),
-        "--load-format=dummy",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_vllm_serve_says_so_in_a_line_and_ends(served_checkpoint: Path, tmp_path: Path) -> None:
+    """Of the checks of a configuration, the last: that there is a compiled model where none may be made."""
+    given = json.dumps({"qwen35": {"compiled_path": str(tmp_path / "compiled"), "compile": "never"}})
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(served_checkpoint)]
+    ended = subprocess.run([*command, "--additional-config", given], capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
     said = ended.stderr.splitlines()[-1]
-    assert "qwen35_vllm.options.ConfigurationRefused: not served: --load-format dummy" in said
+    assert "qwen35_vllm.options.ConfigurationRefused: compile=never, and there is no compiled model in" in said
     assert "EngineCore" not in ended.stdout + ended.stderr, "nothing was started"
