@@ -115,3 +115,12 @@ def test_the_plugins_own_entry_point_goes_before_ours_where_it_finds_devices() -
     )  # fmt: skip
     assert ran.stdout.splitlines()[-1] == "NeuronPlatform"
     assert "qwen35 steps aside for the platform neuron" in ran.stdout + ran.stderr
+
+
+def test_grammars_are_ignored(server: Server) -> None:
+    """The plugin's, which docs/serve.md warns of: if this fails, the plugin has learned it, and so must the text."""
+    answer = server.client.completions.create(
+        model="mini", prompt=FACTS[0]["prompt"], max_tokens=8, temperature=0,
+        extra_body={"structured_outputs": {"choice": [" Rome.", " Madrid."]}},
+    ).choices[0]  # fmt: skip
+    assert FACTS[0]["answer"] in answer.text
