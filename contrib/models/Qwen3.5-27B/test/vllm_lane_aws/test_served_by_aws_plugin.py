@@ -164,19 +164,22 @@ def test_vllms_sampler_takes_the_options_of_each_request(mini: Path) -> None:
             assert abs(chosen - float(expected[row, step].max())) < 1e-4, (row, step)
 
 
+IGNORED = {
+    "logit_bias": {"logit_bias": {int(TOKENS[1, 0]): -100.0}},
+    "seed": {"temperature": 100.0, "seed": 1},
+    "min_p": {"temperature": 100.0, "min_p": 1.0},
+}
+
+
 @pytest.mark.parametrize("override", [{}, {"on_device_sampling_config": None}], ids=["device", "vLLM"])
-@pytest.mark.parametrize(
-    "ignored",
-    [{"logit_bias": {int(TOKENS[1, 0]): -100.0}}, {"temperature": 100.0, "seed": 1}],
-    ids=["logit_bias", "seed"],
-)
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
 def test_options_that_it_ignores(override: dict[str, Any], ignored: dict[str, Any], mini: Path) -> None:
     """The plugin's, which docs/serve.md warns of, as above."""
     torch.manual_seed(0)
     with engine_of(mini, override) as engine:
         params = [SamplingParams(**{**GREEDY, **ignored})] * 2
         first, second = tokens_of(finish(engine, [PROMPTS[1]] * 2, params))
-    assert (first == TOKENS[1].tolist()) == ("seed" not in ignored) == (first == second)
+    assert (first == TOKENS[1].tolist()) == ("logit_bias" in ignored) == (first == second)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,7 @@ def test_fp8_reaches_the_model(mini: Path) -> None:
         ({"fused_qkv": True}, {}, "fused_qkv=True"),
         ({"instance": "trn9"}, {}, "instance='trn9'"),
         ({}, {"enable_prefix_caching": True, "block_size": 16}, "is_prefix_caching=True"),
+        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "enable_fused_speculation=True"),
     ],
     ids=str,
 )
@@ -225,6 +229,14 @@ def test_what_the_model_cannot_do_is_told_before_it_is_loaded(
         pass
     assert told in str(caught.value)
     assert not list((mini / "neuron-compiled-artifacts").glob("*/*"))
+
+
+def test_vllms_own_scheduler_which_needs_blocks_is_refused_too(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISABLE_NEURON_CUSTOM_SCHEDULER", "1")
+    chunks = {"chunked_prefill_config": {"max_num_seqs": 2}}
+    with pytest.raises(Exception) as caught, engine_of(mini, chunks, block_size=16, max_num_batched_tokens=32):
+        pass
+    assert "is_block_kv_layout=True" in str(caught.value)
 
 
 def artifacts(mini: Path) -> list[Path]:
