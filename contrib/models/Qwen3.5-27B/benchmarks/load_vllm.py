@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> list[Row]:
                 for value in values:
                     requests = min(args.requests, max(LEAST_REQUESTS, int(REQUESTS_PER_UNIT[sweep] * value)))
                     rows.append(measure(server, workload, sweep, value, requests, seed=len(rows) + 1))
-                    if not args.json:
-                        print(line(rows[-1]), flush=True)
+                    print(line(rows[-1]), file=sys.stderr if args.json else sys.stdout, flush=True)
     return rows
 
 

@@ -380,7 +380,8 @@ def plot(found: Soak, args: argparse.Namespace, path: Path) -> None:
     memory.plot(minutes, [sample["resident_mb"] for sample in found.samples])
     slope, half = growth(found.samples, args.warm_up * 60)
     memory.axvline(args.warm_up, color="grey", linestyle=":")
-    memory.set(title=f"resident, all processes: {slope:+.0f} ± {half:.0f} MB an hour", ylabel="MB", ylim=(0, None))
+    memory.set(title=f"resident, all processes: {slope:+.0f} ± {half:.0f} MB an hour", ylabel="MB")
+    memory.set_ylim(0, 1.1 * max(sample["resident_mb"] for sample in found.samples))
     for name, label in (("qwen35_rows_in_use", "rows in use"), ("num_requests_waiting", "waiting")):
         rows.plot(minutes, [sample.get(name, 0) for sample in found.samples], linewidth=0.8, label=label)
     rows.set(title="requests", ylim=(0, None))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class RowStats(KVConnectorStats):
         return cls({"qwen35_rows": rows, "qwen35_rows_in_use": in_use})
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, int | float] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """The later ones: a gauge says how things are."""
@@ -57,7 +56,7 @@ class RowPromMetrics(KVConnectorPromMetrics):
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._gauges = {
-            name: metric_types[Gauge](
+            name: self._gauge_cls(
                 name=f"vllm:{name}", documentation=text, multiprocess_mode="mostrecent", labelnames=labelnames
             )
             for name, text in GAUGES.items()
