@@ -86,12 +86,3 @@ def test_a_fault_changes_the_settings_and_compile_uses_them(
     for phase, kernel in kernels["attention_kernel"].items():
         if kernel == "torch":
             assert neuron_config["attention_kernel"][phase] == "torch"
-
-
-def test_without_a_device_there_is_nothing_to_run_and_no_settings(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text("of an earlier run")
-    ended = run_with_fault("no_device", "selftest", "--output", str(tmp_path), scratch=tmp_path)
-    assert ended.status == 3, ended.errors
-    assert "neuron-ls ended with 1 and said: error: No neuron devices were found on the machine" in ended.output
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert list(results) == ["environment"] and not (tmp_path / "settings.json").exists()

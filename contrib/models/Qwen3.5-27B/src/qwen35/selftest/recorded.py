@@ -81,7 +81,10 @@ def _answer(entry: dict[str, Any]) -> Answer:
 
 def _rectangle(fields: dict[str, Any]) -> Rectangle:
     """Colours and corners are tuples, as Pillow wants them."""
-    return Rectangle(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return Rectangle(**values)
 
 
 def draw(picture: Rectangle) -> Image.Image:

@@ -15,6 +15,7 @@ import qwen35
 
 SRC = Path(qwen35.__file__).parents[1]
 FOLDER = Path(__file__).parent
+TESTS = FOLDER.parents[1]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def run_with_fault(fault: str, *arguments: str, scratch: Path) -> Ended:
     first = _broken_copy(scratch) if fault == "not_compiling" else FOLDER / fault
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(first), str(SRC)]),
+        "PYTHONPATH": os.pathsep.join([str(first), str(SRC), str(TESTS), os.environ.get("PYTHONPATH", "")]),
         "PATH": os.pathsep.join([str(first / "bin"), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 jit = import_module("nki_emulator.jit")  # the package has the decorator by this name
 _launch = jit._launch
-LEFT = 1 << 20
+LEFT = 30 << 20
 """Bytes beyond what the process has."""
 
 
