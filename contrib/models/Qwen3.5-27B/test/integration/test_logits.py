@@ -19,11 +19,9 @@ def test_logits_are_as_near_to_transformers_as_rounding_allows(
     generator: TextGenerator, settings: Settings, recording: Recording, report: Report
 ) -> None:
     errors = errors_of(generator, settings, recording)
+    heading = f"Logits with {form_of(generator)}, against transformers in float32 with the same matrices"
     for name, own in errors.items():
-        report(
-            f"Logits with {form_of(generator)}, against transformers in float32 with the same matrices",
-            f"- {name}: {own}",
-        )
+        report(heading, f"- {name}: {own}")
     Limits.of(generator, recording, [*errors]).check(Errors.together([*errors.values()]))
 
 
