@@ -3,8 +3,9 @@
 """Record transformers' logits of fixed prompts over a checkpoint, on a machine with less memory than it has bytes.
 
 The modules are transformers' own (>= 5), one at a time: each decoder layer is read, run over all prompts and freed. The
-prompts run in float32, which is the reference; and, to know what rounding does, in bfloat16, and with the matrices in
-fp8 (`support/recorded_logits.py`). In memory are one layer in float32 beside its mapped file, and the activations.
+prompts run in float32 and, with the matrices rounded to fp8, once more, which are the references; and in bfloat16, to
+know what rounding does (`support/recorded_logits.py`). In memory are one layer in float32 beside its mapped file, and
+the activations.
 
     python tools/record_logits.py --model DIR --output FILE
 
@@ -36,13 +37,11 @@ from qwen35.weights.checkpoint import CheckpointReader  # noqa: E402
 from qwen35.weights.fp8 import quantise_per_channel  # noqa: E402
 from support.recorded_logits import (  # noqa: E402
     BFLOAT16,
+    FLOAT32,
     FP8,
-    REFERENCE,
     EncodedPrompt,
-    Errors,
     RecordedPrompt,
     Recording,
-    Reference,
     checkpoint_digest,
     encode_prompts,
 )
@@ -50,7 +49,7 @@ from support.recorded_logits import (  # noqa: E402
 MINI_RECORDING = TESTS / "data" / "mini_logits.safetensors"
 HEAD_ROWS = 8192
 """Rows of the output head that are multiplied at a time: 168 MB of 27B's in float32."""
-DTYPES = {REFERENCE: torch.float32, BFLOAT16: torch.bfloat16, FP8: torch.bfloat16}
+DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FP8: torch.float32}
 """Of weights and activations, by form."""
 IMAGE = 1
 """transformers' mm_token_type_ids of a token that stands for a piece of an image; of text it is 0."""
@@ -68,7 +67,7 @@ class LayerwiseModel:
         CheckpointError: its files are missing or corrupt.
     """
 
-    def __init__(self, directory: Path, form: str = REFERENCE) -> None:
+    def __init__(self, directory: Path, form: str = FLOAT32) -> None:
         fields = read_object(directory / "config.json")
         architecture = next(iter(fields.get("architectures") or []), None)
         if not hasattr(transformers, "Qwen3_5ForCausalLM"):
@@ -208,11 +207,10 @@ class Recorder:
                             f"{self.checkpoint}: logits of the prompt {prompt.name!r} in {form} are nan or infinite; "
                             "its files are corrupt, download them again"
                         )
-        recorded = {}
-        for i, prompt in enumerate(self.prompts):
-            reference = Reference.of(logits[REFERENCE][i])
-            errors = {form: Errors.of(reference, logits[form][i]) for form in DTYPES if form != REFERENCE}
-            recorded[prompt.name] = RecordedPrompt(prompt.ids, prompt.prompt_tokens, prompt.digest, reference, errors)
+        recorded = {
+            prompt.name: RecordedPrompt.of(prompt, {form: own[i] for form, own in logits.items()})
+            for i, prompt in enumerate(self.prompts)
+        }
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return Recording(checkpoint_digest(self.checkpoint), versions, recorded)
 
@@ -230,9 +228,8 @@ def main() -> None:
         raise SystemExit(f"record_logits: {error}") from error
     recording.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size / 1e3:,.0f} kB, {len(recording.prompts)} prompts")
-    for form in DTYPES:
-        if form != REFERENCE:
-            print(f"{form} against {REFERENCE}: {recording.errors(form, [*recording.prompts])}")
+    for form in (BFLOAT16, FP8):
+        print(f"{form} against {FLOAT32}: {recording.errors(form, [*recording.prompts])}")
 
 
 if __name__ == "__main__":

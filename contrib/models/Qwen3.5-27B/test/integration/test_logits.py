@@ -11,7 +11,7 @@ import pytest
 
 from qwen35.serving.generation import TextGenerator
 from support.integration import Report, Settings
-from support.logit_limits import Limits, errors_of, forced_logits, form_of
+from support.logit_limits import Limits, errors_of, forced_logits, form_of, reference_of
 from support.recorded_logits import EncodedPrompt, Errors, Recording, encode_prompts
 
 
@@ -19,8 +19,9 @@ def test_logits_are_as_near_to_transformers_as_rounding_allows(
     generator: TextGenerator, settings: Settings, recording: Recording, report: Report
 ) -> None:
     errors = errors_of(generator, settings, recording)
+    heading = f"Logits with {form_of(generator)}, against transformers in float32 with the same matrices"
     for name, own in errors.items():
-        report(f"Logits against transformers in float32 ({form_of(generator)})", f"- {name}: {own}")
+        report(heading, f"- {name}: {own}")
     Limits.of(generator, recording, [*errors]).check(Errors.together([*errors.values()]))
 
 
@@ -31,6 +32,6 @@ def test_logits_after_another_first_token_are_refused(
     prompt = encode_prompts(settings.model)[0]
     other = EncodedPrompt(prompt.name, (prompt.ids[0] + 1, *prompt.ids[1:]), prompt.prompt_tokens)
     (logits,) = forced_logits(generator, [other])
-    errors = Errors.of(recording.prompts[prompt.name].reference, logits)
+    errors = Errors.of(recording.prompts[prompt.name].references[reference_of(generator)], logits)
     with pytest.raises(AssertionError, match="error"):
         Limits.of(generator, recording, [prompt.name]).check(errors)

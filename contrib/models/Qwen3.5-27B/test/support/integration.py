@@ -41,6 +41,8 @@ MINI_RECORDING = Path(__file__).resolve().parents[1] / "data" / "mini_logits.saf
 ROWS, DRAFTS = 4, 3
 SEQ_LEN, CHUNK = 1536, 256
 """Of what is loaded on a CPU: the recorded long prompt of 1,500 tokens comes in six chunks."""
+FP8_ENVIRONMENT = ("XLA_HANDLE_SPECIAL_SCALAR=1", "UNSAFE_FP8FNCAST=1")
+"""What fp8 needs to be compiled and to run on a device, see docs/checkpoints.md."""
 TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """By dtype, how near two logits are so that another order of summation may choose the other one: in bfloat16 two of the
 steps in which logits from 16 to 32 are counted; in float32 50 times what the mini's are off."""
@@ -98,7 +100,8 @@ class Settings:
     def compile_command(self, **options: str | bool) -> str:
         """The command that compiles what all tests but those of fp8 run on, with further options."""
         name = f"compiled-{self.model.resolve().name}" + "".join(f"-{value}" for value in options.values())
-        parts = ["qwen35", "compile", name, "--model", str(self.model), "--instance", "trn2.3xlarge"]
+        parts = [*FP8_ENVIRONMENT] if "fp8" in options.values() else []
+        parts += ["qwen35", "compile", name, "--model", str(self.model), "--instance", "trn2.3xlarge"]
         parts += ["--tp", "4", "--seq-len", "8192", "--batch", str(ROWS), "--vision", "--speculate", str(DRAFTS)]
         for option, value in options.items():
             parts += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]

@@ -39,9 +39,9 @@ LONG_PROMPT = 1500
 _DIGESTED = 4096
 """Bytes of each tensor that make up a checkpoint's digest: reading 56 GB would take minutes."""
 
-REFERENCE, BFLOAT16, FP8 = "float32", "bfloat16", "fp8"
-"""Forms of a model: everything in float32; weights and activations in bfloat16; that with the matrices of the layers
-rounded to fp8 per output channel, as `weights_dtype="fp8"` rounds them."""
+FLOAT32, BFLOAT16, FP8 = "float32", "bfloat16", "fp8"
+"""Forms of a model: everything in float32; everything in bfloat16; float32 with the matrices of the layers rounded to
+fp8 per output channel, as `weights_dtype="fp8"` rounds them."""
 
 _TEXTS = {
     "fact": (
@@ -220,13 +220,23 @@ class Errors:
 
 @dataclass(frozen=True)
 class RecordedPrompt:
-    """A prompt as it was encoded, transformers' logits in float32, and how far its other forms are from these."""
+    """A prompt as it was encoded, and what transformers says of it.
+
+    references: of the forms that compute in float32, FLOAT32 and FP8. errors: of BFLOAT16 and FP8 against FLOAT32.
+    """
 
     ids: tuple[int, ...]
     prompt_tokens: int
     digest: str
-    reference: Reference
+    references: Mapping[str, Reference]
     errors: Mapping[str, Errors]
+
+    @classmethod
+    def of(cls, prompt: EncodedPrompt, logits: Mapping[str, torch.Tensor]) -> RecordedPrompt:
+        """From the logits [P, V] of every form."""
+        references = {form: Reference.of(logits[form]) for form in (FLOAT32, FP8)}
+        errors = {form: Errors.of(references[FLOAT32], logits[form]) for form in (BFLOAT16, FP8)}
+        return cls(prompt.ids, prompt.prompt_tokens, prompt.digest, references, errors)
 
 
 @dataclass(frozen=True)
@@ -247,17 +257,15 @@ class Recording:
         tensors: dict[str, torch.Tensor] = {}
         described: dict[str, Any] = {}
         for name, prompt in self.prompts.items():
-            reference = prompt.reference
             described[name] = {"prompt_tokens": prompt.prompt_tokens, "digest": prompt.digest}
-            tensors |= {
-                f"{name}.ids": torch.tensor(prompt.ids, dtype=torch.int32),
-                f"{name}.top_ids": reference.top_ids.int(),
-                f"{name}.top_logits": reference.top_logits,
-                f"{name}.lse": reference.lse,
-            }
-            tensors |= {f"{name}.whole.{i}": logits for i, logits in reference.whole.items()}
+            tensors[f"{name}.ids"] = torch.tensor(prompt.ids, dtype=torch.int32)
+            for form, reference in prompt.references.items():
+                own = {"top_ids": reference.top_ids.int(), "top_logits": reference.top_logits, "lse": reference.lse}
+                own |= {f"whole.{i}": logits for i, logits in reference.whole.items()}
+                tensors |= {f"{name}.{form}.{part}": tensor for part, tensor in own.items()}
             for form, errors in prompt.errors.items():
-                tensors |= {f"{name}.{form}.{part}": tensor.contiguous() for part, tensor in vars(errors).items()}
+                own = {part: tensor.contiguous() for part, tensor in vars(errors).items()}
+                tensors |= {f"{name}.{form}.off.{part}": tensor for part, tensor in own.items()}
         metadata = {"checkpoint": self.checkpoint, "versions": self.versions, "prompts": described}
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.tmp")
@@ -283,15 +291,21 @@ class Recording:
 
 
 def _read(name: str, tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> RecordedPrompt:
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-    whole = {int(key.removeprefix("whole.")): tensor for key, tensor in own.items() if key.startswith("whole.")}
-    forms = {key.rpartition(".")[0] for key in own if key.endswith(".kl")}
+    def of(form: str) -> Reference:
+        start = f"{name}.{form}."
+        own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
+        whole = {int(key.removeprefix("whole.")): tensor for key, tensor in own.items() if key.startswith("whole.")}
+        return Reference(own["top_ids"].long(), own["top_logits"], own["lse"], whole)
+
+    def off(form: str) -> Errors:
+        return Errors(**{part: tensors[f"{name}.{form}.off.{part}"] for part in Errors.__annotations__})
+
     return RecordedPrompt(
-        ids=tuple(own["ids"].tolist()),
+        ids=tuple(tensors[f"{name}.ids"].tolist()),
         prompt_tokens=described["prompt_tokens"],
         digest=described["digest"],
-        reference=Reference(own["top_ids"].long(), own["top_logits"], own["lse"], whole),
-        errors={form: Errors(**{part: own[f"{form}.{part}"] for part in Errors.__annotations__}) for form in forms},
+        references={form: of(form) for form in (FLOAT32, FP8)},
+        errors={form: off(form) for form in (BFLOAT16, FP8)},
     )
 
 

@@ -18,7 +18,7 @@ from qwen35.planning.recommended import device_neuron_config
 from qwen35.planning.step import not_modelled, step_model_of
 from qwen35.serving.loading import MINI_CHECKPOINT
 from qwen35.serving.speculation import Acceptance
-from support.integration import MINI_RECORDING, TIE, Settings, require_same_up_to_ties
+from support.integration import FP8_ENVIRONMENT, MINI_RECORDING, TIE, Settings, require_same_up_to_ties
 from support.logit_limits import Limits
 from support.recorded_logits import Errors
 from support.times_table import HEADER, Spread, Timed, modelled_with_drafts
@@ -59,11 +59,14 @@ def test_all_wrong_variables_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"weights_dtype": "fp8"}])
 def test_the_command_that_is_named_compiles_what_the_tests_ask_for(tmp_path: Path, options: dict[str, str]) -> None:
     settings = Settings(tmp_path / "a checkpoint")
-    program, *arguments = shlex.split(settings.compile_command(**options))
+    words = shlex.split(settings.compile_command(**options))
+    variables = [word for word in words if "=" in word]
+    program, *arguments = words[len(variables) :]
     parser = argparse.ArgumentParser()
     compile.add_parser(parser.add_subparsers())
     args = parser.parse_args(arguments)
     assert program == "qwen35" and args.model == str(settings.model)
+    assert {*variables} == ({*FP8_ENVIRONMENT} if options else set())
     assert args.vision and args.speculate > 0 and args.batch > 1 and args.instance == "trn2.3xlarge"
     assert args.weights_dtype == options.get("weights_dtype")
     # 27B with these fits there, in chunks and with a step model for the table.
