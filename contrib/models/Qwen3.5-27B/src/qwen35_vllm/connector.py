@@ -91,7 +91,7 @@ class LostBlocks(KVConnectorWorkerMetadata):
 
 
 def connector_output(
-    failed: Iterable[tuple[list[int], ...]], lost: list[bytes], rows: RowStats | None
+    failed: Iterable[tuple[list[int], ...]], lost: list[bytes], rows: RowStats | None = None
 ) -> KVConnectorOutput:
     """What tells the scheduler to end requests, and its side of the connector what the worker lacks and counts.
 

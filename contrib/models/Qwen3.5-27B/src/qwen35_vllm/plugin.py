@@ -82,15 +82,15 @@ def register() -> None:
         aws_plugin.register(MODEL)
     if active != __package__:
         return
-    if find_spec("vllm.transformers_utils.configs.qwen3_5") is None:
-        raise RuntimeError(
-            f"vLLM {version('vllm')} does not know Qwen3.5: install 0.23.0 or 0.33.0, or, on Neuron devices, let "
-            "AWS's plugin serve it (VLLM_PLUGINS=qwen35,neuron)"
-        )
     from transformers import CONFIG_MAPPING, AutoConfig
     from vllm import ModelRegistry
 
     if TEXT_MODEL_TYPE not in CONFIG_MAPPING:
+        if find_spec("vllm.transformers_utils.configs.qwen3_5") is None:
+            raise RuntimeError(
+                f"vLLM {version('vllm')} does not know Qwen3.5: install 0.23.0 or 0.33.0, or, on Neuron devices, let "
+                "AWS's plugin serve it (VLLM_PLUGINS=qwen35,neuron)"
+            )
         # With transformers 4, vLLM knows the configuration of checkpoints with a vision encoder alone by its name.
         from vllm.transformers_utils.configs.qwen3_5 import Qwen3_5TextConfig
 
