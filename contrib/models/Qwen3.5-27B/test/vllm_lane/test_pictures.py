@@ -259,7 +259,10 @@ def test_drafts_change_no_token(alone: dict[str, list[int]]) -> None:
     drafting = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
     options = {**ENGINE, **drafting, "max_model_len": 128, "max_num_seqs": 1}
     with engine_of(MINI_CHECKPOINT, {"prefill_chunk_size": 16}, **options) as engine:
-        assert tokens_by_name(answer_all(engine, ["clip"])) == {"clip": alone["clip"]}
+        few = GREEDY.clone()
+        few.max_tokens = 4
+        add_chat(engine, "clip", CONVERSATIONS["clip"], few)
+        assert tokens_by_name(finish(engine)) == {"clip": alone["clip"][:4]}
 
 
 @pytest.mark.parametrize(
