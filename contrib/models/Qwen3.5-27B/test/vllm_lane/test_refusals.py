@@ -22,6 +22,7 @@ from qwen35_vllm import options, refusals
 from qwen35_vllm.options import ConfigurationRefused
 from support.models import save_checkpoint
 from support.vllm_engines import save_served_checkpoint
+from support.vllm_server import SECONDS_TO_START
 
 pytestmark = pytest.mark.vllm
 
@@ -186,7 +187,9 @@ def test_vllm_serve_says_so_in_a_line_and_ends(served_checkpoint: Path, tmp_path
     """Of the checks of a configuration, the last: that there is a compiled model where none may be made."""
     given = json.dumps({"qwen35": {"compiled_path": str(tmp_path / "compiled"), "compile": "never"}})
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(served_checkpoint)]
-    ended = subprocess.run([*command, "--additional-config", given], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [*command, "--additional-config", given], capture_output=True, text=True, timeout=SECONDS_TO_START
+    )
     assert ended.returncode != 0
     said = ended.stderr.splitlines()[-1]
     assert "qwen35_vllm.options.ConfigurationRefused: compile=never, and there is no compiled model in" in said
