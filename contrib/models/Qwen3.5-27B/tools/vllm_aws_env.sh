@@ -31,7 +31,7 @@ if [[ ! -x $environment/bin/python ]]; then
     "$python" -m venv "$environment"
 fi
 pip=("$environment/bin/python" -m pip)
-options=(--quiet --disable-pip-version-check --constraint "$tools/constraints_vllm_aws.txt")
+options=(--quiet --disable-pip-version-check --no-warn-conflicts --constraint "$tools/constraints_vllm_aws.txt")
 
 "${pip[@]}" install "${options[@]}" torch "setuptools>=77.0.3,<80" wheel setuptools-scm packaging ninja cmake jinja2 numpy
 if ! "$environment/bin/python" -c "from importlib.metadata import version; assert version('vllm').startswith('0.11.0')" 2>/dev/null; then

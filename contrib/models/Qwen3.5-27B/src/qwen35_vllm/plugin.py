@@ -11,7 +11,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 
 NAME = "qwen35"
@@ -64,6 +65,9 @@ def register() -> None:
     """Tell vLLM what kind of model it serves, and transformers of the configuration class where it has none.
 
     Where AWS's plugin is the platform, it is told too; where any other is, vLLM keeps what it knows of the model.
+
+    Raises:
+        RuntimeError: this package's platform is active in a vLLM that is too old for it.
     """
     from vllm.platforms import current_platform
 
@@ -78,6 +82,11 @@ def register() -> None:
     from vllm import ModelRegistry
 
     if TEXT_MODEL_TYPE not in CONFIG_MAPPING:
+        if find_spec("vllm.transformers_utils.configs.qwen3_5") is None:
+            raise RuntimeError(
+                f"vLLM {version('vllm')} does not know Qwen3.5: install 0.23.0 or 0.33.0, or, on Neuron devices, let "
+                "AWS's plugin serve it (VLLM_PLUGINS=qwen35,neuron)"
+            )
         # With transformers 4, vLLM knows the configuration of checkpoints with a vision encoder alone by its name.
         from vllm.transformers_utils.configs.qwen3_5 import Qwen3_5TextConfig
 

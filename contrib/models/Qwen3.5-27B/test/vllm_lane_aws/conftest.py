@@ -14,7 +14,8 @@ from qwen35.serving.loading import MINI_CHECKPOINT
 from support import aws_machine
 
 if aws_machine.PLUGIN_AVAILABLE:
-    aws_machine.install(Path(tempfile.mkdtemp(prefix="aws_machine")) / "site")  # before vLLM is imported, by the tests
+    site = tempfile.TemporaryDirectory(prefix="aws_machine")  # removed with this name, at the end
+    aws_machine.install(Path(site.name))  # before vLLM is imported, by the tests
 
 
 @pytest.fixture

@@ -117,6 +117,14 @@ def test_the_plugins_own_entry_point_goes_before_ours_where_it_finds_devices() -
     assert "qwen35 steps aside for the platform neuron" in ran.stdout + ran.stderr
 
 
+def test_this_packages_own_platform_says_that_the_plugins_vllm_is_too_old_for_it() -> None:
+    code = "from vllm.plugins import load_general_plugins; load_general_plugins()"
+    environment = {**os.environ, "VLLM_PLUGINS": "qwen35"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert "vLLM 0.11.0+empty does not know Qwen3.5: install 0.23.0 or 0.33.0" in ran.stderr.splitlines()[-1]
+
+
 def test_grammars_are_ignored(server: Server) -> None:
     """The plugin's, which docs/serve.md warns of: if this fails, the plugin has learned it, and so must the text."""
     answer = server.client.completions.create(
