@@ -158,10 +158,14 @@ class Kernels:
         chosen = {phase: kernel if kernel == _TORCH else auto for phase, kernel in self.attention.items()}
         return self.fields | {"attention_kernel": chosen}
 
+    @property
+    def prompts(self) -> str:
+        """What encodes prompts in the DeltaNet layers, for people."""
+        return self.deltanet + (f" ({self.inverse} inverse)" if self.deltanet in ("fused", "looped", "chunked") else "")
+
     def __str__(self) -> str:
-        inverse = f" ({self.inverse} inverse)" if self.deltanet in ("fused", "looped", "chunked") else ""
         by_phase = ", ".join(f"{phase} {kernel}" for phase, kernel in self.attention.items())
-        return f"DeltaNet {self.deltanet}{inverse}; attention: {by_phase}"
+        return f"DeltaNet {self.prompts}; attention: {by_phase}"
 
 
 ALL_TORCH = Kernels()
@@ -342,5 +346,6 @@ def _feature(name: str, tp: int, kernels: Kernels, feature: Feature) -> Check:
         cached = {phase.value: _TORCH for phase in ATTENTION if phase.reads_cache}
         kernels = replace(kernels, attention={**kernels.attention, **cached})
     case = ModelCase(tp, kernels.fields, feature)
-    what = f"the mini at TP={tp}: {feature.value.replace('_', ' ')}"
+    runs = f"DeltaNet {kernels.prompts}" if feature is Feature.GENERATION else feature.value.replace("_", " ")
+    what = f"the mini at TP={tp}: {runs}"
     return Check(name, Kind.MODEL, what, case.programs, case.as_json())

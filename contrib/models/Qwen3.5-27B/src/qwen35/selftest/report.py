@@ -55,6 +55,7 @@ def as_page(
         ]
     lines += _failures(done, results, directory)
     lines += _not_run(done, results)
+    lines += _notes(done, results)
     lines += _settings(conclusion, settings, directory)
     lines += _kernels(done, results)
     lines += _models(done, results)
@@ -83,6 +84,14 @@ def _not_run(done: Sequence[Check], results: Mapping[str, Result]) -> Iterator[s
     if left:
         yield from ("## What was not checked", "")
         yield from (f"- {check.name} ({check.what}): {results[check.name].error}" for check in left)
+        yield ""
+
+
+def _notes(done: Sequence[Check], results: Mapping[str, Result]) -> Iterator[str]:
+    noted = [check for check in done if results[check.name].note and not results[check.name].status.is_failure]
+    if noted:
+        yield from ("## Notes", "")
+        yield from (f"- {check.name}: {results[check.name].note}" for check in noted)
         yield ""
 
 
@@ -147,9 +156,9 @@ def _machine(values: Mapping[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if name == "devices":
             yield f"| devices | {len(value)}: {'; '.join(map(_device, value))} |" if value else "| devices | none |"
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and value:
             yield f"| {name} | {', '.join(f'{key} {found}' for key, found in value.items() if found is not None)} |"
-        elif value is not None:
+        elif value not in (None, {}):
             yield f"| {name} | {value} |"
 
 

@@ -30,7 +30,7 @@ def test_the_mini_says_what_was_recorded(feature: Feature, tmp_path: Path) -> No
     values = run_model_check(ModelCase(1, ALL_TORCH.fields, feature), tmp_path)
     assert values["prompts"] >= 2
     if feature is Feature.PREFIX_CACHE:
-        assert values["restored_tokens"] >= 3 * 128  # the second of two prompts, and both when they are repeated
+        assert values["restored_tokens"] >= 2 * 128  # of the second prompt, and of the first one again
 
 
 @pytest.mark.parametrize("feature", Feature)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -52,6 +53,12 @@ def test_tier_1_compiles_at_most_12_programs(tp: int) -> None:
     minis = ["mini-tp1", *([f"mini-tp{tp}"] if tp > 1 else [])]
     assert [check.name for check in planned] == ["environment", *DEFAULT_KERNELS, *minis]
     assert len({check.name for check in planned}) == len(planned)
+
+
+def test_the_tiers_compile_as_many_programs_as_the_document_says() -> None:
+    """docs/selftest.md: 8 and 4; 7, 14 and 20; 2 and 2."""
+    programs = [sum(check.programs for check in announced(Options(4, tier, Path("model")))) for tier in (1, 2, 3)]
+    assert programs == [12, 12 + 41, 12 + 41 + 4]
 
 
 def test_where_all_passes_all_default_kernels_are_taken() -> None:

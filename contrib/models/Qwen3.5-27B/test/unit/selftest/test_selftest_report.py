@@ -24,7 +24,7 @@ DEVICE = {"number": 0, "cores": 4, "lnc": 2, "hbm_bytes": 96 << 30, "free_hbm_by
 KERNEL = {"error": 5.4e-3, "tolerance": 1e-2, "modelled_us": 58.1, "measured_us": 123.4, "compile_s": 60.0}
 RESULTS = {
     "environment": Result(Status.PASSED, 4, values={"instance": "trn2.3xlarge", "devices": [DEVICE], "driver": "2.26"}),
-    "fused": Result(Status.PASSED, 70, values=KERNEL),
+    "fused": Result(Status.PASSED, 70, values=KERNEL, note="it was cut once"),
     "decode": Result(
         Status.FAILED, 9, "RuntimeError: neuronx-cc failed\n[NCC_IBTN006] pftranspose", note="tried twice"
     ),
@@ -49,6 +49,7 @@ def test_a_failure_has_its_first_lines_and_the_row_of_its_code(tmp_path: Path) -
     assert "```text\nRuntimeError: neuronx-cc failed\n[NCC_IBTN006] pftranspose\n```" in text
     assert "NCC_IBTN006: a dense decode graph with `--modular-flow-mac-threshold=10` at `-O1`" in text
     assert "- server (vLLM's server): vLLM is not installed here" in text
+    assert "- fused: it was cut once" in text
     assert '"speculation": "verify: it said so"' in text
     assert f"`qwen35 compile OUTPUT --settings {tmp_path}/settings.json ...` takes them." in text
 
