@@ -21,7 +21,6 @@ PROMPTS = (
     "3 + 4 =",
     "The opposite of hot is",
     "The capital of Japan is Tokyo. The capital of Italy is",
-    "The plural of mouse is",
     "The",
 )
 NEW_TOKENS = 6
