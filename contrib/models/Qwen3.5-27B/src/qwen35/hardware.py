@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of Trainium 2 and its instances, with their sources.
+"""Figures of Trainium 2 and its instances, with their sources, and which instance this machine is.
 
 Sources are documents of github.com/aws-neuron/aws-neuron-sdk, release 2.29, unless they say otherwise.
 """
@@ -62,12 +62,14 @@ INSTANCES = {instance.name: instance for instance in (TRN2_3XLARGE, TRN2_48XLARG
 
 
 PRODUCT_NAME = Path("/sys/devices/virtual/dmi/id/product_name")
-"""Where Linux has the machine's product name; on an instance of EC2's Nitro system that is its type."""
+"""Where Linux has the machine's product name, which on EC2 is the type of the instance: NxD reads it there, too
+(test/integration/modules/moe/test_module_performance.py of neuronx-distributed)."""
 
 NEURON_LS = ("neuron-ls", "--json-output")
 """Lists the Neuron devices, chips each: tools/neuron-sys-tools/neuron-ls.rst."""
 
 _NEURON_LS_SECONDS = 20
+"""More than it takes to list devices; a driver that hangs is none."""
 
 
 def detected_instance(product_name: Path = PRODUCT_NAME) -> Instance | None:

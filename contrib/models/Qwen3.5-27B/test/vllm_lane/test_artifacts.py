@@ -24,6 +24,7 @@ from vllm.config import VllmConfig
 
 from qwen35 import NeuronQwen35ForCausalLM
 from qwen35.cli import main
+from qwen35.device_settings import DeviceSettings, write_settings
 from qwen35.serving.compiled import is_compiled
 from qwen35_vllm import artifacts
 from qwen35_vllm.artifacts import check_model, load_model
@@ -136,6 +137,23 @@ def test_a_compiled_model_that_is_not_the_one_asked_for_is_refused(
     with pytest.raises(ConfigurationRefused) as refused:
         configured(path, {"compiled_path": str(tmp_path / "compiled"), **qwen35}, **arguments)
     assert told in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_a_compiled_model_has_the_kernels_that_the_settings_choose(served_checkpoint: Path, tmp_path: Path) -> None:
+    write_settings(tmp_path / "trn2.json", DeviceSettings({"deltanet_inverse": "plain", "attention_kernel": "torch"}))
+    settings = {"settings": str(tmp_path / "trn2.json")}
+    run_compile(served_checkpoint, tmp_path / "other")
+    told = r"compiled with deltanet_inverse='tiled': leave .*; it was compiled with attention_kernel='auto': leave"
+    with pytest.raises(ConfigurationRefused, match=told):
+        configured(served_checkpoint, {"compiled_path": str(tmp_path / "other"), **settings})
+    run_compile(served_checkpoint, tmp_path / "compiled", "--settings", settings["settings"])
+    given = {"compiled_path": str(tmp_path / "compiled"), "mlp_kernel": "auto", **settings}
+    _, lines = loaded(configured(served_checkpoint, given))
+    assert lines == [f"loading {tmp_path / 'compiled'}"]
+    (tmp_path / "trn2.json").unlink()
+    configured(served_checkpoint, {"compiled_path": str(tmp_path / "compiled")})
+    with pytest.raises(ConfigurationRefused, match=r"^settings=.*trn2\.json does not exist; name a file"):
+        configured(served_checkpoint, given)
 
 
 def _replace_weights(path: Path) -> None:

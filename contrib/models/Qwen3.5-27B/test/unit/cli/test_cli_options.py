@@ -42,6 +42,24 @@ def test_a_value_that_no_command_takes_is_named(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "x"], ["chat"], ["compile", "OUT"], ["convert", "OUT"], ["plan", "--tp", "4"]],
+    ids=lambda command: command[0],
+)
+def test_every_command_that_runs_a_model_reads_the_settings_before_anything_else(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trn2.json").write_text('{"format": 1, "kernels": {"deltanet_kernel": "fast"}}')
+    arguments = [str(tmp_path / "out") if argument == "OUT" else argument for argument in command]
+    assert main([*arguments, "--settings", str(tmp_path / "trn2.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"qwen35: error: {tmp_path}/trn2.json: kernels: deltanet_kernel='fast' must be one of auto,"
+    )
+    assert len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
 def test_options_are_the_arguments_of_their_names_and_cannot_change() -> None:
     @dataclass(frozen=True)
     class Options(AnswerOptions):

@@ -191,7 +191,7 @@ class TestBeforeCompiling:
     @pytest.mark.usefixtures("on_trn2_3xlarge")
     def test_what_fits_a_detected_instance_is_not_spoken_of_nor_is_a_cpu(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             require_fits(application(SMALL))
             require_fits(application(SMALL, instance="trn2.3xlarge"))
             require_fits(application(QWEN35_PRESETS["27B"], on_cpu=True, torch_dtype=torch.float32))
