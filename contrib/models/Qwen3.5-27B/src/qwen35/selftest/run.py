@@ -116,9 +116,12 @@ def _ends(planned: list[Check]) -> Iterator[tuple[Check, float]]:
 
 
 def _run_or_recall(journal: Journal, check: Check, deadline: float, check_s: float) -> Result:
-    """The result of a check: kept from an earlier run, or new; what the time limit cuts is not kept."""
+    """The result of a check: kept from an earlier run, or new; what the time limit cuts is not kept.
+
+    The machine is looked at each time: it may have another driver since, or no device.
+    """
     kept = journal.result(check)
-    if kept is not None:
+    if kept is not None and check.kind is not Kind.ENVIRONMENT:
         return kept
     remaining = deadline - time.monotonic()
     if check.seconds(NXDI_AVAILABLE) > remaining:
