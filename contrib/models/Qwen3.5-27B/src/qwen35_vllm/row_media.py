@@ -117,7 +117,7 @@ class RowMedia:
 
 
 class MediaEncoder:
-    """Encodes the items of requests, each once as long as the scheduler counts it as kept."""
+    """Encodes the items of requests, and keeps those that were scheduled until the scheduler drops them."""
 
     def __init__(self, model: NeuronQwen35VLForCausalLM) -> None:
         self._model = model
@@ -145,17 +145,24 @@ class MediaEncoder:
             row.rope_delta = int(row.placed.rope_deltas)
         assert isinstance(row.placed, RowMedia)
         for i in scheduled:
-            self._encoding_of(state.mm_features[i])
+            feature = state.mm_features[i]
+            if feature.identifier not in self._kept:
+                self._kept[feature.identifier] = self._encode(feature)
         row.placed.hold(row.cached, request.granted, self._encoding_of)
 
     def _encoding_of(self, feature: MultiModalFeatureSpec) -> torch.Tensor:
-        """[F, D]; one that failed before is tried again."""
-        if (kept := self._kept.get(feature.identifier)) is None:
-            assert self._model.vision is not None, "the model is loaded"
-            pixels, grid = _fields(feature)
-            # One at a time: who is beside it does not change a bit of it.
-            kept = self._kept[feature.identifier] = self._model.vision(pixels, grid.unsqueeze(0))
-        return kept
+        """[F, D]; encoded anew, and not kept, where the scheduler has none that it would drop.
+
+        So it is with an item that failed before, and with one of tokens that were to be restored.
+        """
+        kept = self._kept.get(feature.identifier)
+        return self._encode(feature) if kept is None else kept
+
+    def _encode(self, feature: MultiModalFeatureSpec) -> torch.Tensor:
+        """[F, D]; one at a time: who is beside it does not change a bit of it."""
+        assert self._model.vision is not None, "the model is loaded"
+        pixels, grid = _fields(feature)
+        return self._model.vision(pixels, grid.unsqueeze(0))
 
 
 def _indices(feature: MultiModalFeatureSpec) -> torch.Tensor:

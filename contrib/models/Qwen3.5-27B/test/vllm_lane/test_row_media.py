@@ -196,6 +196,19 @@ def test_an_item_that_failed_is_tried_again(model: NeuronQwen35VLForCausalLM, mo
     encoder.place(request, ())  # to the scheduler it is there
 
 
+def test_only_what_is_scheduled_is_kept(model: NeuronQwen35VLForCausalLM) -> None:
+    """A row that is restored with less than planned needs items that the scheduler has passed, and never drops."""
+    row, encoder = EXAMPLE[0], MediaEncoder(model)
+    request = request_of(row, features_of(row))
+    request.granted = len(row.ids)
+    with counted(model) as calls:
+        encoder.place(request, [1])
+        assert calls == [[1, 2, 2], [1, 4, 6]]
+    assert [*encoder._kept] == ["image1"]
+    media = request.slot_row.placed
+    assert isinstance(media, RowMedia) and all(item.embeddings is not None for item in media.items)
+
+
 def test_placeholders_that_are_not_those_of_the_grids_are_told(model: NeuronQwen35VLForCausalLM) -> None:
     row = EXAMPLE[0]
     with pytest.raises(ValueError, match="frames more than input_ids have runs"):
