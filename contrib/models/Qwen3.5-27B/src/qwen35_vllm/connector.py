@@ -35,6 +35,7 @@ from .row_metrics import RowPromMetrics, RowStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -118,6 +119,7 @@ class RowConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         budget = budget_of(vllm_config)
         self.planner = None if budget is None else PrefixPlanner(budget)
+        self._media: dict[str, list[MultiModalFeatureSpec]] = {}
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -151,11 +153,17 @@ class RowConnector(KVConnectorBase_V1, SupportsHMA):
         An input that is streamed gets one anew for each of its parts, and vLLM counts on the old one: it is restored
         though nothing was matched.
         """
+        self._media[request.request_id] = request.mm_features
         if self.planner is not None:
             chain = _chain(self.planner, request)
             self.planner.begin(request.request_id, chain, _restorable(self.planner, chain, request))
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        # vLLM 0.33 takes away the data of items whose tokens are restored. The row needs their grids, for positions,
+        # and their pixels where it has less than was planned, or begins anew after a preemption, with less known.
+        for new in scheduler_output.scheduled_new_reqs:
+            new.mm_features = self._media[new.req_id]
+        self._media.clear()
         if self.planner is None:
             return StepMetadata()
         cached = scheduler_output.scheduled_cached_reqs

@@ -41,6 +41,9 @@ class Qwen35Platform(Platform):
     prompt_logprobs = False
     """Whether the model of this process gives the logits after every token of a prompt."""
 
+    max_model_len = 0
+    """Tokens of a row of the model of this process."""
+
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float32]
@@ -98,6 +101,7 @@ class Qwen35Platform(Platform):
         _log_prefixes(budget)
         _leave_videos_undecoded(vllm_config)
         cls.prompt_logprobs = model.config.output_prompt_logits
+        cls.max_model_len = vllm_config.model_config.max_model_len
         # NxDI drives all ranks from one process.
         vllm_config.parallel_config.distributed_executor_backend = "uni"
         _plan_rows(vllm_config)
@@ -113,10 +117,11 @@ class Qwen35Platform(Platform):
         """
         from vllm.exceptions import VLLMValidationError
 
-        from .request_rules import check_params
+        from .request_rules import check_min_tokens, check_params
 
         try:
             check_params(params, cls.prompt_logprobs)
+            check_min_tokens(params, len(processed_inputs.get("prompt_token_ids", ())), cls.max_model_len)
         except ValueError as error:
             raise VLLMValidationError(str(error)) from error
 

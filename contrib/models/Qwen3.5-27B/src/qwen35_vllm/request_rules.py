@@ -37,3 +37,22 @@ def check_params(params: SamplingParams, prompt_logprobs: bool) -> None:
     for name, reason in _NOT_SERVED.items():
         if getattr(params, name, None) is not None:
             raise ValueError(f"{name} is not served: {reason}")
+
+
+def check_min_tokens(params: SamplingParams, prompt: int, max_model_len: int) -> None:
+    """Refuse more tokens at least than a row has room for: vLLM 0.23 would never end such a request.
+
+    Args:
+        params: of a request.
+        prompt: its tokens.
+        max_model_len: tokens of a row.
+
+    Raises:
+        ValueError: naming the field and what to do instead.
+    """
+    room = max(max_model_len - prompt, 0)  # a prompt that is too long is told by vLLM
+    if params.min_tokens > room:
+        raise ValueError(
+            f"min_tokens={params.min_tokens} exceeds the {room} tokens that max_model_len={max_model_len} leaves "
+            f"after a prompt of {prompt}; set min_tokens to no more"
+        )

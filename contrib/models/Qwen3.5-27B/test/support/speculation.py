@@ -91,18 +91,24 @@ def _greedy(chosen: list[int], drafts: Sequence[int]) -> list[int]:
 
 
 def save_markov_checkpoint(path: Path, seed: int = 0, branch: float = 0.0, **overrides: Any) -> None:
-    """A checkpoint whose next token depends on the last one alone, and whose MTP head knows it.
+    """A checkpoint whose next token depends on the last one alone, and whose MTP head knows it."""
+    save_checkpoint(path, seed, mtp=True, **overrides)
+    let_head_foretell(path, branch)
+
+
+def let_head_foretell(path: Path, branch: float) -> None:
+    """Let the MTP head of a random checkpoint foretell what follows the last token, were it alone.
 
     The decoder's branches are scaled by `branch`; at 0 the head is always right. fc takes the embedding through, and
     the head's layer adds nothing.
     """
-    save_checkpoint(path, seed, mtp=True, **overrides)
     weights = load_file(path / "model.safetensors")
     for name, tensor in weights.items():
-        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):  # none of the vision encoder's
             tensor *= 0.0 if name.startswith("mtp") else branch
     hidden = weights["mtp.norm.weight"].numel()
     weights["mtp.fc.weight"] = torch.cat((torch.eye(hidden), torch.zeros(hidden, hidden)), dim=1)
     weights["mtp.pre_fc_norm_embedding.weight"] = torch.zeros(hidden)
-    weights["mtp.norm.weight"] = weights["model.norm.weight"].clone()
+    final_norm = next(name for name in ("model.norm.weight", "model.language_model.norm.weight") if name in weights)
+    weights["mtp.norm.weight"] = weights[final_norm].clone()
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from vllm import EngineArgs, SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -21,8 +22,10 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from qwen35.serving.prefix_cache import BlockStore
 from qwen35_vllm import worker
 from qwen35_vllm.prefixes import PrefixPlanner
+from support import vl_cases
 from support.models import save_checkpoint
 from support.simulated_device import put_on_simulated_device
+from support.speculation import let_head_foretell
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -31,6 +34,28 @@ def save_served_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
     """A random checkpoint that vLLM takes for a Qwen3.5: its text configuration nested, as published ones have it."""
     save_checkpoint(path, seed, **overrides)
     nest_config(path)
+    return path
+
+
+def save_served_vl_checkpoint(path: Path, branch: float = 1.0) -> Path:
+    """A random checkpoint with a vision encoder and an MTP head, whose images are of 4 to 16 tokens.
+
+    Args:
+        branch: of less than one, how strong all but the last token is, which the head then foretells; see
+            `let_head_foretell`.
+    """
+    vl_cases.save_vl_checkpoint(path, mtp=True)
+    if branch < 1:
+        let_head_foretell(path, branch)
+    sizes = vl_cases.VISION
+    factor = sizes["patch_size"] * sizes["spatial_merge_size"]
+    settings = {
+        "size": {"shortest_edge": 4 * factor**2, "longest_edge": 16 * factor**2},
+        "patch_size": sizes["patch_size"],
+        "temporal_patch_size": sizes["temporal_patch_size"],
+        "merge_size": sizes["spatial_merge_size"],
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return path
 
 
@@ -112,9 +137,16 @@ def two_ranks_behind_a_loaded_model() -> Iterator[None]:
         yield
 
 
-def add(engine: LLMEngine, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
-    """Queue a prompt of token ids."""
-    engine.add_request(request_id, {"prompt_token_ids": [*prompt]}, params)
+def add(
+    engine: LLMEngine,
+    request_id: str,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    images: Sequence[Image.Image] = (),
+) -> None:
+    """Queue a prompt of token ids, and the images that its placeholders stand for, one apiece."""
+    media: dict[str, Any] = {"multi_modal_data": {"image": [*images]}} if images else {}
+    engine.add_request(request_id, {"prompt_token_ids": [*prompt], **media}, params)  # type: ignore[typeddict-item]
 
 
 def finish(engine: LLMEngine) -> dict[str, RequestOutput]:
@@ -144,8 +176,9 @@ def answers(
 def require_no_row_left(engine: LLMEngine) -> None:
     """Check that neither vLLM nor the worker still has a request, a block or a slot in use.
 
-    vLLM tells the worker of finished requests, and of blocks of prompts to drop, with the next step that it schedules.
-    Of these blocks, the scheduler must know the very ones that the worker keeps.
+    vLLM tells the worker of finished requests, and of blocks of prompts and encoded items to drop, with the next step
+    that it schedules. Of these blocks, the scheduler must know the very ones that the worker keeps; for the items see
+    `require_items_counted`.
     """
     core: Any = engine.engine_core.engine_core
     worker_of(engine)._thread.run(lambda: None)  # after the steps that are queued
@@ -162,3 +195,20 @@ def require_no_row_left(engine: LLMEngine) -> None:
         assert {*store} - planner._plan.drops == {*planner.index} and len(planner.index) <= planner.index.capacity
         held = [tensor for block in store._blocks.values() for tensor in (*block.states, *block.key_values)]
         assert sum(tensor.nbytes for tensor in held) == store.nbytes
+    if worker_of(engine)._runner._media is not None:
+        require_items_counted(engine)
+
+
+def require_items_counted(engine: LLMEngine) -> None:
+    """Check that no request holds an encoded item, and that the scheduler counts each one that the worker keeps.
+
+    It may count more: what it scheduled for a request that it preempted or aborted in the same step, or that failed.
+    """
+    core: Any = engine.engine_core.engine_core
+    manager, media = core.scheduler.encoder_cache_manager, worker_of(engine)._runner._media
+    assert media is not None
+    kept = {name: len(encoding) for name, encoding in media._kept.items() if name not in manager.freed}
+    assert not any(manager.cached.values()) and not manager.request_cached_ids, "a finished request holds items"
+    assert {*manager.freeable} == {*manager.cached} and manager.num_freeable_slots == manager.cache_size
+    assert manager.num_free_slots + sum(manager.freeable.values()) == manager.cache_size
+    assert kept.items() <= manager.freeable.items(), "items are kept that the scheduler will never drop"

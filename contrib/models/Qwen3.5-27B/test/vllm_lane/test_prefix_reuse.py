@@ -212,9 +212,9 @@ def test_each_request_of_a_schedule_gets_the_tokens_it_gets_alone_and_cold(
     drafted = warm.vllm_config.speculative_config is not None
     seed = number + OF_EACH * warm.vllm_config.scheduler_config.max_num_seqs
     schedule = random_schedule(seed, drafted=drafted, most=8, prefixes=2)
-    tokens = run(warm, schedule)
+    answers = run(warm, schedule)
     require_no_row_left(warm)
-    parted = [found for asked in schedule if (found := parting(oracle, asked, tokens[asked.id])) is not None]
+    parted = [found for asked in schedule if (found := parting(oracle, asked, answers[asked.id])) is not None]
     assert parted == []
 
 

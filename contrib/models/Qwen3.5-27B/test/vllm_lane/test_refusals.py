@@ -14,14 +14,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm import AsyncEngineArgs, EngineArgs
+from vllm import AsyncEngineArgs, EngineArgs, SamplingParams
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from qwen35_vllm import options, refusals
 from qwen35_vllm.options import ConfigurationRefused
 from support.models import save_checkpoint
-from support.vllm_engines import save_served_checkpoint
+from support.vllm_engines import add, engine_of, finish, save_served_checkpoint, tokens_of
 from support.vllm_server import SECONDS_TO_START
 
 pytestmark = pytest.mark.vllm
@@ -181,6 +182,20 @@ def test_the_hook_may_be_called_again(served_checkpoint: Path) -> None:
     before = (config.cache_config.block_size, config.cache_config.num_gpu_blocks_override)
     current_platform.check_and_update_config(config)
     assert (config.cache_config.block_size, config.cache_config.num_gpu_blocks_override) == before
+
+
+def test_more_tokens_at_least_than_there_is_room_for_are_refused(served_checkpoint: Path) -> None:
+    """vLLM 0.23 would keep the request in its row for good, without a step for it."""
+    fitting, beyond = (
+        SamplingParams(temperature=0, max_tokens=40, min_tokens=tokens, ignore_eos=True) for tokens in (14, 15)
+    )
+    with engine_of(served_checkpoint, max_model_len=64) as engine:
+        add(engine, "fits", [1] * 50, fitting)
+        assert [len(tokens) for tokens in tokens_of(finish(engine)["fits"])] == [14]
+        with pytest.raises(
+            VLLMValidationError, match="min_tokens=15 exceeds the 14 tokens that max_model_len=64 leaves"
+        ):
+            add(engine, "beyond", [1] * 50, beyond)
 
 
 def test_vllm_serve_says_so_in_a_line_and_ends(served_checkpoint: Path, tmp_path: Path) -> None:

@@ -67,9 +67,9 @@ def engine(request: pytest.FixtureRequest, served_checkpoint: Path) -> Iterator[
 )
 def test_each_request_gets_the_tokens_it_gets_alone(engine: LLMEngine, number: int) -> None:
     schedule = random_schedule(number + SCHEDULES * engine.vllm_config.scheduler_config.max_num_seqs)
-    tokens = run(engine, schedule)
+    answers = run(engine, schedule)
     require_no_row_left(engine)
-    parted = [found for asked in schedule if (found := parting(engine, asked, tokens[asked.id])) is not None]
+    parted = [found for asked in schedule if (found := parting(engine, asked, answers[asked.id])) is not None]
     assert parted == []
 
 
@@ -87,7 +87,7 @@ def test_requests_were_preempted(engine: LLMEngine, request: pytest.FixtureReque
             Asked(f"long-{i}", [i + 1] * 40, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), 0, None)
             for i in range(4)
         ]
-        tokens = run(engine, long)
+        answers = run(engine, long)
     require_no_row_left(engine)
     assert bool(preempted) == ("preemption" in request.node.callspec.id)
-    assert [found for asked in long if (found := parting(engine, asked, tokens[asked.id])) is not None] == []
+    assert [found for asked in long if (found := parting(engine, asked, answers[asked.id])) is not None] == []

@@ -135,9 +135,9 @@ def check_schedule(engines: tuple[LLMEngine, LLMEngine], number: int) -> None:
     drafting, plain = engines
     seed = number + SCHEDULES * drafting.vllm_config.scheduler_config.max_num_seqs
     schedule = random_schedule(seed, drafted=True, most=5 if number < 8 else 12)
-    tokens = run(drafting, schedule)
+    answers = run(drafting, schedule)
     require_no_row_left(drafting)
-    parted = [found for asked in schedule if (found := parting(plain, asked, tokens[asked.id])) is not None]
+    parted = [found for asked in schedule if (found := parting(plain, asked, answers[asked.id])) is not None]
     assert parted == []
 
 
