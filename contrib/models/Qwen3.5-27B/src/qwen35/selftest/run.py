@@ -27,7 +27,7 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class Limits:
-    """In seconds: of all checks, and of one."""
+    """In seconds: of all checks, and of one; a real checkpoint may take all the time that is left."""
 
     all_s: float
     check_s: float
@@ -127,8 +127,9 @@ def _run_or_recall(journal: Journal, check: Check, deadline: float, check_s: flo
     if check.seconds(NXDI_AVAILABLE) > remaining:
         return Result(Status.NOT_RUN, error=f"{max(0.0, remaining):.0f} s of the time limit were left")
     note = journal.begin(check)
-    result = run_in_child(journal.folder(check), min(check_s, remaining), lambda pid: journal.started(check, pid))
-    if result.status is Status.TIMED_OUT and remaining < check_s:
+    limit = remaining if check.kind is Kind.CHECKPOINT else min(check_s, remaining)
+    result = run_in_child(journal.folder(check), limit, lambda pid: journal.started(check, pid))
+    if result.status is Status.TIMED_OUT and limit == remaining:
         journal.abandon(check)
         return Result(Status.NOT_RUN, result.seconds, f"the time limit ended it after {result.seconds:.0f} s")
     result = Result(result.status, result.seconds, result.error, result.values, note)

@@ -103,6 +103,19 @@ def test_a_check_that_the_limit_of_all_ends_is_cut_and_not_failed(
     assert again.status is Status.TIMED_OUT
 
 
+def test_a_real_checkpoint_may_take_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limits: dict[str, float] = {}
+
+    def run_in_child(folder: Path, limit_s: float, started: Callable[[int], None]) -> Result:
+        limits[folder.name] = limit_s
+        (folder / "log.txt").write_text("")
+        return PASSED
+
+    monkeypatch.setattr(run, "run_in_child", run_in_child)
+    run_selftest(Options(1, 3, tmp_path / "model"), Limits(36000, 900), tmp_path / "out", lambda line: None)
+    assert limits["checkpoint"] > 35000 and limits["server"] == limits["fused"] == 900
+
+
 def test_settings_of_an_earlier_run_do_not_outlive_a_run_that_has_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
