@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen35-neuron authors
 # SPDX-License-Identifier: Apache-2.0
-"""Two metrics of this model's own on vLLM's /metrics: the rows that were compiled, and those in use.
+"""Metrics of this model's own on vLLM's /metrics: rows that were compiled, those in use, and what prefixes take.
 
 vLLM lets a KV connector bring metrics: what a worker measured goes with the output of a step to the process that
 answers /metrics, where the connector's class says which gauges it sets. Their names begin with vLLM's prefix, by which
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GAUGES = {
     "qwen35_rows": "Rows of the compiled batch: every step runs all of them.",
     "qwen35_rows_in_use": "Rows that have a request, as the worker has them after its latest step.",
+    "qwen35_prefix_cache_bytes": "Host memory of the beginnings of prompts that are kept, on all ranks.",
 }
 
 
@@ -26,8 +27,8 @@ class RowStats(KVConnectorStats):
     """What a step leaves: a number for each of `GAUGES`, by its name, in `data`."""
 
     @classmethod
-    def of(cls, rows: int, in_use: int) -> RowStats:
-        return cls({"qwen35_rows": rows, "qwen35_rows_in_use": in_use})
+    def of(cls, rows: int, in_use: int, prefix_cache_bytes: int) -> RowStats:
+        return cls(dict(zip(GAUGES, (rows, in_use, prefix_cache_bytes), strict=True)))
 
     def reset(self) -> None:
         self.data: dict[str, int | float] = {}

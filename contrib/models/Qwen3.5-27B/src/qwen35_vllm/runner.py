@@ -207,7 +207,8 @@ class StepRunner:
         return up_to_end(step.scheduled, request.state, step.tokens[request.state.req_id], self._max_model_len)
 
     def _row_stats(self) -> RowStats:
-        return RowStats.of(self.rows.slots, self.rows.slots - len(self.rows.free_slots))
+        in_use = self.rows.slots - len(self.rows.free_slots)
+        return RowStats.of(self.rows.slots, in_use, 0 if self.prefixes is None else self.prefixes.nbytes)
 
     def _new_failures(self, scheduled: SchedulerOutput) -> Failures:
         """The failed requests that vLLM is to be told of with the output of this step: each once.
