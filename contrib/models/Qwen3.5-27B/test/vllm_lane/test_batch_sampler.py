@@ -223,7 +223,7 @@ def min_p(logits: torch.Tensor) -> torch.Tensor:
         ({"temperature": 1.0, "min_p": 0.2}, min_p),
         ({"temperature": 1.0, "seed": 4}, lambda logits: logits.softmax(-1)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_draws_have_the_distribution_that_is_asked_for(
     engine: LLMEngine, oracle: Oracle, options: dict[str, Any], distribution: Callable[[torch.Tensor], torch.Tensor]

@@ -27,7 +27,7 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class Limits:
-    """In seconds: of all checks, and of one."""
+    """In seconds: of all checks, and of one; a real checkpoint may take all the time that is left."""
 
     all_s: float
     check_s: float
@@ -116,16 +116,20 @@ def _ends(planned: list[Check]) -> Iterator[tuple[Check, float]]:
 
 
 def _run_or_recall(journal: Journal, check: Check, deadline: float, check_s: float) -> Result:
-    """The result of a check: kept from an earlier run, or new; what the time limit cuts is not kept."""
+    """The result of a check: kept from an earlier run, or new; what the time limit cuts is not kept.
+
+    The machine is looked at each time: it may have another driver since, or no device.
+    """
     kept = journal.result(check)
-    if kept is not None:
+    if kept is not None and check.kind is not Kind.ENVIRONMENT:
         return kept
     remaining = deadline - time.monotonic()
     if check.seconds(NXDI_AVAILABLE) > remaining:
         return Result(Status.NOT_RUN, error=f"{max(0.0, remaining):.0f} s of the time limit were left")
     note = journal.begin(check)
-    result = run_in_child(journal.folder(check), min(check_s, remaining), lambda pid: journal.started(check, pid))
-    if result.status is Status.TIMED_OUT and remaining < check_s:
+    limit = remaining if check.kind is Kind.CHECKPOINT else min(check_s, remaining)
+    result = run_in_child(journal.folder(check), limit, lambda pid: journal.started(check, pid))
+    if result.status is Status.TIMED_OUT and limit == remaining:
         journal.abandon(check)
         return Result(Status.NOT_RUN, result.seconds, f"the time limit ended it after {result.seconds:.0f} s")
     result = Result(result.status, result.seconds, result.error, result.values, note)

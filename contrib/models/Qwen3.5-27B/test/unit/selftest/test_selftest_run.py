@@ -58,10 +58,10 @@ def test_all_is_announced_run_and_left_in_the_directory(ran: list[str], tmp_path
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_what_was_found_before_does_not_run_again(ran: list[str], tmp_path: Path) -> None:
+def test_what_was_found_before_does_not_run_again_but_the_machine_is_looked_at(ran: list[str], tmp_path: Path) -> None:
     first = selftest(tmp_path)
     count = len(ran)
-    assert selftest(tmp_path).results == first.results and len(ran) == count
+    assert selftest(tmp_path).results == first.results and ran[count:] == ["environment"]
 
 
 def test_it_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,7 +78,8 @@ def test_it_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     before = len(names)
     ends(monkeypatch, names, lambda name: PASSED)
     finished = selftest(tmp_path)
-    assert names[before] == "decode" and len(names) == before + len(announced(OPTIONS)) - before + 1
+    assert names[before : before + 2] == ["environment", "decode"]
+    assert len(names) == before + len(announced(OPTIONS)) - before + 2
     assert "second attempt" in finished.results["decode"].note
 
 
@@ -100,6 +101,19 @@ def test_a_check_that_the_limit_of_all_ends_is_cut_and_not_failed(
     assert cut.status is Status.NOT_RUN and "time limit ended it" in cut.error
     again = selftest(tmp_path, Limits(3600, 60)).results["mini-tp1"]
     assert again.status is Status.TIMED_OUT
+
+
+def test_a_real_checkpoint_may_take_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limits: dict[str, float] = {}
+
+    def run_in_child(folder: Path, limit_s: float, started: Callable[[int], None]) -> Result:
+        limits[folder.name] = limit_s
+        (folder / "log.txt").write_text("")
+        return PASSED
+
+    monkeypatch.setattr(run, "run_in_child", run_in_child)
+    run_selftest(Options(1, 3, tmp_path / "model"), Limits(36000, 900), tmp_path / "out", lambda line: None)
+    assert limits["checkpoint"] > 35000 and limits["server"] == limits["fused"] == 900
 
 
 def test_settings_of_an_earlier_run_do_not_outlive_a_run_that_has_none(
