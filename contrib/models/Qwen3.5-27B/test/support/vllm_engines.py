@@ -146,7 +146,7 @@ def add(
 ) -> None:
     """Queue a prompt of token ids, and the images that its placeholders stand for, one apiece."""
     media: dict[str, Any] = {"multi_modal_data": {"image": [*images]}} if images else {}
-    engine.add_request(request_id, {"prompt_token_ids": [*prompt], **media}, params)  # type: ignore[typeddict-item]
+    engine.add_request(request_id, {"prompt_token_ids": [*prompt], **media}, params)
 
 
 def finish(engine: LLMEngine) -> dict[str, RequestOutput]:

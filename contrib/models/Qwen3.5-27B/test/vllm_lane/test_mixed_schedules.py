@@ -210,10 +210,11 @@ def test_a_prompt_is_restored_past_its_pictures(warm: LLMEngine, oracles: dict[s
 
 def test_a_restored_row_that_begins_anew_has_its_pictures(warm: LLMEngine, oracles: dict[str, LLMEngine]) -> None:
     ask(warm, ILLUSTRATED)
-    add(warm, "asked", PROMPT, GREEDY, ILLUSTRATED.images)
-    warm.step()
-    warm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
-    output = finish(warm)["asked"]
-    assert output.num_cached_tokens == 64, "the blocks that the reset has dropped"
+    with watched(warm) as seen:
+        add(warm, "asked", PROMPT, GREEDY, ILLUSTRATED.images)
+        warm.step()
+        warm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        output = finish(warm)["asked"]
+    assert seen.restored == 1 and seen.resumed == 1, "it had blocks that the reset has dropped"
     assert parting(oracles["random"], ILLUSTRATED, Answer.of(output)) is None
     require_no_row_left(warm)
