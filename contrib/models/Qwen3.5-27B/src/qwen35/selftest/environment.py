@@ -85,7 +85,9 @@ def run_environment_check(workdir: Path) -> Values:
 def neuron_devices() -> tuple[list[dict[str, Any]], str | None]:
     """What neuron-ls lists, and why it lists nothing."""
     try:
-        listed = subprocess.run(NEURON_LS, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        listed = subprocess.run(
+            NEURON_LS, capture_output=True, encoding="utf-8", errors="replace", timeout=COMMAND_SECONDS
+        )
     except FileNotFoundError:
         return [], "neuron-ls is not installed"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -95,11 +97,10 @@ def neuron_devices() -> tuple[list[dict[str, Any]], str | None]:
         return [], f"neuron-ls ended with {listed.returncode} and said: {said[:200]}"
     try:
         devices = json.loads(listed.stdout)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [], f"neuron-ls gave no JSON: {listed.stdout.strip()[:200]}"
-    if not isinstance(devices, list) or not devices:
-        return [], "neuron-ls lists no devices"
-    return [device for device in devices if isinstance(device, dict)], None
+    listed_devices = [device for device in devices if isinstance(device, dict)] if isinstance(devices, list) else []
+    return listed_devices, None if listed_devices else "neuron-ls lists no devices"
 
 
 def _described(device: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +133,8 @@ def _system_packages() -> dict[str, str]:
         listed = subprocess.run(
             ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", "aws-neuronx-*"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=COMMAND_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired):
