@@ -29,7 +29,7 @@ class Status(str, Enum):
     DIED = "died"  # its process ended without a word, by a signal or an exit
     TIMED_OUT = "timed out"  # its process was ended
     ABSENT = "absent"  # what it is about is not installed; no failure
-    NOT_RUN = "not run"  # the time limit had no room for it; no failure
+    NOT_RUN = "not run"  # no time, no room, or an interrupt; no failure
 
     @property
     def is_failure(self) -> bool:
