@@ -121,7 +121,7 @@ def main(folder: Path) -> None:
     try:
         result = Result(Status.PASSED, values=_run(asked["kind"], asked["arguments"], folder / "work"))
     except CheckFailed as error:
-        result = Result(Status.FAILED, error=str(error))
+        result = Result(Status.FAILED, error=str(error), values=error.values)
     except Absent as error:
         result = Result(Status.ABSENT, error=str(error))
     except Exception as error:

@@ -71,13 +71,15 @@ def run_environment_check(workdir: Path) -> Values:
     if NXDI_AVAILABLE and not devices:
         raise CheckFailed(
             f"no Neuron device: {problem}; NxDI is installed, but there is nothing to run on: use a Trn2 instance, and "
-            "see that 'neuron-ls' lists its devices"
+            "see that 'neuron-ls' lists its devices",
+            values,
         )
     set_to = os.environ.get(LNC_VARIABLE)
     if NXDI_AVAILABLE and set_to not in (None, str(DEFAULT_LNC.value)):
         raise CheckFailed(
             f"{LNC_VARIABLE}={set_to}: what is checked is compiled for logical cores of {DEFAULT_LNC.value} physical "
-            "ones; unset it"
+            "ones; unset it",
+            values,
         )
     return values
 

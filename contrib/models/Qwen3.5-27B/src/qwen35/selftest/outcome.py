@@ -14,7 +14,11 @@ Values = dict[str, Any]
 
 
 class CheckFailed(Exception):
-    """What was computed is not what it should be, in one line."""
+    """What was computed is not what it should be, in one line; with what else was measured."""
+
+    def __init__(self, problem: str, values: Mapping[str, Any] | None = None) -> None:
+        super().__init__(problem)
+        self.values = values or {}
 
 
 class Absent(Exception):

@@ -94,6 +94,14 @@ def test_what_goes_wrong_in_a_check_is_its_outcome_with_its_first_lines(tmp_path
     assert "tp_degree=3" in outcome["error"]
 
 
+def test_what_a_failed_check_has_measured_is_in_its_outcome(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen35.selftest.environment.NXDI_AVAILABLE", True)
+    monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "1")
+    main(folder)
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["status"] == "failed" and outcome["values"]["cores"] == os.cpu_count()
+
+
 def test_the_compiler_keeps_what_it_makes_in_the_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,8 +71,9 @@ def test_nxdi_without_a_device_fails_and_says_why(
     neuron_ls(tmp_path, monkeypatch, output, status, errors)
     assert neuron_devices() == ([], words)
     monkeypatch.setattr(environment, "NXDI_AVAILABLE", True)
-    with pytest.raises(CheckFailed, match="no Neuron device"):
+    with pytest.raises(CheckFailed, match="no Neuron device") as error:
         run_environment_check(tmp_path)
+    assert error.value.values["packages"]["torch"] and error.value.values["neuron_ls"] == words
 
 
 def test_other_logical_cores_than_those_compiled_for_are_refused(
