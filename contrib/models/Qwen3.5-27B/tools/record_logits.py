@@ -15,6 +15,7 @@ Without arguments: the mini, to where the tests read it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -222,11 +224,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.resolve() == MINI_RECORDING and args.model.resolve() != MINI_CHECKPOINT.resolve():
         parser.error(f"--model {args.model} without --output: name a file, the default one is the mini's")
+    folder = next(path for path in args.output.resolve().parents if path.exists())
+    if args.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        parser.error(f"--output {args.output} cannot be written; name a file in a directory of yours")
     try:
         recording = Recorder(args.model, encode_prompts(args.model)).record()
-    except (ValueError, OSError) as error:
+        recording.save(args.output)
+    except (ValueError, OSError, SafetensorError) as error:
         raise SystemExit(f"record_logits: {error}") from error
-    recording.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size / 1e3:,.0f} kB, {len(recording.prompts)} prompts")
     for form in (BFLOAT16, FP8):
         print(f"{form} against {FLOAT32}: {recording.errors(form, [*recording.prompts])}")

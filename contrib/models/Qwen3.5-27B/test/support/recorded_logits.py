@@ -269,8 +269,11 @@ class Recording:
         metadata = {"checkpoint": self.checkpoint, "versions": self.versions, "prompts": described}
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.tmp")
-        save_file(tensors, unfinished, metadata={"recording": json.dumps(metadata)})
-        unfinished.replace(path)
+        try:
+            save_file(tensors, unfinished, metadata={"recording": json.dumps(metadata)})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Recording:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -125,6 +126,32 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"it has no lm_head\.weight"):
         layerwise_logits(tmp_path, PROMPTS[:1])
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def runs(path: Path) -> None:
+        raise AssertionError("prompts were encoded")
+
+    monkeypatch.setattr(record_logits, "encode_prompts", runs)
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, tmp_path / "file" / "logits"):
+        monkeypatch.setattr(sys, "argv", ["record_logits", "--output", str(output)])
+        with pytest.raises(SystemExit):
+            record_logits.main()
+        assert f"--output {output}" in capsys.readouterr().err
+
+
+def test_a_recording_that_is_not_whole_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fills_the_disk(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("support.recorded_logits.save_file", fills_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        Recording.load(MINI_RECORDING).save(tmp_path / "logits")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_logits_that_are_no_numbers_are_not_recorded(tmp_path: Path) -> None:

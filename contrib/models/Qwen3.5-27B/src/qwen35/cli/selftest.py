@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +28,7 @@ exit status:
   1  something failed, and settings.json says what works instead
   2  bad arguments
   3  nothing generates: no settings
-  4  the time limit left checks out; the same command goes on with them
+  4  the time limit, a full disk or an interrupt left checks out; the same command goes on with them
 """
 
 
@@ -96,20 +100,53 @@ def _run(args: argparse.Namespace) -> int:
     Qwen35InferenceConfig.from_pretrained(MINI_CHECKPOINT, neuron_config=ModelCase(options.tp).neuron_config())
     if options.output.exists() and not options.output.is_dir():
         raise ValueError(f"--output {options.output}: this is no directory; name another one")
+    if options.json is not None:
+        _require_writable(options.json, options.output)
     model = None if options.model is None else options.model.resolve()
     limits = Limits(60 * options.time_limit, 60 * options.check_limit)
     asked = Options(options.tp, options.tier, model)
-    ends_us = signal.signal(signal.SIGTERM, signal.default_int_handler)  # being asked to end is an interrupt, too
-    try:
-        finished = run_selftest(asked, limits, options.output.resolve(), lambda line: print(line, flush=True))
-    finally:
-        signal.signal(signal.SIGTERM, ends_us)
-    print(f"\n{finished.page}", end="")
+    with _ends_as_interrupts():
+        finished = run_selftest(asked, limits, options.output.resolve(), _say)
+    _say(f"\n{finished.page}".rstrip("\n"))
     if options.json is not None:
         results = {name: as_json(result) for name, result in finished.results.items()}
         settings = None if finished.settings is None else finished.settings.content
         write_json(options.json, {"status": int(finished.status), "settings": settings, "results": results})
     return int(finished.status)
+
+
+@contextmanager
+def _ends_as_interrupts() -> Iterator[None]:
+    """Being asked to end, or losing the terminal, is an interrupt, too; what is ignored, as by nohup, stays so."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    """Print a line, if there is still somebody to read it: report.md will have all that matters."""
+    try:
+        print(line, flush=True)
+    except UnicodeEncodeError:
+        print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _require_writable(file: Path, made: Path) -> None:
+    """Refuse, before an hour of checks, a file that cannot be written; the directory `made` will be there by then."""
+    folder = file.resolve().parent
+    fits = folder == made.resolve() or (folder.is_dir() and os.access(folder, os.W_OK))
+    if file.is_dir() or not fits:
+        raise ValueError(f"--json {file}: cannot be written; name a file in a directory that is there")
 
 
 def _minutes(text: str) -> float:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -17,11 +18,13 @@ MOST_BYTES_A_FILE = 20_000_000
 MOST_BYTES = 100_000_000
 """Of all files before they are packed."""
 
+LOG_END_BYTES = 1_000_000
+
 
 def write_archive(directory: Path, failed: Collection[str]) -> Path:
     """Pack a self-test's directory; `failed` are the names of checks whose compiler artifacts are wanted.
 
-    Files that are too large are named in left_out.txt.
+    Files that are too large are named in left_out.txt; of logs among them the end is there, as log.txt.end.
     """
     unfinished, left_out, taken = directory / f".{NAME}", [], 0
     with tarfile.open(unfinished, "w:gz") as archive:
@@ -31,6 +34,8 @@ def write_archive(directory: Path, failed: Collection[str]) -> Path:
                 continue
             if size > MOST_BYTES_A_FILE or taken + size > MOST_BYTES:
                 left_out.append(f"{name}: {size:,} bytes")
+                if path.name == "log.txt":
+                    _add_end(archive, path, f"selftest/{name}.end")
                 continue
             archive.add(path, f"selftest/{name}", recursive=False)
             taken += size
@@ -40,6 +45,16 @@ def write_archive(directory: Path, failed: Collection[str]) -> Path:
             archive.add(note, "selftest/left_out.txt")
             note.unlink()
     return unfinished.replace(directory / NAME)
+
+
+def _add_end(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    """Add the last `LOG_END_BYTES` of a file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_END_BYTES))
+        end = file.read()
+    entry = tarfile.TarInfo(name)
+    entry.size = len(end)
+    archive.addfile(entry, io.BytesIO(end))
 
 
 def _files(directory: Path, failed: Collection[str]) -> Iterator[Path]:

@@ -8,8 +8,10 @@ import faulthandler
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +30,8 @@ ERROR_LINES = 8
 def run_in_child(folder: Path, limit_s: float, started: Callable[[int], None]) -> Result:
     """Run the check that `folder`/check.json describes, for `limit_s` seconds at most; then end all its processes.
 
+    They end with this process, too, whatever ends it: they hold the device.
+
     Args:
         started: is told the process.
     """
@@ -35,7 +39,7 @@ def run_in_child(folder: Path, limit_s: float, started: Callable[[int], None]) -
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", CHILD_MODULE, str(folder)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # which closes when this process ends: see end_with_parent
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -85,6 +89,8 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     except ProcessLookupError:
         pass
     process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _how_it_ended(status: int) -> str:
@@ -95,6 +101,19 @@ def _how_it_ended(status: int) -> str:
 
 
 # --- In the process --------------------------------------------------------------------------------------------------
+def end_with_parent() -> None:
+    """End this process and its group when the other end of standard input closes; what is started here gets none."""
+    held, nothing = os.dup(sys.stdin.fileno()), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    os.close(nothing)
+
+    def wait() -> None:
+        if not os.read(held, 1):
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(folder: Path) -> None:
     """Run a check here and write its outcome."""
     faulthandler.enable()
@@ -102,7 +121,7 @@ def main(folder: Path) -> None:
     try:
         result = Result(Status.PASSED, values=_run(asked["kind"], asked["arguments"], folder / "work"))
     except CheckFailed as error:
-        result = Result(Status.FAILED, error=str(error))
+        result = Result(Status.FAILED, error=str(error), values=error.values)
     except Absent as error:
         result = Result(Status.ABSENT, error=str(error))
     except Exception as error:
@@ -141,4 +160,6 @@ def _first_lines(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):  # it is none where somebody runs a check by hand
+        end_with_parent()
     main(Path(sys.argv[1]))

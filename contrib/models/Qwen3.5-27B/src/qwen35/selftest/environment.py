@@ -71,13 +71,15 @@ def run_environment_check(workdir: Path) -> Values:
     if NXDI_AVAILABLE and not devices:
         raise CheckFailed(
             f"no Neuron device: {problem}; NxDI is installed, but there is nothing to run on: use a Trn2 instance, and "
-            "see that 'neuron-ls' lists its devices"
+            "see that 'neuron-ls' lists its devices",
+            values,
         )
     set_to = os.environ.get(LNC_VARIABLE)
     if NXDI_AVAILABLE and set_to not in (None, str(DEFAULT_LNC.value)):
         raise CheckFailed(
             f"{LNC_VARIABLE}={set_to}: what is checked is compiled for logical cores of {DEFAULT_LNC.value} physical "
-            "ones; unset it"
+            "ones; unset it",
+            values,
         )
     return values
 
@@ -85,7 +87,9 @@ def run_environment_check(workdir: Path) -> Values:
 def neuron_devices() -> tuple[list[dict[str, Any]], str | None]:
     """What neuron-ls lists, and why it lists nothing."""
     try:
-        listed = subprocess.run(NEURON_LS, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        listed = subprocess.run(
+            NEURON_LS, capture_output=True, encoding="utf-8", errors="replace", timeout=COMMAND_SECONDS
+        )
     except FileNotFoundError:
         return [], "neuron-ls is not installed"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -95,11 +99,10 @@ def neuron_devices() -> tuple[list[dict[str, Any]], str | None]:
         return [], f"neuron-ls ended with {listed.returncode} and said: {said[:200]}"
     try:
         devices = json.loads(listed.stdout)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [], f"neuron-ls gave no JSON: {listed.stdout.strip()[:200]}"
-    if not isinstance(devices, list) or not devices:
-        return [], "neuron-ls lists no devices"
-    return [device for device in devices if isinstance(device, dict)], None
+    listed_devices = [device for device in devices if isinstance(device, dict)] if isinstance(devices, list) else []
+    return listed_devices, None if listed_devices else "neuron-ls lists no devices"
 
 
 def _described(device: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +135,8 @@ def _system_packages() -> dict[str, str]:
         listed = subprocess.run(
             ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", "aws-neuronx-*"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=COMMAND_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired):

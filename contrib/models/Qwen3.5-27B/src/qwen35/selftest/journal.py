@@ -9,12 +9,14 @@ until it is whole.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,26 @@ MOST_ATTEMPTS = 2
 """Of a check during which the self-test itself ended, as when the machine died."""
 
 CHILD_MODULE = "qwen35.selftest.child"
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Make the directory, and keep other self-tests out of it: they would end each other's checks.
+
+    Raises:
+        ValueError: one runs there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--output {directory}: another self-test runs there; wait for it, or name another directory"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 class Journal:
@@ -44,16 +66,18 @@ class Journal:
     def folder(self, check: Check) -> Path:
         return self.directory / "checks" / check.name
 
-    def result(self, check: Check) -> Result | None:
-        """What an earlier run found, or None where the check is to be run."""
+    def result(self, check: Check, limit_s: float) -> Result | None:
+        """What an earlier run found, or None where the check is to be run: one that was ended, when it may now take
+        longer."""
         kept = _read(self.folder(check) / "result.json")
         if kept is not None and kept.get("key") == self._key(check):
-            return Result(**{**kept["result"], "status": Status(kept["result"]["status"])})
+            result = Result(**{**kept["result"], "status": Status(kept["result"]["status"])})
+            return None if result.status is Status.TIMED_OUT and limit_s > kept.get("limit_s", 0.0) else result
         attempts, _ = self._cut_off(check)
         if attempts >= MOST_ATTEMPTS:
             note = f"the self-test ended {attempts} times while this ran"
             result = Result(Status.DIED, error=f"{note}: the machine, or what runs the self-test, was stopped")
-            self.finish(check, result)
+            self.finish(check, result, limit_s)
             return result
         return None
 
@@ -76,16 +100,15 @@ class Journal:
         """Note the process of a check that has begun."""
         self._note_running(check, self._cut_off(check)[0], process)
 
-    def finish(self, check: Check, result: Result) -> None:
-        """Keep a result; it is there, whole, or not at all."""
+    def finish(self, check: Check, result: Result, limit_s: float) -> None:
+        """Keep a result of a check that had `limit_s` seconds; it is there, whole, or not at all."""
         folder = self.folder(check)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "result.json", {"key": self._key(check), "result": as_json(result)})
+        write_json(folder / "result.json", {"key": self._key(check), "limit_s": limit_s, "result": as_json(result)})
         (folder / "running.json").unlink(missing_ok=True)
 
     def abandon(self, check: Check) -> None:
-        """Forget a check that the time limit has cut: it runs anew next time, and that it was cut is not held against
-        it."""
+        """Forget a check that was cut: it runs anew next time, and that it was cut is not held against it."""
         (self.folder(check) / "running.json").unlink(missing_ok=True)
 
     def _note_running(self, check: Check, attempt: int, process: int | None) -> None:

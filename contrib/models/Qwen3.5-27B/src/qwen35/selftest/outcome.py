@@ -14,7 +14,11 @@ Values = dict[str, Any]
 
 
 class CheckFailed(Exception):
-    """What was computed is not what it should be, in one line."""
+    """What was computed is not what it should be, in one line; with what else was measured."""
+
+    def __init__(self, problem: str, values: Mapping[str, Any] | None = None) -> None:
+        super().__init__(problem)
+        self.values = values or {}
 
 
 class Absent(Exception):
@@ -29,7 +33,7 @@ class Status(str, Enum):
     DIED = "died"  # its process ended without a word, by a signal or an exit
     TIMED_OUT = "timed out"  # its process was ended
     ABSENT = "absent"  # what it is about is not installed; no failure
-    NOT_RUN = "not run"  # the time limit had no room for it; no failure
+    NOT_RUN = "not run"  # no time, no room, or an interrupt; no failure
 
     @property
     def is_failure(self) -> bool:

@@ -22,7 +22,7 @@ SUMMARIES = {
     ExitStatus.ALL_WORKS: "All checks passed.",
     ExitStatus.SETTINGS_NEEDED: "Some checks failed; the settings below were seen to work.",
     ExitStatus.NOTHING_WORKS: "The mini did not generate in any way that was tried: there are no settings.",
-    ExitStatus.CUT_SHORT: "The time limit left checks out; the same command goes on with them.",
+    ExitStatus.CUT_SHORT: "Checks were left out; the same command goes on with them.",
 }
 
 

@@ -14,7 +14,7 @@ from ..device_settings import DeviceSettings, write_settings
 from ..nxdi import NXDI_AVAILABLE
 from .archive import write_archive
 from .child import run_in_child
-from .journal import Journal, as_json, write_json
+from .journal import Journal, alone_in, as_json, write_json
 from .outcome import Result, Status
 from .plan import SECONDS_A_PROGRAM, TIERS, Check, Conclusion, Findings, Kind, Options, announced, checks, conclude
 from .report import as_page, one_line_of
@@ -23,6 +23,9 @@ from .verdict import ExitStatus, exit_status, settings_of
 Say = Callable[[str], None]
 
 SETTINGS_FILE = "settings.json"
+
+LEAST_FREE_BYTES = 200_000_000
+"""Of the disk: a failure with less says nothing of the machine. The mini's weights, for every rank, are 40 MB."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,16 @@ def run_selftest(options: Options, limits: Limits, directory: Path, say: Say) ->
 
     What an earlier run of the same software has found there counts. An interrupt ends the check that runs, and leaves
     a report of the others.
+
+    Raises:
+        ValueError: another self-test runs in `directory`.
+        OSError: something there cannot be written.
     """
+    with alone_in(directory):
+        return _run_all(options, limits, directory, say)
+
+
+def _run_all(options: Options, limits: Limits, directory: Path, say: Say) -> Finished:
     journal = Journal(directory)
     (directory / SETTINGS_FILE).unlink(missing_ok=True)  # whatever happens: no settings of an earlier run stay
     for line in announcement(options, limits, directory):
@@ -120,23 +132,34 @@ def _run_or_recall(journal: Journal, check: Check, deadline: float, check_s: flo
 
     The machine is looked at each time: it may have another driver since, or no device.
     """
-    kept = journal.result(check)
+    kept = journal.result(check, check_s)
     if kept is not None and check.kind is not Kind.ENVIRONMENT:
         return kept
     remaining = deadline - time.monotonic()
     if check.seconds(NXDI_AVAILABLE) > remaining:
         return Result(Status.NOT_RUN, error=f"{max(0.0, remaining):.0f} s of the time limit were left")
+    if full := _full_disk(journal.directory):
+        return Result(Status.NOT_RUN, error=full)
     note = journal.begin(check)
     limit = remaining if check.kind is Kind.CHECKPOINT else min(check_s, remaining)
     result = run_in_child(journal.folder(check), limit, lambda pid: journal.started(check, pid))
     if result.status is Status.TIMED_OUT and limit == remaining:
         journal.abandon(check)
         return Result(Status.NOT_RUN, result.seconds, f"the time limit ended it after {result.seconds:.0f} s")
+    if result.status.is_failure and (full := _full_disk(journal.directory)):
+        journal.abandon(check)
+        return Result(Status.NOT_RUN, result.seconds, full)
     result = Result(result.status, result.seconds, result.error, result.values, note)
-    journal.finish(check, result)
+    journal.finish(check, result, check_s)
     if check.kind is Kind.MODEL and result.status is Status.PASSED:
         shutil.rmtree(journal.folder(check) / "work", ignore_errors=True)  # the mini's weights, for every rank
     return result
+
+
+def _full_disk(directory: Path) -> str:
+    """What to say where a check would fail, or has failed, for want of room; empty where there is some."""
+    free = shutil.disk_usage(directory).free
+    return f"{free / 1e6:.0f} MB are free in {directory}: free some of the disk" if free < LEAST_FREE_BYTES else ""
 
 
 def _finish(options: Options, directory: Path, done: list[Check], results: dict[str, Result], say: Say) -> Finished:

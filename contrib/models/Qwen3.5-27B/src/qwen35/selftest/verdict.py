@@ -23,7 +23,7 @@ class ExitStatus(IntEnum):
     ALL_WORKS = 0
     SETTINGS_NEEDED = 1  # something failed; settings.json says what works
     NOTHING_WORKS = 3  # the mini did not generate in any way that was tried: there are no settings
-    CUT_SHORT = 4  # the time limit left checks out; settings.json is there if the mini generated
+    CUT_SHORT = 4  # checks were left out; settings.json is there if the mini generated
 
 
 def exit_status(conclusion: Conclusion, results: Mapping[str, Result]) -> ExitStatus:

@@ -62,3 +62,14 @@ def test_it_stays_small_and_names_what_it_leaves_out(tmp_path: Path, monkeypatch
         note = packed.extractfile("selftest/left_out.txt")
         assert note is not None
         assert note.read().decode().splitlines() == [f"{work}/b: 101 bytes", f"{work}/d: 20 bytes"]
+
+
+def test_of_a_log_that_is_too_large_it_has_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MOST_BYTES_A_FILE", 100)
+    monkeypatch.setattr(archive, "LOG_END_BYTES", 8)
+    files(tmp_path, **{"checks/fused/log.txt": 200})
+    (tmp_path / "checks/fused/log.txt").write_text("x" * 200 + "the end\n")
+    with tarfile.open(write_archive(tmp_path, ["fused"])) as packed:
+        end = packed.extractfile("selftest/checks/fused/log.txt.end")
+        assert end is not None and end.read() == b"the end\n"
+        assert "selftest/left_out.txt" in packed.getnames()

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +65,7 @@ def test_one_that_hangs_is_ended_with_all_that_it_started(
     assert result.status is Status.TIMED_OUT
     assert result.error.splitlines() == ["it did not end within 2 s", "compiling"]
     compiler = Path(f"/proc/{(tmp_path / 'pid').read_text()}")
-    end = time.monotonic() + 10
-    while compiler.exists() and "Z" not in (compiler / "stat").read_text().split(")")[-1]:
-        assert time.monotonic() < end, "what it started still runs"
-        time.sleep(0.05)
+    wait_until(lambda: has_ended(compiler), 10, "what it started still runs")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,14 @@ def test_what_goes_wrong_in_a_check_is_its_outcome_with_its_first_lines(tmp_path
     assert "tp_degree=3" in outcome["error"]
 
 
+def test_what_a_failed_check_has_measured_is_in_its_outcome(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen35.selftest.environment.NXDI_AVAILABLE", True)
+    monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "1")
+    main(folder)
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["status"] == "failed" and outcome["values"]["cores"] == os.cpu_count()
+
+
 def test_the_compiler_keeps_what_it_makes_in_the_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,3 +109,38 @@ def test_the_compiler_keeps_what_it_makes_in_the_folder(
     broken(tmp_path, monkeypatch, code.replace("; os._exit", ", flush=True); os._exit").replace("'])", "']"))
     lines = run(folder, 60).error.splitlines()
     assert lines[-1] == f"{folder}/work/compiler/ {folder}/work/cache"
+
+
+def test_one_does_not_outlive_the_process_that_runs_it(folder: Path, tmp_path: Path) -> None:
+    program = tmp_path / "neuron-ls"  # what the check waits for
+    program.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new\nmv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 600\n"
+    )
+    program.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from qwen35.selftest.child import run_in_child\n"
+        "run_in_child(Path(sys.argv[1]), 600, lambda process: None)"
+    )
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(folder)], env={**os.environ, "PATH": path})
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists(), 60, "the check has not begun")
+    finally:
+        parent.kill()
+        parent.wait()
+    started = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}")
+    wait_until(lambda: has_ended(started), 10, "what it started still runs")
+
+
+def wait_until(holds: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
+
+
+def has_ended(process: Path) -> bool:
+    try:
+        return "Z" in (process / "stat").read_text().split(")")[-1]
+    except OSError:
+        return True

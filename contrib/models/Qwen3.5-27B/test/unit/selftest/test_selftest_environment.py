@@ -21,10 +21,12 @@ DEVICE = {
 }  # fmt: skip
 
 
-def neuron_ls(folder: Path, monkeypatch: pytest.MonkeyPatch, output: str, status: int = 0, errors: str = "") -> None:
+def neuron_ls(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, output: str | bytes, status: int = 0, errors: str | bytes = ""
+) -> None:
     """A program of that name that prints so."""
-    (folder / "output").write_text(output)
-    (folder / "errors").write_text(errors)
+    for name, text in (("output", output), ("errors", errors)):
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     program = folder / "neuron-ls"
     program.write_text(f"#!/bin/sh\ncat {folder}/output\ncat {folder}/errors >&2\nexit {status}\n")
     program.chmod(0o755)
@@ -57,16 +59,21 @@ def test_free_hbm_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("", 1, "error: no driver\n", "neuron-ls ended with 1 and said: error: no driver"),
         ("not JSON", 0, "", "neuron-ls gave no JSON: not JSON"),
         ("[]", 0, "", "neuron-ls lists no devices"),
+        ("[null]", 0, "", "neuron-ls lists no devices"),
+        (b"\xff[", 0, "", "neuron-ls gave no JSON: \ufffd["),
+        ("", 1, b"k\xe4putt\n", "neuron-ls ended with 1 and said: k\ufffdputt"),
+        ("[" * 5000, 0, "", f"neuron-ls gave no JSON: {'[' * 200}"),
     ],
 )
 def test_nxdi_without_a_device_fails_and_says_why(
-    output: str, status: int, errors: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: str | bytes, status: int, errors: str | bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     neuron_ls(tmp_path, monkeypatch, output, status, errors)
     assert neuron_devices() == ([], words)
     monkeypatch.setattr(environment, "NXDI_AVAILABLE", True)
-    with pytest.raises(CheckFailed, match="no Neuron device"):
+    with pytest.raises(CheckFailed, match="no Neuron device") as error:
         run_environment_check(tmp_path)
+    assert error.value.values["packages"]["torch"] and error.value.values["neuron_ls"] == words
 
 
 def test_other_logical_cores_than_those_compiled_for_are_refused(

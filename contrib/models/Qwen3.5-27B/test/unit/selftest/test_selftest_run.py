@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,3 +151,64 @@ def test_on_a_device_the_estimate_says_what_it_rests_on(tmp_path: Path, monkeypa
     monkeypatch.setattr(run, "NXDI_AVAILABLE", True)
     text = "\n".join(announcement(OPTIONS, LIMITS, tmp_path))
     assert "assumed: nobody has measured it" in text and "13 minutes" in text
+
+
+def test_one_directory_has_one_self_test_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def starts_another(name: str) -> Result:
+        with pytest.raises(ValueError, match="another self-test runs there") as error:
+            selftest(tmp_path)
+        refused.append(str(error.value))
+        return PASSED
+
+    (tmp_path / "settings.json").write_text("of an earlier run")
+    ends(monkeypatch, [], starts_another)
+    assert selftest(tmp_path).status is ExitStatus.ALL_WORKS
+    assert len(refused) == len(announced(OPTIONS)) and str(tmp_path) in refused[0]
+    ends(monkeypatch, [], lambda name: PASSED)
+    assert selftest(tmp_path).status is ExitStatus.ALL_WORKS
+
+
+def test_a_check_that_was_ended_runs_again_when_it_may_take_longer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names: list[str] = []
+    ends(monkeypatch, names, lambda name: Result(Status.TIMED_OUT, 60.0) if name == "decode" else PASSED)
+    assert selftest(tmp_path, Limits(3600, 60)).results["decode"].status is Status.TIMED_OUT
+    ends(monkeypatch, names, lambda name: PASSED)
+    before = len(names)
+    assert selftest(tmp_path, Limits(3600, 60)).results["decode"].status is Status.TIMED_OUT
+    assert names[before:] == []
+    assert selftest(tmp_path, Limits(3600, 900)).results["decode"].status is Status.PASSED
+    assert "decode" in names[before:]
+
+
+def test_a_failure_on_a_full_disk_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names: list[str] = []
+    free = run.LEAST_FREE_BYTES
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+    def fills_the_disk(name: str) -> Result:
+        nonlocal free
+        if name == "decode":
+            free = run.LEAST_FREE_BYTES - 1
+            return Result(Status.FAILED, 1, "OSError: [Errno 28] No space left on device")
+        return PASSED
+
+    ends(monkeypatch, names, fills_the_disk)
+    finished = selftest(tmp_path)
+    assert finished.results["decode"].status is Status.NOT_RUN and names[-1] == "decode"
+    assert "free some of the disk" in finished.results["decode"].error
+    assert finished.status is ExitStatus.CUT_SHORT and finished.settings is None
+    free = run.LEAST_FREE_BYTES
+    ends(monkeypatch, names, lambda name: PASSED)
+    assert selftest(tmp_path).status is ExitStatus.ALL_WORKS
+
+
+def test_an_interrupt_is_not_called_a_time_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(name: str) -> Result:
+        raise KeyboardInterrupt
+
+    ends(monkeypatch, [], interrupted)
+    assert "time limit" not in selftest(tmp_path).page
