@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -124,6 +125,8 @@ def serving(*arguments: str, verbose: bool) -> Iterator[ServingProcess]:
     # A thread of arithmetic a process: more of them wait for one another where cores are few.
     process = subprocess.Popen(command, stdout=output, stderr=output, env={"OMP_NUM_THREADS": "1", **os.environ})
     server = ServingProcess(process.pid, f"http://127.0.0.1:{port}")
+    # Without this SIGTERM would end this process and leave the server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         start = time.monotonic()
         while not _answers(f"{server.url}/health"):
