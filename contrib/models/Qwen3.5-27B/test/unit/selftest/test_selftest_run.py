@@ -179,7 +179,7 @@ def test_a_check_that_was_ended_runs_again_when_it_may_take_longer(
     ends(monkeypatch, names, lambda name: PASSED)
     before = len(names)
     assert selftest(tmp_path, Limits(3600, 60)).results["decode"].status is Status.TIMED_OUT
-    assert names[before:] == []
+    assert names[before:] == ["environment"]  # the machine is looked at each time
     assert selftest(tmp_path, Limits(3600, 900)).results["decode"].status is Status.PASSED
     assert "decode" in names[before:]
 
