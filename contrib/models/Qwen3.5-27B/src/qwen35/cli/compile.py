@@ -78,6 +78,10 @@ def _run(args: argparse.Namespace) -> None:
     neuron_config = _neuron_config(options)
     neuron_config.num_speculative_tokens = options.speculate or 0
     model = options.build(NeuronQwen35VLForCausalLM if options.vision else NeuronQwen35ForCausalLM, neuron_config)
+    if neuron_config.device_settings is not None:
+        print(
+            f"{options.settings}: it chose {neuron_config.device_settings['kernels'] or 'no kernel'}", file=sys.stderr
+        )
     compile_whole(model, options.output, lambda line: print(line, file=sys.stderr))
     counted, compiled = model.bytes_per_rank(), (options.output / "model.pt").exists()
     if options.json:

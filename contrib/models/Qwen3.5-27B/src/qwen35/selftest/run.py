@@ -82,13 +82,17 @@ def _run_all(options: Options, limits: Limits, directory: Path, say: Say) -> Fin
         if interrupted:
             results[check.name] = Result(Status.NOT_RUN, error="the self-test was interrupted")
             continue
+        kept: Result | None = None
         try:
-            results[check.name] = _run_or_recall(journal, check, deadline, limits.check_s)
+            if check.kind is not Kind.ENVIRONMENT:  # the machine may have another driver since, or no device
+                kept = journal.result(check, limits.check_s)
+            results[check.name] = kept or _run_check(journal, check, deadline, limits.check_s)
         except KeyboardInterrupt:
             interrupted = True
             journal.abandon(check)
             results[check.name] = Result(Status.NOT_RUN, error="interrupted")
-        say(f"[{len(done)}] {one_line_of(check, results[check.name])}")
+        of_earlier = ", found by an earlier run" if kept is not None else ""
+        say(f"[{len(done)}] {one_line_of(check, results[check.name])}{of_earlier}")
     return _finish(options, directory, done, results, say)
 
 
@@ -127,14 +131,8 @@ def _ends(planned: list[Check]) -> Iterator[tuple[Check, float]]:
         yield check, end
 
 
-def _run_or_recall(journal: Journal, check: Check, deadline: float, check_s: float) -> Result:
-    """The result of a check: kept from an earlier run, or new; what the time limit cuts is not kept.
-
-    The machine is looked at each time: it may have another driver since, or no device.
-    """
-    kept = journal.result(check, check_s)
-    if kept is not None and check.kind is not Kind.ENVIRONMENT:
-        return kept
+def _run_check(journal: Journal, check: Check, deadline: float, check_s: float) -> Result:
+    """The result of a check, which is kept unless the time limit or a full disk made it."""
     remaining = deadline - time.monotonic()
     if check.seconds(NXDI_AVAILABLE) > remaining:
         return Result(Status.NOT_RUN, error=f"{max(0.0, remaining):.0f} s of the time limit were left")

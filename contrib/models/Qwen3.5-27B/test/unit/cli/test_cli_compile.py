@@ -65,9 +65,10 @@ def test_a_settings_file_chooses_the_kernels_of_a_compiled_model(
     command = [sys.executable, "-m", "qwen35.cli", "compile", compiled, *arguments, "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     told = [line for line in done.stderr.splitlines() if str(settings) in line]
-    assert len(told) == 2 and json.loads(done.stdout)["output"] == compiled
+    assert len(told) == 3 and json.loads(done.stdout)["output"] == compiled
     assert told[0].startswith(f"{settings}: mlp_kernel='nki' computes in bfloat16, not torch_dtype=torch.float32")
     assert told[1] == f"{settings}: batch (kv_cache_batch_size) failed on this device: NCC_X"
+    assert told[2].startswith(f"{settings}: it chose {{'deltanet_kernel': 'chunked', 'deltanet_inverse': 'plain',")
     saved = json.loads((tmp_path / "compiled" / "neuron_config.json").read_text())["neuron_config"]
     assert {name: saved[name] for name in kernels} == kernels and saved["mlp_kernel"] == "torch"
     assert saved["device_settings"]["file"] == str(settings)

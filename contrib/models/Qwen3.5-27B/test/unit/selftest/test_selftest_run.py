@@ -62,7 +62,11 @@ def test_all_is_announced_run_and_left_in_the_directory(ran: list[str], tmp_path
 def test_what_was_found_before_does_not_run_again_but_the_machine_is_looked_at(ran: list[str], tmp_path: Path) -> None:
     first = selftest(tmp_path)
     count = len(ran)
-    assert selftest(tmp_path).results == first.results and ran[count:] == ["environment"]
+    lines: list[str] = []
+    again = run_selftest(OPTIONS, LIMITS, tmp_path, lines.append)
+    assert again.results == first.results and ran[count:] == ["environment"]
+    told = [line for line in lines if line.startswith("[")]
+    assert [line.endswith(", found by an earlier run") for line in told] == [False] + [True] * (len(first.results) - 1)
 
 
 def test_it_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
