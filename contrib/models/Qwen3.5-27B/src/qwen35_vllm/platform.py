@@ -136,7 +136,10 @@ def _leave_videos_undecoded(vllm_config: VllmConfig) -> None:
 
 def _log_prefixes(budget: PrefixBudget | None) -> None:
     if budget is None:
-        logger.info("no prefixes of prompts are reused")
+        logger.info(
+            "no prefixes of prompts are reused: that was turned off, or prompts are encoded whole (prefill_chunk_size "
+            "below --max-model-len has them in chunks), or no block fits"
+        )
         return
     logger.info(
         "prefixes of prompts are reused: up to %d blocks of %d tokens, %.1f MB each, in host memory",
