@@ -203,7 +203,10 @@ def test_vllm_serve_says_so_in_a_line_and_ends(served_checkpoint: Path, tmp_path
     given = json.dumps({"qwen35": {"compiled_path": str(tmp_path / "compiled"), "compile": "never"}})
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(served_checkpoint)]
     ended = subprocess.run(
-        [*command, "--additional-config", given], capture_output=True, text=True, timeout=SECONDS_TO_START
+        [*command, "--port", "0", "--additional-config", given],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_TO_START,
     )
     assert ended.returncode != 0
     said = ended.stderr.splitlines()[-1]

@@ -327,7 +327,7 @@ def test_a_server_with_drafts_gives_the_same_answers_and_lets_them_end(server: S
                 assert streamed[-1].choices[0].finish_reason == plain.finish_reason
         drafted = drafting.metric("spec_decode_num_draft_tokens_total")
         accepted = drafting.metric("spec_decode_num_accepted_tokens_total")
-        assert 0 < accepted < drafted
+        assert 0 < accepted <= drafted
         assert accepted == drafting.metric("spec_decode_num_accepted_tokens_per_pos_total")
         drafting.require_idle()
         ended = drafting.stop_in_the_middle()
